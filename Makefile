@@ -1,0 +1,95 @@
+# Everything a fresh machine needs: `make demo` and `make test` create .venv, install into
+# it and run; called again they go straight to work.  `make help` lists the rest.
+#
+#   PYTHON=python3.12        the interpreter to make .venv with
+#   ARGS="-k gradcheck"      handed to what the target runs
+#   TORCH_INDEX_URL=...      another index for torch alone, PIP_ARGS=... for every pip call
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+PIP_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
+TORCH := torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+DEPS := numpy ninja setuptools wheel pytest pytest-benchmark matplotlib tqdm
+TRITON := triton==3.6.0
+LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+
+LIBRARY := fastlstm/_C.so
+# Folders too: nothing else changes when a source is deleted.
+NATIVE := fastlstm/build.py $(shell find csrc)
+
+.PHONY: help venv build demo test lint format sanitize bench wheel clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 12
+
+venv: $(VENV)/.deps ## create .venv with the dependencies
+
+build: $(LIBRARY) ## install the package into .venv, recompiling what changed in csrc
+
+demo: build ## train a character model with nn.LSTM and with fastlstm.LSTM
+	$(BIN)/python examples/char_rnn.py $(ARGS)
+
+test: build ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.lint ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/mypy
+
+format: $(VENV)/.lint ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs -r $(BIN)/clang-format -i
+
+# python itself is not instrumented, so the sanitizer's runtime must be in the process
+# first, and libstdc++ with it, whose exceptions it intercepts.  Leaks: python's own.
+sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
+	library=$$($(BIN)/python -P fastlstm/build.py --sanitize) && \
+	runtime=$$($(CXX) -print-file-name=libasan.so) && \
+	stdcxx=$$($(CXX) -print-file-name=libstdc++.so) && \
+	LD_PRELOAD="$$runtime $$stdcxx" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 FASTLSTM_LIBRARY="$$library" \
+	$(BIN)/pytest tests/test_cpu_kernels.py $(ARGS)
+
+bench: build ## time against nn.LSTM
+	$(BIN)/python benches/run.py $(ARGS)
+
+wheel: build ## build the wheel into dist
+	FASTLSTM_BUILD=cpu $(BIN)/python -m pip wheel --quiet $(PIP_ARGS) \
+	--no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache $(LIBRARY)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "$(PYTHON) has no ensurepip, which\
+	 making .venv needs: install your system's python3-venv package" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A CUDA build of torch brings the triton it was made for: leave that one alone.
+$(VENV)/.deps: Makefile | $(BIN)/python
+	$(PIP_INSTALL) $(TORCH)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(TRITON)
+	$(PIP_INSTALL) $(DEPS)
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.deps
+	$(PIP_INSTALL) $(LINT_TOOLS)
+	@touch $@
+
+# The library is built below and not by pip, which would wrap every compiler error in its own.
+$(VENV)/.installed: $(VENV)/.deps setup.py pyproject.toml
+	FASTLSTM_BUILD=none $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(LIBRARY): $(VENV)/.installed $(NATIVE)
+	$(BIN)/python -P fastlstm/build.py

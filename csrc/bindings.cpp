@@ -1,0 +1,303 @@
+// torch.ops.fastlstm_C: the kernels as torch operators, through LibTorch's stable ABI, so that
+// one library serves every Python and every torch from 2.10 on.
+//
+// These operators trust nothing: every tensor's device, dtype, shape and contiguity is checked,
+// because a kernel reads and writes through raw pointers. What is not asked for is returned as an
+// empty vector. fastlstm/cpu.py is the only caller.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/scratch.h"
+
+namespace {
+
+using fastlstm::max_directions;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
+
+std::string shown(const int64_t* sizes, size_t count) {
+  std::string text = "(";
+  for (size_t k = 0; k < count; ++k) text += (k ? ", " : "") + std::to_string(sizes[k]);
+  return text + ")";
+}
+
+[[noreturn]] void fail(const std::string& message) {
+  throw std::runtime_error("fastlstm: " + message);
+}
+
+void check(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
+  if (!tensor.is_cpu()) fail(std::string(name) + ": expected a cpu tensor");
+  if (tensor.scalar_type() != dtype) fail(std::string(name) + ": has an unexpected dtype");
+  const auto got = tensor.sizes();
+  bool same = got.size() == sizes.size();
+  for (size_t k = 0; same && k < sizes.size(); ++k) same = got[k] == sizes.begin()[k];
+  if (!same) {
+    fail(std::string(name) + ": got shape " + shown(got.data(), got.size()) + ", expected " +
+         shown(sizes.begin(), sizes.size()));
+  }
+  if (!tensor.is_contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
+}
+
+// A checked input pointer; null for an absent optional tensor.
+const void* input(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
+  check(name, tensor, sizes, dtype);
+  return tensor.const_data_ptr();
+}
+const void* input(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
+  return tensor ? input(name, *tensor, sizes, dtype) : nullptr;
+}
+
+// A list over directions, or an empty one where the layer has no such weights.
+void inputs(const char* name, const Tensors& tensors, int64_t directions, Sizes sizes,
+            ScalarType dtype, const void* (&out)[max_directions], bool required = false) {
+  for (auto& pointer : out) pointer = nullptr;
+  if (tensors.empty() && !required) return;
+  if (int64_t(tensors.size()) != directions)
+    fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
+         std::to_string(directions));
+  for (size_t d = 0; d < tensors.size(); ++d) out[d] = input(name, tensors[d], sizes, dtype);
+}
+
+fastlstm::Storage storage_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return fastlstm::Storage::f32;
+    case ScalarType::Double: return fastlstm::Storage::f64;
+    case ScalarType::Half: return fastlstm::Storage::f16;
+    case ScalarType::BFloat16: return fastlstm::Storage::bf16;
+    default: fail("expected float32, float64, float16 or bfloat16 tensors");
+  }
+}
+
+ScalarType state_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these three
+// tensors; the caller adds I where it matters.
+fastlstm::Shape shape_of(int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
+                         int64_t output_size) {
+  if (batch_sizes.dim() != 1) fail("batch_sizes: expected a vector");
+  if (c0.dim() != 3 || c0.size(0) < 1 || c0.size(0) > max_directions || c0.size(2) < 1)
+    fail("c0: expected shape (D, B, H) with D 1 or 2 and H at least 1");
+  if (output_size < 1) fail("w_hh: expected at least one column");
+  fastlstm::Shape shape{};
+  shape.T = batch_sizes.size(0);
+  shape.N = rows;
+  shape.D = c0.size(0);
+  shape.B = c0.size(1);
+  shape.H = c0.size(2);
+  shape.P = output_size;
+  shape.batch_sizes = static_cast<const int64_t*>(
+      input("batch_sizes", batch_sizes, {shape.T}, ScalarType::Long));
+  int64_t sum = 0, last = shape.B;
+  for (int64_t t = 0; t < shape.T; ++t) {
+    const int64_t size = shape.batch_sizes[t];
+    if (size < 0 || size > last)
+      fail("batch_sizes: got " + std::to_string(size) + " at step " + std::to_string(t) +
+           ", expected between 0 and " + std::to_string(last) + ": sizes never increase");
+    sum += last = size;
+  }
+  if (sum != rows)
+    fail("batch_sizes: they add up to " + std::to_string(sum) + ", expected the number of rows, " +
+         std::to_string(rows));
+  return shape;
+}
+
+int64_t output_size_of(const Tensors& w_hh) {
+  if (w_hh.empty() || w_hh[0].dim() != 2) fail("w_hh: expected matrices, one per direction");
+  return w_hh[0].size(1);
+}
+
+bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memory does
+
+Tensor output(const Tensor& like, Sizes sizes, ScalarType dtype) {
+  Tensor tensor =
+      torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, std::make_optional(dtype));
+  if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
+  return tensor;
+}
+Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+int threads() { return int(torch::stable::get_num_threads()); }
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tensor& h0,
+                          const Tensor& c0, const Tensors& w_ih, const Tensors& w_hh,
+                          const Tensors& bias, const Tensors& w_hr, const Optional& reset,
+                          bool need_reserve, bool need_cells) {
+  if (x.dim() != 2) fail("x: expected shape (N, I)");
+  const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
+  fastlstm::ForwardArgs args{};
+  args.shape = shape_of(x.size(0), batch_sizes, c0, output_size_of(w_hh));
+  args.shape.I = x.size(1);
+  args.storage = storage_of(dtype);
+  args.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
+  args.x = input("x", x, {N, I}, dtype);
+  args.h0 = input("h0", h0, {D, B, P}, dtype);
+  args.c0 = input("c0", c0, {D, B, H}, dtype);
+  inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
+  inputs("bias", bias, D, {4 * H}, dtype, args.bias);
+  inputs("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
+  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+
+  Tensor y = output(x, {N, D * P}, dtype), h_n = output(x, {D, B, P}, dtype);
+  Tensor c_n = output(x, {D, B, H}, dtype), c_all = absent(x), gates = absent(x), m = absent(x);
+  args.y = y.mutable_data_ptr();
+  args.h_n = h_n.mutable_data_ptr();
+  args.c_n = c_n.mutable_data_ptr();
+  if (need_reserve || need_cells) {
+    c_all = output(x, {N, D * H}, state);
+    args.c_all = c_all.mutable_data_ptr();
+  }
+  if (need_reserve) {
+    gates = output(x, {N, D, 4 * H}, dtype);
+    args.gates = gates.mutable_data_ptr();
+  }
+  if (need_reserve && !w_hr.empty()) {
+    m = output(x, {N, D * H}, dtype);
+    args.m = m.mutable_data_ptr();
+  }
+  fastlstm::kernels().forward(args);
+  return {y, c_all, h_n, c_n, gates, m};
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                            const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
+                            const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                            const Tensor& c_all, const Tensor& gates, bool need_dh_all,
+                            bool need_dh0, bool need_dc0) {
+  if (gates.dim() != 3) fail("gates: expected shape (N, D, 4H)");
+  const ScalarType dtype = gates.scalar_type(), state = state_of(dtype);
+  fastlstm::BackwardArgs args{};
+  args.shape = shape_of(gates.size(0), batch_sizes, c0, output_size_of(w_hh));
+  args.storage = storage_of(dtype);
+  args.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
+  args.dy = input("dy", dy, {N, D * P}, dtype);
+  args.dc_all = input("dc_all", dc_all, {N, D * H}, state);
+  args.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
+  args.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
+  args.c0 = input("c0", c0, {D, B, H}, dtype);
+  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
+  inputs("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
+  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  args.c_all = input("c_all", c_all, {N, D * H}, state);
+  args.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+
+  Tensor da = output(gates, {N, D, 4 * H}, state), dh_all = absent(gates);
+  Tensor dh0 = absent(gates), dc0 = absent(gates);
+  args.da = da.mutable_data_ptr();
+  if (need_dh_all) {
+    dh_all = output(gates, {N, D * P}, state);
+    args.dh_all = dh_all.mutable_data_ptr();
+  }
+  if (need_dh0) {
+    dh0 = output(gates, {D, B, P}, dtype);
+    args.dh0 = dh0.mutable_data_ptr();
+  }
+  if (need_dc0) {
+    dc0 = output(gates, {D, B, H}, dtype);
+    args.dc0 = dc0.mutable_data_ptr();
+  }
+  fastlstm::kernels().backward(args);
+  return {da, dh_all, dh0, dc0};
+}
+
+using ProbeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The equations alone, point by point, for tests/test_gate_math.py.
+ProbeResult cpu_gate_math(const Tensor& a, const Tensor& c_prev, const Tensor& dm,
+                          const Tensor& dc) {
+  const ScalarType dtype = a.scalar_type();
+  if (dtype != state_of(dtype)) fail("a: expected float32 or float64");
+  const int64_t n = c_prev.numel();
+  Tensor gates = output(a, {4, n}, dtype), c = output(a, {n}, dtype), m = output(a, {n}, dtype);
+  Tensor da = output(a, {4, n}, dtype), dc_prev = output(a, {n}, dtype);
+  fastlstm::GateProbe probe{n,
+                            input("a", a, {4, n}, dtype),
+                            input("c_prev", c_prev, {n}, dtype),
+                            input("dm", dm, {n}, dtype),
+                            input("dc", dc, {n}, dtype),
+                            gates.mutable_data_ptr(),
+                            c.mutable_data_ptr(),
+                            m.mutable_data_ptr(),
+                            da.mutable_data_ptr(),
+                            dc_prev.mutable_data_ptr()};
+  fastlstm::kernels().probe(probe, storage_of(dtype));
+  return {gates, c, m, da, dc_prev};
+}
+
+// The instruction sets that can be used here, best first, separated by spaces.
+std::string cpu_instruction_sets() {
+  const fastlstm::Kernels* tables[8];
+  const int count = fastlstm::available_kernels(tables, 8);
+  std::string names;
+  for (int k = 0; k < count; ++k) names += (k ? " " : "") + std::string(tables[k]->name);
+  return names;
+}
+
+// For tests and benchmarks: run another instruction set; returns the one used before.
+std::string cpu_use_instruction_set(std::string name) {
+  const std::string before = fastlstm::kernels().name;
+  if (!fastlstm::use_kernels(name.c_str()))
+    fail("instruction set: got '" + name + "', expected one of: " + cpu_instruction_sets());
+  return before;
+}
+
+// For tests: fill scratch memory and outputs with NaNs before use.
+void poison(bool on) {
+  poisoned = on;
+  fastlstm::poison_scratch(on);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fastlstm_C, m) {
+  m.def(
+      "cpu_forward(Tensor x, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih,"
+      " Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, Tensor? reset, bool need_reserve,"
+      " bool need_cells) -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor gates,"
+      " Tensor m)");
+  m.def(
+      "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
+      " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
+      " bool need_dh_all, bool need_dh0, bool need_dc0)"
+      " -> (Tensor da, Tensor dh_all, Tensor dh0, Tensor dc0)");
+  m.def(
+      "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
+      " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");
+  m.def("cpu_instruction_sets() -> str");
+  m.def("cpu_use_instruction_set(str name) -> str");
+  m.def("poison(bool on) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
+  m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+  m.impl("cpu_gate_math", TORCH_BOX(&cpu_gate_math));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
+  m.impl("cpu_use_instruction_set", TORCH_BOX(&cpu_use_instruction_set));
+  m.impl("poison", TORCH_BOX(&poison));
+}

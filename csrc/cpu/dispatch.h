@@ -1,0 +1,15 @@
+// Chooses the kernels for the processor at hand.
+#pragma once
+
+#include "isa.h"
+
+namespace fastlstm {
+
+// The instruction sets this library was built with and this processor runs, best first.
+int available_kernels(const Kernels** out, int capacity);
+
+// Those in use: the best, unless use_kernels chose others (tests and benchmarks do).
+const Kernels& kernels();
+bool use_kernels(const char* name);
+
+}  // namespace fastlstm

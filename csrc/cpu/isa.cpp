@@ -1,0 +1,66 @@
+// The kernels for one instruction set: compiled once for each, with the compiler's flags for it
+// and FASTLSTM_ISA naming it. Everything but the table is internal to the object: an inline
+// function that the linker may share with other objects would run this instruction set on
+// processors that lack it.
+#include "isa.h"
+
+#include "backward.h"
+#include "forward.h"
+
+#define FASTLSTM_STRING(x) #x
+#define FASTLSTM_NAME(x) FASTLSTM_STRING(x)
+#define FASTLSTM_JOIN(a, b) a##b
+#define FASTLSTM_TABLE(isa) FASTLSTM_JOIN(kernels_, isa)
+
+namespace fastlstm {
+namespace {
+
+template <template <class> class Pass, class Args>
+void run(const Args& args) {
+  switch (args.storage) {
+    case Storage::f32: return Pass<float>(args).run();
+    case Storage::f64: return Pass<double>(args).run();
+    case Storage::f16: return Pass<fp16>(args).run();
+    case Storage::bf16: return Pass<bf16>(args).run();
+  }
+}
+
+template <class T>
+void probe_as(const GateProbe& p) {
+  using Math = GateMath<VectorMath<T>>;
+  using V = Vec<T>;
+  auto in = [&](const void* from, int64_t k, int count) {
+    return load_some(static_cast<const T*>(from) + k, count);
+  };
+  auto out = [&](void* to, int64_t k, V value, int count) {
+    store_some(static_cast<T*>(to) + k, value, count);
+  };
+  for (int64_t k = 0; k < p.n; k += lanes<T>) {
+    const int count = int(p.n - k < lanes<T> ? p.n - k : lanes<T>);
+    const Gates<V> gates = Math::activate({in(p.a, k, count), in(p.a, p.n + k, count),
+                                           in(p.a, 2 * p.n + k, count), in(p.a, 3 * p.n + k, count)});
+    const V c_prev = in(p.c_prev, k, count), c = Math::cell_state(gates, c_prev);
+    const CellGradient<V> d =
+        Math::cell_backward(gates, c_prev, c, in(p.dm, k, count), in(p.dc, k, count));
+    const V gate[4] = {gates.i, gates.f, gates.g, gates.o}, da[4] = {d.da.i, d.da.f, d.da.g, d.da.o};
+    for (int j = 0; j < 4; ++j) {
+      out(p.gates, j * p.n + k, gate[j], count);
+      out(p.da, j * p.n + k, da[j], count);
+    }
+    out(p.c, k, c, count);
+    out(p.m, k, Math::cell_output(gates, c), count);
+    out(p.dc_prev, k, d.dc_prev, count);
+  }
+}
+
+void probe(const GateProbe& p, Storage storage) {
+  storage == Storage::f64 ? probe_as<double>(p) : probe_as<float>(p);
+}
+
+}  // namespace
+
+extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), run<Forward, ForwardArgs>,
+                                              run<Backward, BackwardArgs>, probe};
+
+}  // namespace fastlstm

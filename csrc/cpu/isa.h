@@ -1,0 +1,23 @@
+// One instruction set's kernels, as a table of functions; see dispatch.h.
+#pragma once
+
+#include "../layer.h"
+
+namespace fastlstm {
+
+// Values of gate_math.h's functions at n points, for the tests: (4, n) pre-activations a, and
+// (n) c_prev, dm, dc in; (4, n) gates, (n) c, (n) m, (4, n) da, (n) dc_prev out.
+struct GateProbe {
+  int64_t n;
+  const void *a, *c_prev, *dm, *dc;
+  void *gates, *c, *m, *da, *dc_prev;
+};
+
+struct Kernels {
+  const char* name;
+  void (*forward)(const ForwardArgs&);
+  void (*backward)(const BackwardArgs&);
+  void (*probe)(const GateProbe&, Storage);  // f32 or f64
+};
+
+}  // namespace fastlstm

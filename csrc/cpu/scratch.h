@@ -1,0 +1,34 @@
+// Scratch memory for one call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlstm {
+
+// Throws std::bad_alloc. Memory is aligned to 64 bytes, large blocks to huge pages; with
+// `poison_scratch` on (tests) it comes filled with NaNs instead of whatever was there.
+void* allocate_scratch(size_t bytes);
+void free_scratch(void* memory);
+void poison_scratch(bool on);
+
+namespace {
+
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : memory_(count > 0 ? static_cast<T*>(allocate_scratch(size_t(count) * sizeof(T))) : nullptr) {
+  }
+  ~Scratch() { free_scratch(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator T*() const { return memory_; }
+
+ private:
+  T* memory_;
+};
+
+}  // namespace
+
+}  // namespace fastlstm

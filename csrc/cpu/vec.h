@@ -1,0 +1,290 @@
+// SIMD values for one instruction set: types, loads and stores by storage type, and the
+// primitives that gate_math.h asks for. Included by isa.cpp only, which is compiled once per
+// instruction set; everything is internal to that object (see isa.cpp).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+// GCC 12's own header leaves "undefined" vectors uninitialised on purpose, and warns about it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "../gate_math.h"
+
+namespace fastlstm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+constexpr int vector_registers = 32;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+constexpr int vector_registers = 16;
+#elif defined(__aarch64__)
+constexpr int vector_bytes = 16;
+constexpr int vector_registers = 32;
+#else
+constexpr int vector_bytes = 16;
+constexpr int vector_registers = 16;
+#endif
+
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(vector_bytes)));
+  typedef int32_t mask __attribute__((vector_size(vector_bytes)));
+  typedef uint32_t bits __attribute__((vector_size(vector_bytes)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(vector_bytes)));
+  typedef int64_t mask __attribute__((vector_size(vector_bytes)));
+  typedef uint64_t bits __attribute__((vector_size(vector_bytes)));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+constexpr int lanes = vector_bytes / int(sizeof(T));
+
+template <class To, class From>
+inline __attribute__((always_inline)) To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---- storage types -----------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// The type of states and accumulators when S is stored.
+template <class S>
+struct StateOf {
+  typedef float type;
+};
+template <>
+struct StateOf<double> {
+  typedef double type;
+};
+
+typedef uint16_t HalfVec __attribute__((vector_size(vector_bytes / 2)));
+
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 31) return bit_cast<float>(sign | 0x7f800000 | mantissa << 13);
+  if (exponent != 0) return bit_cast<float>(sign | (exponent + 112) << 23 | mantissa << 13);
+  float tiny = float(mantissa) * 0x1p-24f;  // subnormal: exact in float
+  return sign ? -tiny : tiny;
+}
+
+inline uint16_t float_to_half(float value) {
+  uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffff;
+  uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // rounds to infinity
+  if (magnitude < 0x38800000) {
+    // Subnormal: adding 0.5 rounds the value to a multiple of 2^-24 in the sum's last bits.
+    float sum = bit_cast<float>(magnitude) + 0.5f;
+    return uint16_t(sign | (bit_cast<uint32_t>(sum) - 0x3f000000));
+  }
+  uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);  // to nearest, ties to even
+  return uint16_t(sign | ((rounded >> 13) - (112 << 10)));
+}
+
+inline float as_state(float value) { return value; }
+inline double as_state(double value) { return value; }
+inline float as_state(bf16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
+inline float as_state(fp16 value) { return half_to_float(value.bits); }
+
+inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<float> load(const bf16* p) {
+  HalfVec half;
+  std::memcpy(&half, p, sizeof half);
+  typedef Vector<float>::bits Bits;
+  return bit_cast<Vec<float>>(__builtin_convertvector(half, Bits) << 16);
+}
+inline Vec<float> load(const fp16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int k = 0; k < lanes<float>; ++k) v[k] = half_to_float(p[k].bits);
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Vec<float> v) {
+  typedef Vector<float>::bits Bits;
+  Bits bits = bit_cast<Bits>(v);
+  Bits rounded = bits + 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
+  Bits nan = bits | 0x400000;
+  auto half = __builtin_convertvector((v == v ? rounded : nan) >> 16, HalfVec);
+  std::memcpy(p, &half, sizeof half);
+}
+inline void store(fp16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int k = 0; k < lanes<float>; ++k) p[k].bits = float_to_half(v[k]);
+#endif
+}
+
+// The first n lanes only; the others are zero, or are not written.
+template <class S>
+inline auto load_some(const S* p, int n) {
+  constexpr int all = lanes<typename StateOf<S>::type>;
+  if (n >= all) return load(p);
+  S padded[all] = {};
+  for (int k = 0; k < n; ++k) padded[k] = p[k];
+  return load(padded);
+}
+template <class S, class V>
+inline void store_some(S* p, V v, int n) {
+  constexpr int all = lanes<typename StateOf<S>::type>;
+  if (n >= all) return store(p, v);
+  S padded[all];
+  store(padded, v);
+  for (int k = 0; k < n; ++k) p[k] = padded[k];
+}
+
+// What v becomes when it is stored as S and read again.
+template <class S, class V>
+inline V rounded_to_storage(V v) {
+  if (sizeof(S) * lanes<typename StateOf<S>::type> == sizeof(V)) return v;
+  S stored[lanes<typename StateOf<S>::type>];
+  store(stored, v);
+  return load(stored);
+}
+
+// ---- primitives for gate_math.h ----------------------------------------------------------
+
+// exp(r) for |r| <= ln(2)/2, highest power first; ln2 in two parts, the first with zeros at the
+// end so that n * ln2_high is exact; below `lowest` exp is less than half the least subnormal.
+template <class Scalar>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr int terms = 7, exponent_bias = 127, mantissa_bits = 23;
+  static constexpr float coefficients[terms] = {
+      0.0013926250831497612f, 0.0083632328836826182f, 0.041666554212984150f,
+      0.16666576666119928f,   0.5f,                   1.0f, 1.0f};
+  static constexpr float lowest = -104.0f, log2e = 1.44269504f;
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float rounder = 0x1.8p23f;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr int terms = 13, exponent_bias = 1023, mantissa_bits = 52;
+  static constexpr double coefficients[terms] = {
+      2.09147553258932022e-9, 2.5105312729622101787e-8, 2.7557273478718580474e-7,
+      2.7557255170000887438e-6, 0.0000248015873256774619, 0.00019841269875002278793,
+      0.0013888888888883711167, 0.0083333333333260831202, 0.041666666666666669783,
+      0.1666666666666667103, 0.5, 1.0, 1.0};
+  static constexpr double lowest = -746.0, log2e = 1.4426950408889634;
+  static constexpr double ln2_high = 6.93147180369123816490e-01;
+  static constexpr double ln2_low = 1.90821492927058770002e-10;
+  static constexpr double rounder = 0x1.8p52;
+};
+
+template <class T>
+struct VectorMath {
+  using Scalar = T;
+  using V = Vec<T>;
+  using Mask = typename Vector<T>::mask;
+  using Bits = typename Vector<T>::bits;
+  static constexpr T sign_bit = T(-0.0);
+
+  FASTLSTM_INLINE V broadcast(T value) { return value - V{}; }  // exact, -0 included
+  FASTLSTM_INLINE V fma(V a, V b, V c) { return a * b + c; }
+  FASTLSTM_INLINE V magnitude(V x) {
+    return bit_cast<V>(bit_cast<Bits>(x) & ~bit_cast<Bits>(broadcast(sign_bit)));
+  }
+  FASTLSTM_INLINE V with_sign_of(V m, V x) {
+    return bit_cast<V>(bit_cast<Bits>(m) |
+                       (bit_cast<Bits>(x) & bit_cast<Bits>(broadcast(sign_bit))));
+  }
+  FASTLSTM_INLINE V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
+  FASTLSTM_INLINE V where_negative(V x, V yes, V no) { return x < V{} ? yes : no; }
+
+  FASTLSTM_INLINE V exp_nonpositive(V x) {
+    using K = ExpConstants<T>;
+    x = at_least(broadcast(K::lowest), x);
+    V shifted = x * K::log2e + K::rounder;  // its last bits are the integer nearest to x / ln2
+    V n = shifted - K::rounder;
+    V r = fma(n, broadcast(-K::ln2_low), fma(n, broadcast(-K::ln2_high), x));
+    V p = broadcast(K::coefficients[0]);
+    for (int k = 1; k < K::terms; ++k) p = fma(p, r, broadcast(K::coefficients[k]));
+    return scaled(p, n, shifted);
+  }
+
+  FASTLSTM_INLINE V quotient(V n, V d) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      // vdivps takes 16 cycles; d is in [1, 2], so one Newton step refines the estimate enough.
+      V y = bit_cast<V>(_mm512_rcp14_ps(bit_cast<__m512>(d)));
+      return n * fma(y, fma(-d, y, broadcast(1)), y);
+    }
+#endif
+    return n / d;
+  }
+
+ private:
+  // max(low, x), and NaN for a NaN.
+  FASTLSTM_INLINE V at_least(V low, V x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(low), bit_cast<__m512>(x)));
+#endif
+    return where_less(x, low, low, x);
+  }
+
+  // p * 2^n, where `shifted` is n plus the rounder.
+  FASTLSTM_INLINE V scaled(V p, V n, V shifted) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+#endif
+    (void)n;
+    // In two factors: the result may be subnormal, and then 2^n alone would not be normal.
+    Mask exponent = bit_cast<Mask>(shifted) - bit_cast<Mask>(broadcast(ExpConstants<T>::rounder));
+    Mask half = exponent >> 1;
+    return p * power_of_two(half) * power_of_two(exponent - half);
+  }
+
+  FASTLSTM_INLINE V power_of_two(Mask exponent) {
+    return bit_cast<V>((exponent + ExpConstants<T>::exponent_bias)
+                       << ExpConstants<T>::mantissa_bits);
+  }
+};
+
+}  // namespace
+}  // namespace fastlstm

@@ -1,0 +1,68 @@
+// The layer contract: what a kernel is given, and what it must write.
+//
+// A layer is all its directions, run together over packed rows: row `start[t] + b` is step t of
+// sequence b, for b < batch_sizes[t], where start[t] is the sum of the batch sizes before t.
+// batch_sizes never increases; a padded batch is the case of equal sizes. Sequences
+// b >= batch_sizes[0] have no steps: their final state is their initial state. The reverse
+// direction (d == 1) starts each sequence at that sequence's own last step.
+//
+// Letters: N rows, T steps, B sequences, D directions, I inputs, H hidden (cell) size, P output
+// size (H without a projection). Every pointer is to a dense row-major array of the shape beside
+// it; none aliases another. Storage is float, double, fp16 or bf16; "state" is float for the
+// half-precision types, else the storage type. A pointer marked "or null" may be absent.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlstm {
+
+enum class Storage { f32, f64, f16, bf16 };
+
+constexpr int max_directions = 2;
+
+struct Shape {
+  int64_t T, N, B, D, I, H, P;
+  const int64_t* batch_sizes;  // (T)
+};
+
+struct ForwardArgs {
+  Shape shape;
+  Storage storage;
+  int threads;                         // at most so many; fewer where the work is small
+  const void* x;                       // (N, I)
+  const void* h0;                      // (D, B, P)
+  const void* c0;                      // (D, B, H)
+  const void* w_ih[max_directions];    // (4H, I), gate order i f g o
+  const void* w_hh[max_directions];    // (4H, P)
+  const void* bias[max_directions];    // (4H), or null
+  const void* w_hr[max_directions];    // (P, H), or null
+  const uint8_t* reset;                // (N), 1 marks the first step of a new segment; or null
+  void* y;                             // (N, D*P)
+  void* h_n;                           // (D, B, P)
+  void* c_n;                           // (D, B, H)
+  void* c_all;                         // (N, D*H), state; or null
+  void* gates;                         // (N, D, 4H), after activation; or null
+  void* m;                             // (N, D*H), the unprojected h; or null
+};
+
+struct BackwardArgs {
+  Shape shape;
+  Storage storage;
+  int threads;
+  const void* dy;                      // (N, D*P), or null
+  const void* dc_all;                  // (N, D*H), state; or null
+  const void* dh_n;                    // (D, B, P), or null
+  const void* dc_n;                    // (D, B, H), or null
+  const void* c0;                      // (D, B, H)
+  const void* w_hh[max_directions];    // (4H, P)
+  const void* w_hr[max_directions];    // (P, H), or null
+  const uint8_t* reset;                // (N), or null
+  const void* c_all;                   // (N, D*H), state
+  const void* gates;                   // (N, D, 4H)
+  void* da;                            // (N, D, 4H), state: gradients of the pre-activations
+  void* dh_all;                        // (N, D*P), state: gradients of every h_t; or null
+  void* dh0;                           // (D, B, P), or null
+  void* dc0;                           // (D, B, H), or null
+};
+
+}  // namespace fastlstm

@@ -1,0 +1,107 @@
+"""THE dispatch table: which backends there are, what each supports, which one to take.
+
+A backend is a pair of functions with the signatures of ``reference.layer_forward`` and
+``reference.layer_backward``, a reason why it is not there (or None), and a predicate that
+says why it cannot serve a call (or None).  No other file names a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import aten, cpu, reference
+from .contract import Gradients, Outputs
+
+
+class Call(NamedTuple):
+    """What a backend is asked to serve, as far as its answer may depend on it."""
+
+    x: Tensor  # (N, I)
+    batch_sizes: Tensor  # (T,)
+    h0: Tensor  # (D, B, P)
+    reset: Tensor | None
+    need_cells: bool
+
+
+def _always(_: Call) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a layer."""
+
+    name: str
+    layer_forward: Callable[..., Outputs]
+    # None: layer_forward is made of operators that torch differentiates by itself.
+    layer_backward: Callable[..., Gradients] | None
+    missing: Callable[[], str | None]  # why it is not there, or None
+    unsupported: Callable[[Call], str | None] = _always  # why it can't serve, or None
+
+    def refusal(self, call: Call) -> str | None:
+        """Why this backend cannot serve ``call``, or None."""
+        return self.missing() or self.unsupported(call)
+
+
+# In the order of preference of backend="auto".
+_TABLE = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", cpu.layer_forward, cpu.layer_backward, cpu.missing, cpu.unsupported),
+        Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
+        Backend("reference", reference.layer_forward, reference.layer_backward, lambda: None),
+    )
+}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name: None where it can be used, else the reason why it cannot."""
+    return {name: backend.missing() for name, backend in _TABLE.items()}
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is "auto" or the name of a backend."""
+    if backend != "auto" and backend not in _TABLE:
+        names = ", ".join(repr(name) for name in ("auto", *_TABLE))
+        raise ValueError(f"backend: got {backend!r}, expected one of {names}")
+
+
+def pick(
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    need_cells: bool,
+) -> Backend:
+    """The backend to run a layer with: the one named, or the first of the table that can.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the backend named cannot serve the call; the message says why.
+    """
+    check_name(backend)
+    call = Call(x, batch_sizes, h0, reset, need_cells)
+    if backend != "auto":
+        reason = _TABLE[backend].refusal(call)
+        if reason is not None:
+            raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}")
+        return _TABLE[backend]
+    return next(entry for entry in _TABLE.values() if entry.refusal(call) is None)
+
+
+def differentiates_itself(
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    need_cells: bool,
+) -> bool:
+    """Does torch differentiate the backend that ``pick`` would choose, without our help?"""
+    return pick(backend, x, batch_sizes, h0, reset, need_cells).layer_backward is None

@@ -1,0 +1,261 @@
+"""Layers and dropout over packed rows, and every form of input as packed rows.
+
+``lstm`` runs a stack of layers over packed rows (``contract.py`` says what those
+are and what the letters of shapes stand for).  ``lstm_padded``, ``lstm_lengths``
+and ``lstm_packed`` turn what users hold into packed rows and back.  All are
+differentiable.  Arguments are checked in ``module.py``, except for ``lengths`` and
+the fit of a packed ``reset``, which are checked where they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .autograd import lstm_layer
+from .contract import Weights
+
+
+class Stack(NamedTuple):
+    """What to run over the rows, whatever form they came in."""
+
+    layers: Sequence[Sequence[Weights]]  # per layer, per direction
+    dropout: float = 0.0  # on the output of every layer but the last; 0 in evaluation
+    need_cells: bool = False
+    backend: str = "auto"
+
+
+class Result(NamedTuple):
+    """The last layer's outputs, every layer's final states, the last layer's cells."""
+
+    output: Tensor | PackedSequence  # (..., D*P)
+    h_n: Tensor  # (L*D, B, P)
+    c_n: Tensor  # (L*D, B, H)
+    cells: Tensor | PackedSequence | None  # (..., D*H) in the dtype of output
+
+
+class _Rows(NamedTuple):
+    output: Tensor  # (N, D*P)
+    h_n: Tensor  # (L*D, B, P)
+    c_n: Tensor  # (L*D, B, H)
+    cells: Tensor | None  # (N, D*H)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast asks for on ``device``, or None where it is off."""
+    if not torch.amp.is_autocast_available(device.type):
+        return None
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def lstm(
+    rows: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    stack: Stack,
+    reset: Tensor | None = None,
+) -> _Rows:
+    """Run ``stack`` over packed rows.
+
+    ``rows (N, I)``, ``batch_sizes (T,)`` int64 on the CPU, ``h0 (L*D, B, P)``,
+    ``c0 (L*D, B, H)``, ``reset (N,)`` uint8.  Under autocast everything but float64
+    is cast once here, as ``nn.LSTM`` does, and the layers run outside of it.
+    """
+    dtype = autocast_dtype(rows.device)
+    if dtype is not None:
+        with torch.autocast(rows.device.type, enabled=False):
+            rows, h0, c0 = (_cast(t, dtype) for t in (rows, h0, c0))
+            layers = [[_cast_weights(w, dtype) for w in layer] for layer in stack.layers]
+            return lstm(rows, batch_sizes, h0, c0, stack._replace(layers=layers), reset)
+
+    last = len(stack.layers) - 1
+    directions = len(stack.layers[0])
+    # A single layer's states are the whole; splitting and joining them would only cost time.
+    h_in = h0.split(directions) if last else (h0,)
+    c_in = c0.split(directions) if last else (c0,)
+    h_out, c_out = [], []
+    for k, weights in enumerate(stack.layers):
+        rows, cells, h_n, c_n = lstm_layer(
+            rows,
+            batch_sizes,
+            h_in[k],
+            c_in[k],
+            weights,
+            reset,
+            need_cells=stack.need_cells and k == last,
+            backend=stack.backend,
+        )
+        h_out.append(h_n)
+        c_out.append(c_n)
+        if stack.dropout and k < last:
+            rows = F.dropout(rows, stack.dropout)
+    if last:
+        h_n, c_n = torch.cat(h_out), torch.cat(c_out)
+    return _Rows(rows, h_n, c_n, None if cells is None else cells.to(rows.dtype))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Autocast's rule: float64 is left alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _cast_weights(weights: Weights, dtype: torch.dtype) -> Weights:
+    return Weights(*(None if w is None else _cast(w, dtype) for w in weights))  # type: ignore[arg-type]
+
+
+def lstm_padded(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    stack: Stack,
+    *,
+    batch_first: bool = False,
+    reset: Tensor | None = None,
+) -> Result:
+    """Sequences of equal length.
+
+    ``input (T, B, I)`` and ``reset (T, B)`` bool, or ``(B, T, I)`` and ``(B, T)``.
+    A contiguous ``(T, B, I)`` is packed rows already: nothing is copied.
+    """
+    if batch_first:
+        input = input.transpose(0, 1)
+        reset = None if reset is None else reset.t()
+    steps, batch, _ = input.shape
+    result = lstm(
+        input.flatten(0, 1),
+        torch.full((steps,), batch, dtype=torch.int64, device="cpu"),
+        h0,
+        c0,
+        stack,
+        None if reset is None else reset.flatten().view(torch.uint8),
+    )
+
+    def padded(rows: Tensor) -> Tensor:
+        output = rows.view(steps, batch, rows.size(1))
+        return output.transpose(0, 1) if batch_first else output
+
+    return _with_form(result, padded)
+
+
+def lstm_lengths(
+    input: Tensor,
+    lengths: Tensor | Sequence[int],
+    h0: Tensor,
+    c0: Tensor,
+    stack: Stack,
+    *,
+    batch_first: bool = False,
+    reset: Tensor | None = None,
+) -> Result:
+    """Padded sequences of the given ``lengths (B,)``, in any order, zeros allowed.
+
+    Shapes as in ``lstm_padded``.  What lies beyond a sequence's length is not read,
+    and is zero in the output; a sequence of length zero gets its initial state back.
+    """
+    batch, steps = input.shape[:2] if batch_first else (input.size(1), input.size(0))
+    lengths = _checked_lengths(lengths, batch, steps)
+    if batch == 0 or int(lengths.min()) == steps:
+        return lstm_padded(input, h0, c0, stack, batch_first=batch_first, reset=reset)
+
+    # Packed rows want the longest sequence first.  nonzero() walks the steps in order
+    # and each step's sequences in order: the order of packed rows.
+    lengths, order = lengths.sort(descending=True, stable=True)
+    running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)  # (T, B)
+    step, rank = running.nonzero(as_tuple=True)
+    sequence = order[rank]
+    row = sequence * steps + step if batch_first else step * batch + sequence
+    row, unsort, order = (t.to(input.device) for t in (row, order.argsort(), order))
+
+    result = lstm(
+        input.flatten(0, 1).index_select(0, row),
+        running.sum(1),
+        h0.index_select(1, order),
+        c0.index_select(1, order),
+        stack,
+        None if reset is None else reset.flatten().index_select(0, row).view(torch.uint8),
+    )
+
+    def padded(rows: Tensor) -> Tensor:
+        output = rows.new_zeros(batch * steps, rows.size(1)).index_copy_(0, row, rows)
+        return output.unflatten(0, input.shape[:2])
+
+    return _with_form(result, padded, unsort)
+
+
+def lstm_packed(
+    input: PackedSequence,
+    h0: Tensor,
+    c0: Tensor,
+    stack: Stack,
+    *,
+    reset: PackedSequence | None = None,
+) -> Result:
+    """A PackedSequence; ``reset`` is one of bool, packed alike.  States are in the user's order."""
+    data, batch_sizes, order, unsort = input
+    if order is not None:
+        h0, c0 = h0.index_select(1, order), c0.index_select(1, order)
+    if reset is not None and not _packed_alike(reset, input):
+        raise ValueError(
+            "reset: expected a PackedSequence packed like input (same batch_sizes and "
+            f"sorted_indices), got batch_sizes {reset.batch_sizes.tolist()} for input's "
+            f"{batch_sizes.tolist()}"
+        )
+    result = lstm(
+        data,
+        batch_sizes,
+        h0,
+        c0,
+        stack,
+        None if reset is None else reset.data.contiguous().view(torch.uint8),
+    )
+    return _with_form(result, lambda rows: PackedSequence(rows, batch_sizes, order, unsort), unsort)
+
+
+def _with_form(
+    result: _Rows,
+    form: Callable[[Tensor], Tensor] | Callable[[Tensor], PackedSequence],
+    unsort: Tensor | None = None,
+) -> Result:
+    """Bring rows into the user's ``form`` and states into the user's order."""
+    output, h_n, c_n, cells = result
+    if unsort is not None:
+        h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
+    return Result(form(output), h_n, c_n, None if cells is None else form(cells))
+
+
+def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
+    """``lengths`` as int64 on the CPU; the one place where they cross from a device."""
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths, device="cpu")
+        if lengths.numel() == 0:  # an empty list makes a float tensor
+            lengths = lengths.long()
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"lengths: expected shape ({batch},), one length per sequence, "
+            f"got {tuple(lengths.shape)}"
+        )
+    lengths = lengths.to("cpu", torch.int64)
+    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        raise ValueError(
+            f"lengths: expected values from 0 to {steps}, the number of steps of input, "
+            f"got {lengths.tolist()}"
+        )
+    return lengths
+
+
+def _packed_alike(a: PackedSequence, b: PackedSequence) -> bool:
+    if not torch.equal(a.batch_sizes, b.batch_sizes):
+        return False
+    if a.sorted_indices is None or b.sorted_indices is None:
+        return a.sorted_indices is b.sorted_indices
+    return torch.equal(a.sorted_indices, b.sorted_indices)

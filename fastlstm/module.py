@@ -1,0 +1,309 @@
+"""The LSTM module: nn.LSTM's parameters, arguments and errors, and three arguments more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import backends, functional
+from .contract import Weights
+
+State = tuple[Tensor, Tensor]
+
+
+class LSTM(nn.RNNBase):
+    """A drop-in for ``torch.nn.LSTM``: same equations, parameters, arguments and errors.
+
+    It derives from ``nn.RNNBase`` because torch.compile refuses every ``nn.LSTM``;
+    ``fastlstm.compat.LSTM`` is the same module for programs that ask
+    ``isinstance(m, nn.LSTM)``.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the cell state, H.
+        num_layers: layers stacked on each other.
+        bias: False leaves out ``bias_ih`` and ``bias_hh``.
+        batch_first: input and output are (B, T, ...) instead of (T, B, ...); states are not.
+        dropout: probability of dropout after every layer but the last, in training.
+        bidirectional: run each layer in both directions.
+        proj_size: if not zero, project ``h_t`` to this size, P; otherwise P is H.
+        device, dtype: of the parameters.
+        backend: "auto" takes the fastest for the device, dtype and shape; a backend of
+            ``fastlstm.available_backends()`` is used always, and refuses what it can't serve.
+
+    Raises:
+        ValueError: ``backend`` is not the name of a backend; otherwise as ``nn.LSTM``.
+    """
+
+    # Modules pickled or swapped in without the attribute have the default.
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        backends.check_name(backend)
+        # By name and not by super(): in compat.LSTM the next class is nn.LSTM, whose
+        # constructor takes no mode.
+        nn.RNNBase.__init__(
+            self,
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        suffix = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        return super().extra_repr() + suffix
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | PackedSequence | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Any, ...]:
+        """Run the sequences; L layers, D directions.
+
+        Args:
+            input: (T, B, I), or (B, T, I) with ``batch_first``; (T, I) for one sequence;
+                or a PackedSequence.
+            hx: (h_0, c_0) of shapes (L*D, B, P) and (L*D, B, H), without B for one
+                sequence; zeros by default.
+            lengths: (B,) integers, a tensor on any device or a list, for padded input:
+                each sequence's number of steps, in any order, zero allowed.  Padding is
+                not read; it is zero in the output, and a sequence of length zero gets
+                its initial state back.
+            reset: bool, shaped like ``input`` without its features, on the same device;
+                for a PackedSequence, a PackedSequence of bool packed alike.  True marks
+                the first step of a new segment: segments are independent sequences with
+                zero initial state, in every layer and both directions.  (The forward
+                direction's h_0 serves the first segment unless that begins with a mark;
+                the reverse direction's serves the last.)
+            return_cells: also return every c_t of the last layer.
+
+        Returns:
+            ``output, (h_n, c_n)``, or with ``return_cells`` ``output, (h_n, c_n), cells``:
+            output like ``input`` with D*P features, states shaped like ``hx``, cells like
+            output with D*H features and in its dtype.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an argument doesn't fit.  The message
+                names it, what it got and what was expected; where ``nn.LSTM`` raises on
+                purpose, the type is its.
+        """
+        run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
+        output, h_n, c_n, cells = run(input, hx, lengths, reset, return_cells)  # type: ignore[arg-type]
+        if return_cells:
+            return output, (h_n, c_n), cells
+        return output, (h_n, c_n)
+
+    def _forward_padded(
+        self,
+        input: Tensor,
+        hx: State | None,
+        lengths: Tensor | Sequence[int] | None,
+        reset: Tensor | None,
+        return_cells: bool,
+    ) -> functional.Result:
+        stack = self._stack(return_cells)
+        _check_padded(input, self.input_size, stack.layers[0][0].w_ih)
+        if reset is not None:
+            _check_reset(reset, input)
+        batched = input.dim() == 3
+        batch_first = self.batch_first and batched
+        time_dim = 1 if batch_first else 0
+        if input.size(time_dim) == 0:
+            raise RuntimeError(
+                "Expected sequence length to be larger than 0 in RNN: "
+                f"input has shape {tuple(input.shape)}"
+            )
+        if not batched:  # one sequence is a batch of one
+            if lengths is not None:
+                raise ValueError("lengths: expected 3-D input beside it, got 2-D (unbatched) input")
+            input = input.unsqueeze(1)
+            reset = None if reset is None else reset.unsqueeze(1)
+        h0, c0 = self._state(hx, input, input.size(1 - time_dim), batched)
+        if lengths is None:
+            result = functional.lstm_padded(
+                input, h0, c0, stack, batch_first=batch_first, reset=reset
+            )
+        else:
+            result = functional.lstm_lengths(
+                input, lengths, h0, c0, stack, batch_first=batch_first, reset=reset
+            )
+        if batched:
+            return result
+        return functional.Result(*(None if t is None else t.squeeze(1) for t in result))  # type: ignore[arg-type, union-attr]
+
+    def _forward_packed(
+        self,
+        input: PackedSequence,
+        hx: State | None,
+        lengths: Tensor | Sequence[int] | None,
+        reset: PackedSequence | None,
+        return_cells: bool,
+    ) -> functional.Result:
+        stack = self._stack(return_cells)
+        _check_packed(input, self.input_size, stack.layers[0][0].w_ih)
+        if lengths is not None:
+            raise ValueError("lengths: expected padded input beside it, got a PackedSequence")
+        if reset is not None:
+            if not isinstance(reset, PackedSequence):
+                raise TypeError(
+                    f"reset: expected a PackedSequence, as input is one, got {type(reset).__name__}"
+                )
+            _check_reset(reset.data, input.data)
+        h0, c0 = self._state(hx, input.data, int(input.batch_sizes[0]), batched=True)
+        return functional.lstm_packed(input, h0, c0, stack, reset=reset)
+
+    def _stack(self, need_cells: bool) -> functional.Stack:
+        """The weights as they are now: parametrizations, pruning and functional_call replace
+        attributes behind ``_flat_weights``."""
+        directions = [self._weights(names) for names in self._all_weights]
+        step = 2 if self.bidirectional else 1
+        return functional.Stack(
+            [directions[k : k + step] for k in range(0, len(directions), step)],
+            self.dropout if self.training else 0.0,
+            need_cells,
+            self.backend,
+        )
+
+    def _weights(self, names: list[str]) -> Weights:
+        """One direction: weight_ih, weight_hh, then biases and weight_hr where it has them."""
+        w_ih, w_hh, *rest = (getattr(self, name) for name in names)
+        return Weights(
+            w_ih,
+            w_hh,
+            bias=rest[0] + rest[1] if self.bias else None,
+            w_hr=rest[-1] if self.proj_size else None,
+        )
+
+    def _state(self, hx: State | None, like: Tensor, batch: int, batched: bool) -> State:
+        """The initial state, (L*D, B, P) and (L*D, B, H), beside input ``like``."""
+        layers = len(self._all_weights)
+        h_size = (layers, batch, self.proj_size or self.hidden_size)
+        c_size = (layers, batch, self.hidden_size)
+        if hx is None:
+            return like.new_zeros(h_size), like.new_zeros(c_size)
+        if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) for t in hx):
+            raise TypeError(f"hx: expected a tuple of two Tensors (h_0, c_0), got {_kind(hx)}")
+        if len(hx) != 2:
+            raise RuntimeError(f"hx: lstm expects two hidden states (h_0, c_0), got {len(hx)}")
+        h0, c0 = hx
+        expected = 3 if batched else 2
+        if h0.dim() != expected or c0.dim() != expected:
+            raise RuntimeError(
+                f"For {'batched 3-D' if batched else 'unbatched 2-D'} input, hx and cx should "
+                f"also be {expected}-D but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
+            )
+        if not batched:
+            h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
+        self.check_hidden_size(h0, h_size, "hx[0]: Expected hidden[0] size {}, got {}")
+        self.check_hidden_size(c0, c_size, "hx[1]: Expected hidden[1] size {}, got {}")
+        _check_like(h0, like, "hx[0]")
+        _check_like(c0, like, "hx[1]")
+        return h0, c0
+
+
+def _kind(value: object) -> str:
+    """``value``'s type for a message, with its items' where it is a tuple or list."""
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
+    return type(value).__name__
+
+
+def _check_padded(input: Tensor, input_size: int, weight: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or a PackedSequence, got {_kind(input)}")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    _check_rows(input, input_size, weight, ValueError)
+
+
+def _check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> None:
+    if input.data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+    if input.batch_sizes.numel() == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN: input has no batch_sizes"
+        )
+    if not torch.compiler.is_compiling():  # their values are data, which tracing can't see
+        sizes = input.batch_sizes.tolist()
+        if sizes != sorted(sizes, reverse=True) or sizes[-1] < 0 or sum(sizes) != len(input.data):
+            raise RuntimeError(
+                "input.batch_sizes must never increase and sum to the number of rows of "
+                f"input.data. Got {sizes} for {len(input.data)} rows"
+            )
+    _check_rows(input.data, input_size, weight, RuntimeError)
+
+
+def _check_rows(
+    input: Tensor, input_size: int, weight: Tensor, dtype_error: type[Exception]
+) -> None:
+    """What every form of input must be; nn.LSTM has another error for a dtype in each."""
+    if input.dtype != weight.dtype and functional.autocast_dtype(input.device) is None:
+        raise dtype_error(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    if input.size(-1) != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.size(-1)}"
+        )
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{input.device} and parameter tensor at {weight.device}"
+        )
+
+
+def _check_like(state: Tensor, input: Tensor, name: str) -> None:
+    if state.device != input.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, found input tensor at "
+            f"{input.device} and hidden tensor {name} at {state.device}"
+        )
+    if state.dtype != input.dtype and functional.autocast_dtype(input.device) is None:
+        raise RuntimeError(f"{name}: expected the dtype of input, {input.dtype}, got {state.dtype}")
+
+
+def _check_reset(reset: Tensor, input: Tensor) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a Tensor, as input is one, got {_kind(reset)}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
+    if reset.shape != input.shape[:-1]:
+        raise ValueError(
+            f"reset: expected the shape of input without its features, "
+            f"{tuple(input.shape[:-1])}, got {tuple(reset.shape)}"
+        )
+    if reset.device != input.device:
+        raise ValueError(f"reset: expected input's device, {input.device}, got {reset.device}")

@@ -1,0 +1,232 @@
+"""The two operators of a layer: schemas, fakes, and every shape and dtype error.
+
+``torch.ops.fastlstm.layer_forward`` and ``layer_backward`` are what torch.compile and
+torch.export see: opaque, functional, none of their outputs aliasing another.  An output
+that was not asked for is an empty tensor of shape (0,).  The functions of the same name
+in this file speak the contract's types (None for what is absent) and check what they
+are given; shapes and letters are explained in ``contract.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .contract import Gradients, Outputs, Requested, Weights, state_dtype
+
+_library = torch.library.Library("fastlstm", "DEF")
+_library.define(
+    "layer_forward(Tensor x, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih,"
+    " Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, Tensor? reset, bool need_reserve,"
+    " bool need_cells, str backend)"
+    " -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor gates, Tensor m)"
+)
+_library.define(
+    "layer_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
+    " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias,"
+    " Tensor[] w_hr, Tensor? reset, Tensor y, Tensor c_all, Tensor gates, Tensor m, bool[] need,"
+    " str backend) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, Tensor[] dw_hh,"
+    " Tensor[] dbias, Tensor[] dw_hr)"
+)
+
+
+def layer_forward(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    need_reserve: bool,
+    need_cells: bool,
+    backend: str,
+) -> Outputs:
+    """Run one layer through the operator; see ``reference.layer_forward``.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        RuntimeError: the backend named cannot serve this call; the message says why.
+    """
+    _check_layer(x, batch_sizes, h0, c0, weights, reset)
+    results = torch.ops.fastlstm.layer_forward(
+        x, batch_sizes, h0, c0, *_lists(weights), reset, need_reserve, need_cells, backend
+    )
+    projected = weights[0].w_hr is not None
+    return Outputs(
+        y=results[0],
+        c_all=results[1] if need_reserve or need_cells else None,
+        h_n=results[2],
+        c_n=results[3],
+        gates=results[4] if need_reserve else None,
+        m=results[5] if need_reserve and projected else None,
+    )
+
+
+def layer_backward(
+    grads: Outputs,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Outputs,
+    need: Requested,
+    backend: str,
+) -> Gradients:
+    """Run one layer's backward pass; see ``reference.layer_backward``."""
+    dx, dh0, dc0, *dw = torch.ops.fastlstm.layer_backward(
+        *grads[:4],
+        x,
+        batch_sizes,
+        h0,
+        c0,
+        *_lists(weights),
+        reset,
+        saved.y,
+        saved.c_all,
+        saved.gates,
+        x.new_empty(0) if saved.m is None else saved.m,
+        list(need),
+        backend,
+    )
+    return Gradients(
+        x=dx if need.x else None,
+        h0=dh0 if need.h0 else None,
+        c0=dc0 if need.c0 else None,
+        w_ih=dw[0] if need.w_ih else None,
+        w_hh=dw[1] if need.w_hh else None,
+        bias=dw[2] if need.bias else None,
+        w_hr=dw[3] if need.w_hr else None,
+    )
+
+
+def _lists(weights: Sequence[Weights]) -> list[list[Tensor]]:
+    """Four lists over directions; bias and w_hr empty where the layer has none."""
+    return [[t for t in kind if t is not None] for kind in zip(*weights, strict=True)]
+
+
+def _weights(
+    w_ih: list[Tensor], w_hh: list[Tensor], bias: list[Tensor], w_hr: list[Tensor]
+) -> list[Weights]:
+    """The inverse of ``_lists``."""
+    return [
+        Weights(w_ih[d], w_hh[d], bias[d] if bias else None, w_hr[d] if w_hr else None)
+        for d in range(len(w_ih))
+    ]
+
+
+def _forward_impl(x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr, reset, reserve, cells, backend):
+    weights = _weights(w_ih, w_hh, bias, w_hr)
+    chosen = backends.pick(backend, x, batch_sizes, h0, reset, cells)
+    out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, reserve, cells)
+    return tuple(x.new_empty(0) if t is None else t for t in out)
+
+
+def _backward_impl(
+    dy, dc_all, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr,
+    reset, y, c_all, gates, m, need, backend,
+):  # fmt: skip
+    weights = _weights(w_ih, w_hh, bias, w_hr)
+    chosen = backends.pick(backend, x, batch_sizes, h0, reset, dc_all is not None)
+    g = chosen.layer_backward(
+        Outputs(dy, dc_all, dh_n, dc_n), x, batch_sizes, h0, c0, weights, reset,
+        Outputs(y, c_all, None, None, gates, m if w_hr else None), Requested(*need),
+    )  # fmt: skip
+    tensors = (x.new_empty(0) if t is None else t for t in (g.x, g.h0, g.c0))
+    return *tensors, *(t or [] for t in (g.w_ih, g.w_hh, g.bias, g.w_hr))
+
+
+def _forward_fake(x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr, reset, reserve, cells, backend):
+    directions, batch, hidden = c0.shape
+    rows, output = x.size(0), h0.size(2)
+    state = state_dtype(x.dtype)
+    return (
+        x.new_empty(rows, directions * output),
+        x.new_empty(rows, directions * hidden, dtype=state) if reserve or cells else _none(x),
+        x.new_empty(directions, batch, output),
+        x.new_empty(directions, batch, hidden),
+        x.new_empty(rows, directions, 4 * hidden) if reserve else x.new_empty(0),
+        x.new_empty(rows, directions * hidden) if reserve and w_hr else x.new_empty(0),
+    )
+
+
+def _backward_fake(
+    dy, dc_all, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr,
+    reset, y, c_all, gates, m, need, backend,
+):  # fmt: skip
+    asked = Requested(*need)
+
+    def like(flag, kind):
+        return [torch.empty_like(t) for t in kind] if flag else []
+
+    return (
+        torch.empty_like(x) if asked.x else _none(x),
+        torch.empty_like(h0) if asked.h0 else _none(x),
+        torch.empty_like(c0) if asked.c0 else _none(x),
+        like(asked.w_ih, w_ih),
+        like(asked.w_hh, w_hh),
+        like(asked.bias, bias),
+        like(asked.w_hr, w_hr),
+    )
+
+
+def _none(x: Tensor) -> Tensor:
+    return x.new_empty(0)
+
+
+_library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")
+_library.impl("layer_backward", _backward_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlstm::layer_forward", _forward_fake, lib=_library)
+torch.library.register_fake("fastlstm::layer_backward", _backward_fake, lib=_library)
+
+
+def _check_layer(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+) -> None:
+    """Raise for anything the kernels could not run on; values of batch_sizes are the
+    backend's to check, since looking at them here would break tracing."""
+    directions, batch = len(weights), h0.size(1) if h0.dim() == 3 else -1
+    if directions not in (1, 2):
+        raise ValueError(f"weights: got {directions} directions, expected 1 or 2")
+    if x.dim() != 2:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 dimensions (N, I)")
+    gates, output = weights[0].w_hh.shape
+    hidden = gates // 4
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "h0": (h0, (directions, batch, output)),
+        "c0": (c0, (directions, batch, hidden)),
+    }
+    for d, w in enumerate(weights):
+        expected[f"w_ih[{d}]"] = (w.w_ih, (4 * hidden, x.size(1)))
+        expected[f"w_hh[{d}]"] = (w.w_hh, (4 * hidden, output))
+        if w.bias is not None:
+            expected[f"bias[{d}]"] = (w.bias, (4 * hidden,))
+        if w.w_hr is not None:
+            expected[f"w_hr[{d}]"] = (w.w_hr, (output, hidden))
+        elif output != hidden:
+            raise ValueError(f"w_hr[{d}]: got None, expected ({output}, {hidden})")
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected x's {x.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected x's {x.device}")
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+        raise ValueError(
+            f"batch_sizes: got {batch_sizes.dtype} {tuple(batch_sizes.shape)} on "
+            f"{batch_sizes.device}, expected an int64 vector on cpu"
+        )
+    if reset is not None and (reset.shape != x.shape[:1] or reset.dtype != torch.uint8):
+        raise ValueError(
+            f"reset: got {reset.dtype} {tuple(reset.shape)}, expected torch.uint8 ({x.size(0)},)"
+        )

@@ -1,0 +1,256 @@
+"""The mathematics, written as plainly as torch allows: the oracle of every test.
+
+``layer_forward`` is differentiable to any order and runs on any device and dtype;
+``layer_backward`` is its twin for the kernels' backward passes, written from the
+equations and not by autograd.  docs/design.md derives the equations; ``(eq. n)``
+refers to it.  See ``contract.py`` for shapes and letters.
+
+With float16 or bfloat16 storage, ``h_t`` and ``m_t`` are rounded to storage when
+they are stored, and it is the stored value that the next step sees; ``c_t`` and
+every accumulation stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .contract import Gradients, Outputs, Requested, Weights, state_dtype
+
+
+def activate(a: Tensor) -> Tensor:
+    """(eq. 2) ``a (..., 4, H)`` pre-activations to gates, order i f g o."""
+    i, f, g, o = a.unbind(-2)
+    return torch.stack((i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()), -2)
+
+
+def cell_forward(gates: Tensor, c_prev: Tensor) -> tuple[Tensor, Tensor]:
+    """(eq. 3, 4) ``gates (..., 4, H)`` and ``c_prev (..., H)`` to ``c_t, m_t``."""
+    i, f, g, o = gates.unbind(-2)
+    c = f * c_prev + i * g
+    return c, o * c.tanh()
+
+
+def cell_backward(
+    gates: Tensor, c_prev: Tensor, c: Tensor, dm: Tensor, dc: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(eq. 5, 6, 7) Gradients of the pre-activations ``(..., 4, H)`` and of ``c_prev``."""
+    i, f, g, o = gates.unbind(-2)
+    tanh_c = c.tanh()
+    dc = dc + dm * o * (1 - tanh_c * tanh_c)
+    da_i = dc * g * i * (1 - i)
+    da_f = dc * c_prev * f * (1 - f)
+    da_g = dc * i * (1 - g * g)
+    da_o = dm * tanh_c * o * (1 - o)
+    return torch.stack((da_i, da_f, da_g, da_o), -2), dc * f
+
+
+def layer_forward(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    need_reserve: bool,
+    need_cells: bool,
+) -> Outputs:
+    """One layer, all its directions.  Shapes as in ``contract.Outputs``."""
+    per_direction = [
+        _direction_forward(x, batch_sizes, h0[d], c0[d], w, reset, reverse=d == 1)
+        for d, w in enumerate(weights)
+    ]
+    y, c_all, h_n, c_n, gates, m = zip(*per_direction, strict=True)
+    projected = weights[0].w_hr is not None
+    return Outputs(
+        y=torch.cat(y, 1),
+        c_all=torch.cat(c_all, 1) if need_reserve or need_cells else None,
+        h_n=torch.stack(h_n),
+        c_n=torch.stack(c_n).to(x.dtype),
+        gates=torch.stack(gates, 1).flatten(2).to(x.dtype) if need_reserve else None,
+        m=torch.cat(m, 1) if need_reserve and projected else None,
+    )
+
+
+def _steps(batch_sizes: Tensor, reverse: bool) -> Iterator[tuple[int, int, int]]:
+    """Steps in the order a direction takes them: (t, first row, number of rows)."""
+    sizes = batch_sizes.tolist()
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    order = range(len(sizes))
+    for t in reversed(order) if reverse else order:
+        yield t, starts[t], sizes[t]
+
+
+def _direction_forward(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: Weights,
+    reset: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    """y (N, P), c_all (N, H), h_n (B, P), c_n (B, H), gates (N, 4, H), m (N, H)."""
+    storage, state = x.dtype, state_dtype(x.dtype)
+    hidden_size = c.size(-1)
+    c = c.to(state)
+    w_ih, w_hh = w.w_ih.to(state), w.w_hh.to(state)
+    saved: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for _, start, rows in _steps(batch_sizes, reverse):
+        if rows == 0:
+            continue
+        here = slice(start, start + rows)
+        h_in, c_in = h[:rows], c[:rows]
+        if reset is not None and not reverse:  # the state entering a first step is zero
+            h_in, c_in = _cut(h_in, reset[here]), _cut(c_in, reset[here])
+        a = x[here].to(state) @ w_ih.T + h_in.to(state) @ w_hh.T  # (eq. 1)
+        if w.bias is not None:
+            a = a + w.bias.to(state)
+        gates = activate(a.unflatten(-1, (4, hidden_size)))
+        c_t, m = cell_forward(gates, c_in)
+        m = m.to(storage)
+        h_t = m if w.w_hr is None else (m.to(state) @ w.w_hr.to(state).T).to(storage)
+        saved.append((h_t, c_t, gates, m))
+        h_out, c_out = h_t, c_t
+        if reset is not None and reverse and start > 0:
+            # The state leaving a first step towards the earlier segment is zero.
+            h_out, c_out = _cut(h_t, reset[here]), _cut(c_t, reset[here])
+        h = torch.cat((h_out, h[rows:]))
+        c = torch.cat((c_out, c[rows:]))
+    if not saved:
+        empty_gates = c.new_zeros(0, 4, hidden_size)
+        return h.new_zeros(0, h.size(-1)), c[:0], h, c, empty_gates, h.new_zeros(0, hidden_size)
+    y, c_all, all_gates, all_m = (
+        torch.cat(tuple(reversed(rows) if reverse else rows)) for rows in zip(*saved, strict=True)
+    )
+    return y, c_all, h, c, all_gates, all_m
+
+
+def _cut(state: Tensor, first: Tensor) -> Tensor:
+    """Zero the rows of ``state (rows, K)`` where ``first (rows,)`` starts a segment."""
+    return torch.where(first.bool().unsqueeze(-1), torch.zeros_like(state), state)
+
+
+def layer_backward(
+    grads: Outputs,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Outputs,
+    need: Requested,
+) -> Gradients:
+    """Gradients of the inputs asked for, by the equations, one step at a time.
+
+    ``grads`` holds the gradients of y, c_all, h_n and c_n, each of which may be
+    None; ``saved`` what ``layer_forward`` returned with ``need_reserve``.
+    """
+    state = state_dtype(x.dtype)
+    results = [
+        _direction_backward(d, grads, x, batch_sizes, h0, c0, w, reset, saved)
+        for d, w in enumerate(weights)
+    ]
+    dx, dh0, dc0, dw = zip(*results, strict=True)
+
+    def stored(asked: bool, gradient: Tensor) -> Tensor | None:
+        return gradient.to(x.dtype) if asked else None
+
+    def per_direction(asked: bool, name: str) -> list[Tensor] | None:
+        return [getattr(w, name).to(x.dtype) for w in dw] if asked else None
+
+    return Gradients(
+        x=stored(need.x, sum(dx, torch.zeros_like(x, dtype=state))),
+        h0=stored(need.h0, torch.stack(dh0)),
+        c0=stored(need.c0, torch.stack(dc0)),
+        w_ih=per_direction(need.w_ih, "w_ih"),
+        w_hh=per_direction(need.w_hh, "w_hh"),
+        bias=per_direction(need.bias, "bias"),
+        w_hr=per_direction(need.w_hr, "w_hr"),
+    )
+
+
+def _direction_backward(
+    d: int,
+    grads: Outputs,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w: Weights,
+    reset: Tensor | None,
+    saved: Outputs,
+) -> tuple[Tensor, Tensor, Tensor, Weights]:
+    """dx (N, I), dh0 (B, P), dc0 (B, H) and dW of direction ``d``, all in state dtype."""
+    state = state_dtype(x.dtype)
+    reverse = d == 1
+    hidden_size, output_size = c0.size(-1), h0.size(-1)
+
+    def part(tensor: Tensor | None, size: int) -> Tensor | None:  # (N, D*size) -> (N, size)
+        return None if tensor is None else tensor[:, d * size : (d + 1) * size].to(state)
+
+    assert saved.c_all is not None and saved.gates is not None
+    y, c_all = part(saved.y, output_size), part(saved.c_all, hidden_size)
+    m = part(saved.m, hidden_size)
+    gates = saved.gates[:, d].unflatten(-1, (4, hidden_size)).to(state)
+    dy, dc_all = part(grads.y, output_size), part(grads.c_all, hidden_size)
+    assert y is not None and c_all is not None
+    w_ih, w_hh = w.w_ih.to(state), w.w_hh.to(state)
+    w_hr = None if w.w_hr is None else w.w_hr.to(state)
+
+    # Carries: gradients of the state that leaves the step being undone, (B, P) and (B, H).
+    dh = torch.zeros_like(h0[d], dtype=state) if grads.h_n is None else grads.h_n[d].to(state)
+    dc = torch.zeros_like(c0[d], dtype=state) if grads.c_n is None else grads.c_n[d].to(state)
+    dh, dc = dh.clone(), dc.clone()
+    dx = torch.zeros_like(x, dtype=state)
+    dw_ih, dw_hh = torch.zeros_like(w_ih), torch.zeros_like(w_hh)
+    dbias = w_ih.new_zeros(w_ih.size(0))
+    dw_hr = None if w_hr is None else torch.zeros_like(w_hr)
+
+    order = list(_steps(batch_sizes, reverse))
+    for position in reversed(range(len(order))):
+        _, start, rows = order[position]
+        here = slice(start, start + rows)
+        first = None if reset is None else reset[here]
+        if first is not None and reverse and start > 0:
+            dh[:rows], dc[:rows] = _cut(dh[:rows], first), _cut(dc[:rows], first)
+        h_in, c_in = h0[d][:rows].to(state).clone(), c0[d][:rows].to(state).clone()
+        if position > 0:  # the state entering this step is the one the step before left
+            _, before, rows_before = order[position - 1]
+            shared = min(rows, rows_before)
+            h_in[:shared] = y[before : before + shared]
+            c_in[:shared] = c_all[before : before + shared]
+            if reset is not None and reverse:
+                cut = reset[before : before + shared]
+                h_in[:shared] = _cut(h_in[:shared], cut)
+                c_in[:shared] = _cut(c_in[:shared], cut)
+        if first is not None and not reverse:
+            h_in, c_in = _cut(h_in, first), _cut(c_in, first)
+
+        dh_t, dc_t = dh[:rows], dc[:rows]
+        if dy is not None:
+            dh_t = dh_t + dy[here]
+        if dc_all is not None:
+            dc_t = dc_t + dc_all[here]
+        if w_hr is None:
+            dm = dh_t
+        else:
+            assert m is not None and dw_hr is not None
+            dm = dh_t @ w_hr
+            dw_hr += dh_t.T @ m[here]  # (eq. 9)
+        da, dc_in = cell_backward(gates[here], c_in, c_all[here], dm, dc_t)
+        da = da.flatten(-2)  # (rows, 4H)
+        dh_in = da @ w_hh  # (eq. 8)
+        dx[here] = da @ w_ih
+        dw_ih += da.T @ x[here].to(state)
+        dw_hh += da.T @ h_in
+        dbias += da.sum(0)
+        if first is not None and not reverse:
+            dh_in, dc_in = _cut(dh_in, first), _cut(dc_in, first)
+        dh[:rows], dc[:rows] = dh_in, dc_in
+    return dx, dh, dc, Weights(dw_ih, dw_hh, dbias, dw_hr)

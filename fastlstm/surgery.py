@@ -1,0 +1,207 @@
+"""Swap nn.LSTM for fastlstm's: in a model that exists, or in torch itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import backends
+from .compat import LSTM as CompatLSTM
+from .compat import Stock
+from .module import LSTM
+
+_LEAVES = (LSTM, CompatLSTM)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to each LSTM of a model, by the name ``get_submodule`` takes."""
+
+    replaced: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # name: reason
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)}, skipped {len(self.skipped)}"]
+        lines += [f"  replaced {_shown(name)}" for name in self.replaced]
+        lines += [f"  skipped {_shown(name)}: {why}" for name, why in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def replace_lstm_(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    compat: bool = False,
+    backend: str = "auto",
+) -> Report:
+    """Turn every ``nn.LSTM`` in ``model``, itself included, into fastlstm's, in place.
+
+    Only the class of the module changes: the module, its parameters, its hooks and its
+    state_dict stay the same objects, so optimizers, tied weights and DDP go on as before.
+    Modules with parametrizations are replaced too.  Left alone, and reported, are
+    subclasses of ``nn.LSTM``, scripted and quantized ones, and modules whose ``forward``
+    was replaced on the instance.
+
+    Args:
+        model: any module.
+        filter_fn: called with (module, name) for each that could be replaced; False skips.
+        compat: take ``fastlstm.compat.LSTM``, an ``isinstance`` of ``nn.LSTM`` that
+            torch.compile refuses, rather than ``fastlstm.LSTM``.
+        backend: as for ``fastlstm.LSTM``.
+
+    Returns:
+        What was replaced, what was not, and why.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``backend`` is not the name of a backend.
+    """
+    backends.check_name(backend)
+
+    def refusal(m: nn.Module, name: str) -> str | None:
+        if filter_fn is not None and not filter_fn(m, name):
+            return "left out by filter_fn"
+        return None
+
+    report = _swap_all(model, (Stock,), _leaf(compat), refusal)
+    for name in report.replaced:
+        model.get_submodule(name).backend = backend  # type: ignore[assignment]
+    return report
+
+
+def restore_lstm_(model: nn.Module) -> Report:
+    """The inverse of ``replace_lstm_``: turn every fastlstm module into ``nn.LSTM``, in place."""
+    report = _swap_all(model, _LEAVES, Stock, lambda m, name: None)
+    for name in report.replaced:
+        vars(model.get_submodule(name)).pop("backend", None)
+    return report
+
+
+def _leaf(compat: bool) -> type[nn.RNNBase]:
+    return CompatLSTM if compat else LSTM
+
+
+def _swap_all(
+    model: nn.Module,
+    sources: tuple[type, ...],
+    target: type[nn.RNNBase],
+    refusal: Callable[[nn.Module, str], str | None],
+) -> Report:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    report = Report()
+    # A module that is reachable by several names is met once, by its first.
+    for name, m in list(model.named_modules()):
+        if not _is_lstm(m):
+            continue
+        reason = _unfit(m, sources) or refusal(m, name)
+        if reason is None:
+            _set_class(m, target)
+            report.replaced.append(name)
+        else:
+            report.skipped[name] = reason
+    return report
+
+
+def _is_lstm(m: nn.Module) -> bool:
+    """An LSTM of any make, so that what is left alone can be reported."""
+    names = (type(m).__name__, getattr(m, "original_name", None))
+    return isinstance(m, (Stock, *_LEAVES)) or "LSTM" in names
+
+
+def _plain_class(m: nn.Module) -> type:
+    """The class of ``m`` without the one that torch.nn.utils.parametrize puts on top."""
+    cls = type(m)
+    return cls.__bases__[0] if torch.nn.utils.parametrize.is_parametrized(m) else cls
+
+
+def _unfit(m: nn.Module, sources: tuple[type, ...]) -> str | None:
+    cls = _plain_class(m)
+    if cls in sources:
+        return "its forward was replaced on the instance" if "forward" in vars(m) else None
+    if isinstance(m, torch.jit.ScriptModule):
+        return "scripted: its code is compiled"
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls in (Stock, *_LEAVES):
+        return f"it is {name} already"
+    if issubclass(cls, (Stock, *_LEAVES)):
+        return f"{name} is a subclass and may do something else"
+    return f"{name} is another class"
+
+
+def _set_class(m: nn.Module, target: type[nn.RNNBase]) -> None:
+    if torch.nn.utils.parametrize.is_parametrized(m):
+        # parametrize made a class for this one module, which holds the properties.
+        top = type(m)
+        members = {k: v for k, v in vars(top).items() if k not in ("__dict__", "__weakref__")}
+        target = type(top.__name__, (target,), members)
+    m.__class__ = target
+
+
+# Where programs look nn.LSTM up.
+_PLACES = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
+_patches: list[Patch] = []  # those in force, the last one wins
+_unpatched: tuple[Any, ...] = ()  # what stood in _PLACES before the first
+
+
+class Patch:
+    """A patch in force; ``undo`` it, or leave its ``with`` block."""
+
+    def __init__(self, leaf: type[nn.RNNBase]) -> None:
+        self.leaf = leaf
+
+    def undo(self) -> None:
+        """Take this patch back; the others, in whatever order they were made, stay.
+        Again is no error."""
+        if self in _patches:
+            _patches.remove(self)
+            _bind()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+def patch(*, compat: bool = False) -> Patch:
+    """Let ``torch.nn.LSTM`` be fastlstm's for all code that looks it up from now on.
+
+    Covers ``torch.nn.LSTM``, ``torch.nn.modules.LSTM`` and ``torch.nn.modules.rnn.LSTM``,
+    so also models unpickled from files.  A plain call holds until ``undo()``; as a context
+    manager it ends with the block, and models built inside keep fastlstm's modules::
+
+        with fastlstm.patch():
+            model = build()
+
+    Modules that exist already and names imported before (``from torch.nn import LSTM``)
+    are not reached: see ``replace_lstm_``.  torch.compile refuses whatever is an instance
+    of ``torch.nn.LSTM`` while it traces, so end the patch before a model is compiled.
+
+    Args:
+        compat: take ``fastlstm.compat.LSTM``, which is an instance of torch's own class
+            too, for programs that hold a name imported before.
+
+    Returns:
+        The handle.
+    """
+    global _unpatched
+    if not _patches:
+        _unpatched = tuple(place.LSTM for place in _PLACES)
+    handle = Patch(_leaf(compat))
+    _patches.append(handle)
+    _bind()
+    return handle
+
+
+def _bind() -> None:
+    for place, before in zip(_PLACES, _unpatched, strict=True):
+        place.LSTM = _patches[-1].leaf if _patches else before  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``fastlstm.kernels``; they import torch, triton and each other."""

@@ -1,0 +1,115 @@
+"""Shapes and tolerances shared by the tests and the benchmarks.
+
+The one tolerance table of the project.  It is never loosened to make a test pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlstm.contract import Weights
+
+# What rounding alone may do to a layer of these sizes, against the same mathematics in the
+# same storage dtype; measured against float64 and doubled, see docs/design.md.
+_TOLERANCES = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.float16: {"rtol": 1e-2, "atol": 4e-3},
+    torch.bfloat16: {"rtol": 5e-2, "atol": 3e-2},
+}
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """``rtol`` and ``atol`` for ``torch.testing.assert_close``."""
+    return dict(_TOLERANCES[dtype])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's shape, and which of its features are in use."""
+
+    batch_sizes: tuple[int, ...]
+    inputs: int
+    hidden: int
+    projection: int = 0
+    directions: int = 1
+    bias: bool = True
+    reset: float = 0.0  # the share of rows that start a segment
+    batch: int | None = None  # more than batch_sizes[0]: sequences without steps
+
+    def __str__(self) -> str:
+        parts = [f"I{self.inputs}H{self.hidden}", "x".join(map(str, self.batch_sizes))[:24]]
+        parts += [f"P{self.projection}"] * bool(self.projection)
+        parts += ["bi"] * (self.directions == 2) + ["nobias"] * (not self.bias)
+        parts += ["reset"] * bool(self.reset) + [f"B{self.batch}"] * (self.batch is not None)
+        return "-".join(parts)
+
+
+class LayerTensors(NamedTuple):
+    """What ``layer_forward`` takes."""
+
+    x: Tensor
+    batch_sizes: Tensor
+    h0: Tensor
+    c0: Tensor
+    weights: list[Weights]
+    reset: Tensor | None
+
+
+def make_layer(case: Layer, dtype: torch.dtype, requires_grad: bool = False) -> LayerTensors:
+    """Random tensors for ``case``; weights of the size that nn.LSTM initialises them to."""
+    rows, batch = sum(case.batch_sizes), case.batch
+    if batch is None:
+        batch = max(case.batch_sizes, default=0)
+    hidden, output = case.hidden, case.projection or case.hidden
+
+    def values(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape) * scale).to(dtype).requires_grad_(requires_grad)
+
+    scale = hidden**-0.5
+    weights = [
+        Weights(
+            values(4 * hidden, case.inputs, scale=scale),
+            values(4 * hidden, output, scale=scale),
+            values(4 * hidden, scale=scale) if case.bias else None,
+            values(output, hidden, scale=scale) if case.projection else None,
+        )
+        for _ in range(case.directions)
+    ]
+    return LayerTensors(
+        values(rows, case.inputs),
+        torch.tensor(case.batch_sizes, dtype=torch.int64),
+        values(case.directions, batch, output),
+        values(case.directions, batch, hidden),
+        weights,
+        (torch.rand(rows) < case.reset).to(torch.uint8) if case.reset else None,
+    )
+
+
+_PACKED = (7, 7, 5, 4, 4, 1)
+
+# Every feature alone and together, and the sizes where loops have edges.
+LAYERS = (
+    *(Layer((3, 3, 3), size, size) for size in (1, 3, 17, 33, 65)),
+    Layer((2,), 5, 4),  # one step
+    Layer((1,) * 40, 9, 20),  # one row a step: the input part is computed ahead, in chunks
+    Layer((4,) * 30 + (3, 1), 9, 20, directions=2, reset=0.2),
+    Layer((13, 13), 18, 34),  # more rows than a tile has
+    Layer((29, 27, 14, 13, 12, 2), 10, 40, directions=2, reset=0.3),
+    Layer(_PACKED, 6, 10),
+    Layer(_PACKED, 6, 10, directions=2),
+    Layer(_PACKED, 6, 10, reset=0.3),
+    Layer(_PACKED, 6, 10, directions=2, reset=0.3, bias=False),
+    Layer(_PACKED, 6, 35, projection=5),
+    Layer(_PACKED, 40, 19, projection=17, directions=2, reset=0.3),
+    Layer((3, 3), 4, 5, projection=37),  # wider than the cell
+    Layer((4, 2, 0, 0), 4, 5, batch=6, directions=2, reset=0.3),
+    Layer((4, 2, 0), 4, 5, projection=3, batch=6, directions=2),
+    Layer((), 4, 5, batch=2),  # no steps at all
+    Layer((0, 0), 4, 5, batch=0),  # no sequences
+    Layer((2, 2), 0, 3),  # no inputs
+)

@@ -1,0 +1,232 @@
+"""The C++ kernels against the reference: every feature, dtype and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import LAYERS, Layer, make_layer, tolerance
+from torch import Tensor
+
+from fastlstm import cpu, native, reference
+from fastlstm.contract import Outputs, Requested
+
+assert native.missing() is None, native.missing()
+_C = torch.ops.fastlstm_C
+INSTRUCTION_SETS = _C.cpu_instruction_sets().split()
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+ALL = Requested(*[True] * 7)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    before = _C.cpu_use_instruction_set(request.param)
+    yield request.param
+    _C.cpu_use_instruction_set(before)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Scratch memory and outputs start as NaNs: what is not written shows."""
+    _C.poison(True)
+    yield
+    _C.poison(False)
+
+
+def need_of(case: Layer) -> Requested:
+    return ALL._replace(bias=case.bias, w_hr=bool(case.projection))
+
+
+def random_gradients(out: Outputs) -> Outputs:
+    return Outputs(*(None if t is None else torch.randn_like(t) for t in out[:4]))
+
+
+def compare(got, want, dtype: torch.dtype, what: str) -> None:
+    for name in want._fields:
+        mine, theirs = getattr(got, name), getattr(want, name)
+        if not isinstance(theirs, list):
+            mine, theirs = [mine], [theirs]
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a is None) == (b is None), f"{what}.{name}"
+            if b is not None:
+                # Sums over many rows grow; compare them on their own scale.
+                scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+                torch.testing.assert_close(
+                    a.double() / scale, b.double() / scale, **tolerance(dtype),
+                    msg=lambda text, name=name: f"{what}.{name}: {text}",
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set: str) -> None:
+    layer = make_layer(case, dtype)
+    want = reference.layer_forward(*layer, True, True)
+    got = cpu.layer_forward(*layer, True, True)
+    compare(got, want, dtype, "forward")
+    assert [t.dtype for t in got if t is not None] == [t.dtype for t in want if t is not None]
+
+    grads = random_gradients(want)
+    x, batch_sizes, h0, c0, weights, reset = layer
+    inputs = (x, batch_sizes, h0, c0, weights, reset, want)
+    compare(
+        cpu.layer_backward(grads, *inputs, need_of(case)),
+        reference.layer_backward(grads, *inputs, need_of(case)),
+        dtype,
+        "backward",
+    )
+
+
+@pytest.mark.parametrize("case", LAYERS[:14], ids=str)
+def test_backward_equations_equal_autograd(case: Layer) -> None:
+    """The reference's own backward pass, against torch differentiating its forward pass."""
+    layer = make_layer(case, torch.float64, requires_grad=True)
+    out = reference.layer_forward(*layer, True, True)
+    grads = random_gradients(out)
+    x, batch_sizes, h0, c0, weights, reset = layer
+    inputs = [x, h0, c0, *(t for w in weights for t in w if t is not None)]
+    want = torch.autograd.grad(out[:4], inputs, grads[:4])
+    with torch.no_grad():
+        got = reference.layer_backward(
+            grads, x, batch_sizes, h0, c0, weights, reset, out, need_of(case)
+        )
+    by_direction = zip(
+        *(kind for kind in (got.w_ih, got.w_hh, got.bias, got.w_hr) if kind is not None),
+        strict=True,
+    )
+    flat = [got.x, got.h0, got.c0, *(t for direction in by_direction for t in direction)]
+    for a, b in zip(flat, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(torch.float64))
+
+
+@pytest.mark.parametrize("flag", Requested._fields)
+def test_only_requested_gradients(flag: str) -> None:
+    case = Layer((4, 4, 2), 3, 5, projection=4, directions=2)
+    layer = make_layer(case, torch.float64)
+    saved = reference.layer_forward(*layer, True, True)
+    grads = random_gradients(saved)
+    x, batch_sizes, h0, c0, weights, reset = layer
+    need = Requested(*(name == flag for name in Requested._fields))
+    inputs = (grads, x, batch_sizes, h0, c0, weights, reset, saved)
+    got = cpu.layer_backward(*inputs, need)
+    compare(got, reference.layer_backward(*inputs, need), torch.float64, flag)
+    assert [name for name in got._fields if getattr(got, name) is not None] == [flag]
+
+
+@pytest.mark.parametrize("absent", range(4))
+@pytest.mark.parametrize("projection", [0, 4])
+def test_absent_gradients(absent: int, projection: int) -> None:
+    """A gradient that is None counts as zeros."""
+    layer = make_layer(Layer((4, 4, 2), 3, 5, projection=projection, batch=5), torch.float64)
+    saved = reference.layer_forward(*layer, True, True)
+    grads = list(random_gradients(saved)[:4])
+    x, batch_sizes, h0, c0, weights, reset = layer
+    need = ALL._replace(w_hr=bool(projection))
+    rest = (x, batch_sizes, h0, c0, weights, reset, saved, need)
+    grads[absent] = torch.zeros_like(grads[absent])
+    want = cpu.layer_backward(Outputs(*grads), *rest)
+    grads[absent] = None
+    compare(cpu.layer_backward(Outputs(*grads), *rest), want, torch.float64, f"without {absent}")
+
+
+def test_nothing_is_saved_for_inference() -> None:
+    layer = make_layer(Layer((4, 2), 3, 5, projection=4), torch.float32)
+    out = cpu.layer_forward(*layer, False, False)
+    assert out.c_all is None and out.gates is None and out.m is None
+    out = cpu.layer_forward(*layer, False, True)
+    assert out.c_all is not None and out.gates is None and out.m is None
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", [LAYERS[6], LAYERS[9], LAYERS[15]], ids=str)
+def test_bits_do_not_depend_on_threads(case: Layer, threads: int) -> None:
+    """Each sum has one order, whoever computes it; big enough that a team does form."""
+    big = Layer(
+        tuple(4 * n for n in case.batch_sizes), 64, 130, case.projection and 66,
+        case.directions, case.bias, case.reset,
+    )  # fmt: skip
+    layer = make_layer(big, torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, threads, threads):
+        torch.set_num_threads(count)
+        out = cpu.layer_forward(*layer, True, True)
+        x, batch_sizes, h0, c0, weights, reset = layer
+        walked = _C.cpu_backward(
+            out.y, out.c_all, out.h_n, out.c_n, batch_sizes, c0, [w.w_hh for w in weights],
+            [w.w_hr for w in weights if w.w_hr is not None], reset, out.c_all, out.gates,
+            False, True, True,
+        )  # fmt: skip
+        results.append((*out, *walked))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_special_values_stay_in_their_sequence(value: float, instruction_set: str) -> None:
+    """A NaN or an infinity in one sequence reaches exactly what it reaches in the reference."""
+    layer = make_layer(Layer((5, 5, 5, 3), 4, 18, directions=2), torch.float32)
+    layer.x[7, 2] = value
+    want = reference.layer_forward(*layer, True, True)
+    got = cpu.layer_forward(*layer, True, True)
+    for a, b in zip(got[:4], want[:4], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+
+
+def bad_calls():
+    """(what is wrong, a change to good arguments of cpu_forward, a piece of the message)"""
+    narrow = torch.zeros(2, 3)
+    return [
+        ("rows", dict(x=torch.zeros(5, 3)), "batch_sizes"),
+        ("increasing", dict(batch_sizes=torch.tensor([2, 4])), "never increase"),
+        ("negative", dict(batch_sizes=torch.tensor([7, -1])), "batch_sizes"),
+        ("huge", dict(batch_sizes=torch.tensor([2**62, 2**62])), "batch_sizes"),
+        ("batch_sizes dtype", dict(batch_sizes=torch.tensor([3.0, 3.0])), "batch_sizes"),
+        ("batch_sizes rank", dict(batch_sizes=torch.tensor([[3], [3]])), "batch_sizes"),
+        ("h0 shape", dict(h0=torch.zeros(1, 2, 4)), "h0"),
+        ("h0 dtype", dict(h0=torch.zeros(1, 3, 4).double()), "h0"),
+        ("c0 rank", dict(c0=narrow), "c0"),
+        ("c0 directions", dict(c0=torch.zeros(3, 3, 4)), "c0"),
+        ("no weights", dict(w_hh=[]), "w_hh"),
+        ("two weights", dict(w_ih=[torch.zeros(16, 3)] * 2), "w_ih"),
+        ("w_ih shape", dict(w_ih=[torch.zeros(15, 3)]), "w_ih"),
+        ("bias shape", dict(bias=[torch.zeros(15)]), "bias"),
+        ("projection missing", dict(w_hh=[torch.zeros(16, 2)], h0=torch.zeros(1, 3, 2)), "w_hr"),
+        ("reset shape", dict(reset=torch.zeros(5, dtype=torch.uint8)), "reset"),
+        ("reset dtype", dict(reset=torch.zeros(6)), "reset"),
+        ("strided", dict(x=torch.zeros(3, 6).T), "contiguous"),
+        ("integers", dict(x=torch.zeros(6, 3, dtype=torch.int32)), "dtype|float"),
+    ]
+
+
+@pytest.mark.parametrize("change, message", [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
+def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
+    """The operator is public to whoever finds it: it must refuse, never read out of bounds."""
+    good = dict(
+        x=torch.zeros(6, 3), batch_sizes=torch.tensor([3, 3]), h0=torch.zeros(1, 3, 4),
+        c0=torch.zeros(1, 3, 4), w_ih=[torch.zeros(16, 3)], w_hh=[torch.zeros(16, 4)],
+        bias=[torch.zeros(16)], w_hr=[], reset=None, need_reserve=True, need_cells=True,
+    )  # fmt: skip
+    _C.cpu_forward(*good.values())
+    with pytest.raises(RuntimeError, match=message):
+        _C.cpu_forward(*{**good, **change}.values())
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(RuntimeError, match="expected one of: .*baseline"):
+        _C.cpu_use_instruction_set("mmx")
+
+
+def test_expanded_and_strided_gradients() -> None:
+    """``y.sum()`` gives stride-0 gradients; slices give strided ones."""
+    layer = make_layer(Layer((4, 4, 2), 3, 5), torch.float64)
+    saved = reference.layer_forward(*layer, True, True)
+    x, batch_sizes, h0, c0, weights, reset = layer
+    rest = (x, batch_sizes, h0, c0, weights, reset, saved, ALL._replace(w_hr=False))
+
+    def run(dy: Tensor, dh_n: Tensor):
+        return cpu.layer_backward(Outputs(dy, None, dh_n, None), *rest)
+
+    ones, wide = torch.ones(()).double().expand(10, 5), torch.randn(1, 4, 10).double()[..., ::2]
+    compare(run(ones, wide), run(ones.clone(), wide.clone()), torch.float64, "strided")

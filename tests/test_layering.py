@@ -1,0 +1,130 @@
+"""The structure the design promises: which file may import, load and mention what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "fastlstm").glob("*.py"))
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+
+# Bottom to top: a module imports only what stands above it in this list.  A new module
+# must be given its place here.
+LAYERS = (
+    *("contract", "build", "native", "products"),
+    *("reference", "aten", "cpu"),
+    *("backends", "ops", "autograd", "functional"),
+    *("module", "compat", "surgery", "cli", "__init__", "__main__"),
+)
+# Who may name the compiled library: what builds it, what loads it, what calls it.
+NATIVE = {
+    "load_library": {"native"},
+    "fastlstm_C": {"native", "cpu"},
+    "_C.so": {"build", "native"},
+}
+BACKENDS = {"aten", "cpu"}  # reference is also the oracle, which autograd falls back on
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def imported(path: Path, package: str) -> Iterator[str]:
+    """Full names of what a file imports; ``from a import b`` counts as a and as a.b."""
+    for node in runtime_nodes(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, (package if node.level else "", node.module)))
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def siblings(path: Path) -> set[str]:
+    """The modules of the package that a file imports."""
+    names = {name.split(".")[1] for name in imported(path, "fastlstm") if name.count(".") == 1
+             and name.startswith("fastlstm.")}  # fmt: skip
+    return names & {module.stem for module in PACKAGE}
+
+
+def strings_and_names(path: Path) -> Iterator[str]:
+    """Identifiers and string constants, without docstrings."""
+    tree = parsed(path)
+    docstrings = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
+    }  # a string that is a statement
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
+        elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+            yield str(node.value)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_imports_run_downward(path: Path) -> None:
+    assert path.stem in LAYERS, f"give {path.stem} its place in LAYERS"
+    below = LAYERS[: LAYERS.index(path.stem)]
+    assert siblings(path) <= set(below)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+def test_only_backends_imports_a_backend(path: Path) -> None:
+    if path.stem != "backends":
+        assert siblings(path).isdisjoint(BACKENDS)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("needle", NATIVE)
+def test_the_library_is_named_where_it_is_loaded_and_called(path: Path, needle: str) -> None:
+    if path.stem not in NATIVE[needle]:
+        assert not [text for text in strings_and_names(path) if needle in text]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_kernels_import_torch_triton_and_each_other(path: Path) -> None:
+    for name in imported(path, "fastlstm.kernels"):
+        top = name.split(".")[0]
+        assert top in ("torch", "triton", "__future__") or name.startswith("fastlstm.kernels")
+
+
+def test_build_imports_the_standard_library_only() -> None:
+    """setup.py loads it before anything is installed; torch and ninja inside functions."""
+    top_level = [
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in parsed(ROOT / "fastlstm" / "build.py").body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    ]
+    assert not {"torch", "ninja", "numpy", None} & set(top_level)
+
+
+def test_no_file_speaks_of_a_machine() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.split(b"\0")
+    folders = [f"/{name}/".encode() for name in ("work", "root", "home", "Users")]
+    for name in filter(None, listed):
+        path = ROOT / name.decode()
+        content = path.read_bytes() if path.is_file() else b""
+        assert not [folder for folder in folders if folder in content], path
