@@ -6,12 +6,12 @@
 // ones, and tests/test_gate_math.py holds the three together.
 //
 // Math provides: Scalar, V, and for V
-//   exp_nonpositive(x)   exp(x) for x <= 0, NaN for NaN
-//   quotient(n, d)       n / d for d in [1, 2], NaN for NaN
-//   magnitude(x)         |x|
-//   with_sign_of(m, x)   m with the sign of x, for m >= 0
-//   where_less(a, b, yes, no), where_negative(x, yes, no)
-//   broadcast(scalar), fma(a, b, c), and the operators + - * between V and V, and between Scalar and V
+//   broadcast(scalar), fma(a, b, c), and the operators + - * between V and V or Scalar and V
+//   exp_nonpositive(x), expm1_nonpositive(x)   for x <= 0; NaN for NaN
+//   quotient(n, d)                             n / d for d in [1, 2]; NaN for NaN
+//   minus_magnitude(x)                         -|x|
+//   with_sign_of(m, x)                         m with the sign of x, for m >= 0 (or +-0)
+//   where_negative(x, yes, no)                 yes where x < 0
 #pragma once
 
 #if defined(__CUDACC__)
@@ -21,28 +21,6 @@
 #endif
 
 namespace fastlstm {
-
-// tanh(x) = x + x^3 P(x^2) for |x| < 0.625; Chebyshev fits of P, highest power first.
-template <class Scalar>
-struct TanhPolynomial;
-
-template <>
-struct TanhPolynomial<float> {
-  static constexpr int terms = 5;
-  static constexpr float coefficients[terms] = {
-      -0.0060967141659081976f, 0.020997178999074751f, -0.053850909578513581f,
-      0.13332769736976328f, -0.33333328944134255f};
-};
-
-template <>
-struct TanhPolynomial<double> {
-  static constexpr int terms = 12;
-  static constexpr double coefficients[terms] = {
-      6.48516348279311315e-6,  -0.000031201101425797400033, 0.000092571161295567682707,
-      -0.00023759064960555620, 0.0005896606577757043347,    -0.0014557754120478055104,
-      0.0035921217511549622695, -0.008863235103240877925,   0.021869488519008305756,
-      -0.05396825396789699169, 0.13333333333333041602,      -0.33333333333333332938};
-};
 
 template <class V>
 struct Gates {  // one unit's (or one vector of units') four gates, in torch's order
@@ -62,20 +40,14 @@ struct GateMath {
 
   // Exponentials of -|x| alone: nothing overflows, and the small tail keeps its digits.
   FASTLSTM_INLINE V sigmoid(V x) {
-    V e = Math::exp_nonpositive(-Math::magnitude(x));
+    V e = Math::exp_nonpositive(Math::minus_magnitude(x));
     return Math::quotient(Math::where_negative(x, e, Math::broadcast(1)), Scalar(1) + e);
   }
 
+  // tanh(z) = (1 - e) / (1 + e) with e = exp(-2z), from e - 1 so that small z keep their digits.
   FASTLSTM_INLINE V tanh(V x) {
-    V z = Math::magnitude(x);
-    V e = Math::exp_nonpositive(Scalar(-2) * z);
-    V large = Math::quotient(Scalar(1) - e, Scalar(1) + e);
-    V square = x * x;
-    V p = Math::broadcast(TanhPolynomial<Scalar>::coefficients[0]);
-    for (int k = 1; k < TanhPolynomial<Scalar>::terms; ++k)
-      p = Math::fma(p, square, Math::broadcast(TanhPolynomial<Scalar>::coefficients[k]));
-    V small = Math::fma(p * square, z, z);
-    return Math::with_sign_of(Math::where_less(z, Math::broadcast(0.625), small, large), x);
+    V e1 = Math::expm1_nonpositive(Scalar(2) * Math::minus_magnitude(x));
+    return Math::with_sign_of(Math::quotient(-e1, Scalar(2) + e1), x);
   }
 
   // (eq. 2)

@@ -30,15 +30,18 @@ class Backward {
         n_(args.shape),
         walk_(n_, args.reset),
         rows_(walk_.max_rows()),
+        tiles_(rows_),
         projected_(args.w_hr[0] != nullptr),
         groups_(blocks_of(n_.H, L)),
         output_blocks_(blocks_of(n_.P, L)),
         unit_panels_(blocks_of(n_.H, width)),
         output_panels_(blocks_of(n_.P, width)),
+        da_size_(Blocked<T>::size(4 * groups_, rows_)),
+        dh_size_(projected_ ? Blocked<T>::size(output_blocks_, rows_) : 0),
         recurrent_(n_.D * output_panels_ * 4 * n_.H * width),
         projection_(projected_ ? n_.D * unit_panels_ * n_.P * width : 0),
-        da_(n_.D * 2 * 4 * groups_ * rows_ * L),
-        dh_(projected_ ? n_.D * output_blocks_ * rows_ * L : 0),
+        da_(n_.D * 2 * da_size_),
+        dh_(n_.D * dh_size_),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {}
 
   void run() {
@@ -96,11 +99,13 @@ class Backward {
       pack_panel(a_.w_hh, n_.P, 4 * n_.H, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
       pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
+    const bool in_advance =
+        (outputs.end - outputs.begin) * 4 * n_.H * width > cached_weights<T>;
     const bool to_initial_state = a_.dh0 != nullptr || a_.dc0 != nullptr;
     for (int64_t s = 0; s < walk_.steps() + (to_initial_state ? 1 : 0); ++s) {
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
-        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s);
+        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
       team.barrier.wait();
       if (!projected_) continue;
       for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
@@ -116,22 +121,24 @@ class Backward {
               columns - column, packed + item * k_size * width);
   }
 
-  // Blocked da (4 * groups, rows, L), gate by gate, of the s-th step undone in direction d.
-  T* da(int d, int64_t s) const { return da_ + (d * 2 + (s & 1)) * 4 * groups_ * rows_ * L; }
+  // Blocked (rows, 4 * groups) da, gate by gate, of the s-th step undone in direction d.
+  Blocked<T> da(int d, int64_t s) const {
+    return {da_ + (d * 2 + (s & 1)) * da_size_, 4 * groups_, tiles_.height};
+  }
+  Blocked<T> dh(int d) const { return {dh_ + d * dh_size_, output_blocks_, tiles_.height}; }
 
   // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
-  // rows of the tile by rows of the tile, and then what begins at this step.
-  void carry(int64_t item, int64_t s) {
+  // tile by tile, and then for the sequences that end at this step.
+  void carry(int64_t item, int64_t s, bool in_advance) {
     alignas(64) T sums[max_tile_rows * width];
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
     const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
-    const RowTiles tiles(step.carried);
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      const int64_t first = tiles.begin(tile), last = tiles.begin(tile + 1);
-      tile_function<T>(int(last - first))(da(step.d, s - 1) + first * L, rows_ * L,
-                                          recurrent_ + item * 4 * n_.H * width, segments, sums,
-                                          width);
+    for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
+      const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
+      tile_function<T>(last - first, in_advance)(da(step.d, s - 1).tile(tile), tiles_.height,
+                                                 recurrent_ + item * 4 * n_.H * width, segments,
+                                                 sums, width);
       for (int64_t r = first; r < last; ++r)
         for (int64_t part = 0; part < width && column + part < n_.P; part += L)
           arrive(step, r, column + part, load(sums + (r - first) * width + part));
@@ -160,7 +167,7 @@ class Backward {
     if (a_.dy) dh += load_some(static_cast<const S*>(a_.dy) + here, count);
     if (!projected_) return undo_cell(step, r, column, dh);
     if (a_.dh_all) store_some(static_cast<T*>(a_.dh_all) + here, dh, count);
-    store(dh_ + ((d * output_blocks_ + column / L) * rows_ + r) * L, dh);
+    store(this->dh(step.d).at(r, column / L), dh);
   }
 
   // dm = dh W_hr for one panel of units, and their cells.
@@ -169,12 +176,11 @@ class Backward {
     const Step step = this->step(int(item / unit_panels_), s);
     const int64_t unit = item % unit_panels_ * width;
     const Segments segments{1, {n_.P}};
-    const RowTiles tiles(step.rows);
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      const int64_t first = tiles.begin(tile), last = tiles.begin(tile + 1);
-      tile_function<T>(int(last - first))(dh_ + (step.d * output_blocks_ * rows_ + first) * L,
-                                          rows_ * L, projection_ + item * n_.P * width, segments,
-                                          sums, width);
+    for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
+      const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
+      tile_function<T>(last - first, false)(dh(step.d).tile(tile), tiles_.height,
+                                            projection_ + item * n_.P * width, segments, sums,
+                                            width);
       for (int64_t r = first; r < last; ++r)
         for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
           undo_cell(step, r, unit + part, load(sums + (r - first) * width + part));
@@ -227,11 +233,12 @@ class Backward {
         Math::cell_backward(saved, c_prev, load_some(c_all + here, count), dm, dc);
     store(carried, gradient.dc_prev);
 
-    T* exchanged = da(d, step.index) + (unit / L * rows_ + r) * L;
+    const Blocked<T> blocked = da(d, step.index);
+    T* exchanged = blocked.at(r, unit / L);
     T* out = static_cast<T*>(a_.da) + (row * n_.D + d) * 4 * n_.H + unit;
     const V parts[4] = {gradient.da.i, gradient.da.f, gradient.da.g, gradient.da.o};
     for (int gate = 0; gate < 4; ++gate) {
-      store(exchanged + gate * groups_ * rows_ * L, parts[gate]);
+      store(exchanged + gate * groups_ * blocked.block_stride(), parts[gate]);
       store_some(out + gate * n_.H, parts[gate], count);
     }
   }
@@ -240,15 +247,17 @@ class Backward {
   const Shape& n_;
   const Walk walk_;
   const int64_t rows_;  // of the widest step
+  const RowTiles tiles_;
   const bool projected_;
   const int64_t groups_;         // of L hidden units, the last one padded
   const int64_t output_blocks_;  // of L outputs
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
+  const int64_t da_size_, dh_size_;
   Scratch<T> recurrent_;         // (D, output_panels, 4H, panel_width)
   Scratch<T> projection_;        // (D, unit_panels, P, panel_width)
-  Scratch<T> da_;                // (D, 2, 4, groups, rows, L)
-  Scratch<T> dh_;                // (D, output_blocks, rows, L)
+  Scratch<T> da_;                // (D, 2) Blocked (rows, 4 * groups)
+  Scratch<T> dh_;                // (D) Blocked (rows, output_blocks)
   Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
 };
 

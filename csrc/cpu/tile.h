@@ -2,10 +2,8 @@
 // `panel_width` columns, accumulated in registers over the whole of K.
 //
 // B is a *panel*: K rows of panel_width = 2 vectors, contiguous, in the order they are used.
-// A is *blocked*: block k holds `lanes` consecutive columns of every row, row after row, so that
-// a tile of rows is contiguous within a block, every address is a constant away from one pointer,
-// and no two rows alias in the cache whatever the sizes. K may consist of several segments (the
-// inputs and the hidden state, or the four gates); each starts a new block.
+// A is *blocked* (see Blocked): everything a tile reads of it is contiguous and in order too.
+// K may consist of several segments (the inputs and the hidden state, or the four gates).
 #pragma once
 
 #include "vec.h"
@@ -18,7 +16,7 @@ template <class T>
 constexpr int panel_width = panel_vectors * lanes<T>;
 
 // Two accumulators per row, two vectors of B and one value of A must fit in the registers.
-constexpr int max_tile_rows = vector_registers == 32 ? 12 : 6;
+constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 12 : 6;
 
 constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -33,6 +31,12 @@ struct Segments {
   }
 };
 
+template <class T>
+FASTLSTM_INLINE void prefetch_row(const T* b) {
+  __builtin_prefetch(b, 0, 2);
+  __builtin_prefetch(b + lanes<T>, 0, 2);
+}
+
 // sum (rows, panel_vectors) += one column of A times one row of B.
 template <class T, int rows>
 FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows][panel_vectors]) {
@@ -45,26 +49,28 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows]
   }
 }
 
-// C (rows, ldc) = A (rows, K) B (K, panel_width). `block_stride` is the distance between
-// consecutive blocks of A. A tile of few rows has too few accumulators to fill the pipelines:
-// it keeps `split` partial sums, for k modulo split.
-template <class T, int rows, int split>
-void multiply_tile(const T* a, int64_t block_stride, const T* b, const Segments& segments, T* c,
+// C (rows, ldc) = A (rows, K) B (K, panel_width), A being one tile of a Blocked of that `height`.
+// A tile of few rows has too few accumulators to fill the pipelines: it keeps `split` partial
+// sums, for k modulo split. A panel that is not in the L2 cache is worth asking for in advance.
+template <class T, int rows, int split, bool in_advance>
+void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segments, T* c,
                    int64_t ldc) {
-  using V = Vec<T>;
   constexpr int unrolled = lanes<T> < 4 ? lanes<T> : 4;
-  V sum[split][rows][panel_vectors] = {};
+  constexpr int64_t advance = in_advance ? 64 * panel_width<T> : 0;
+  Vec<T> sum[split][rows][panel_vectors] = {};
   for (int64_t s = 0; s < segments.count; ++s) {
     int64_t left = segments.size[s];
-    for (; left >= lanes<T>; left -= lanes<T>, a += block_stride)
+    for (; left >= lanes<T>; left -= lanes<T>, a += height * lanes<T>)
       for (int k = 0; k < lanes<T>; k += unrolled)
 #pragma GCC unroll 4
-        for (int u = 0; u < unrolled; ++u, b += panel_width<T>)
+        for (int u = 0; u < unrolled; ++u, b += panel_width<T>) {
+          if (in_advance) prefetch_row<T>(b + advance);
           multiply_column<T, rows>(a + k + u, b, sum[u % split]);
+        }
     if (left > 0) {
       for (int k = 0; k < left; ++k, b += panel_width<T>)
         multiply_column<T, rows>(a + k, b, sum[0]);
-      a += block_stride;
+      a += height * lanes<T>;
     }
   }
 #pragma GCC unroll 16
@@ -82,25 +88,56 @@ void multiply_tile(const T* a, int64_t block_stride, const T* b, const Segments&
 template <class T>
 using TileFunction = void (*)(const T*, int64_t, const T*, const Segments&, T*, int64_t);
 
-template <class T>
-TileFunction<T> tile_function(int rows) {
-  static constexpr TileFunction<T> table[12] = {
-      multiply_tile<T, 1, 4>, multiply_tile<T, 2, 2>, multiply_tile<T, 3, 2>,
-      multiply_tile<T, 4, 1>, multiply_tile<T, 5, 1>, multiply_tile<T, 6, 1>,
-#if !defined(FASTLSTM_SMALL_TILES)
-      multiply_tile<T, 7, 1>, multiply_tile<T, 8, 1>, multiply_tile<T, 9, 1>,
-      multiply_tile<T, 10, 1>, multiply_tile<T, 11, 1>, multiply_tile<T, 12, 1>,
+template <class T, bool in_advance>
+TileFunction<T> tile_function(int64_t rows) {
+  static constexpr TileFunction<T> table[max_tile_rows] = {
+      multiply_tile<T, 1, 4, in_advance>,  multiply_tile<T, 2, 2, in_advance>,
+      multiply_tile<T, 3, 2, in_advance>,  multiply_tile<T, 4, 1, in_advance>,
+      multiply_tile<T, 5, 1, in_advance>,  multiply_tile<T, 6, 1, in_advance>,
+#if FASTLSTM_VECTOR_REGISTERS == 32
+      multiply_tile<T, 7, 1, in_advance>,  multiply_tile<T, 8, 1, in_advance>,
+      multiply_tile<T, 9, 1, in_advance>,  multiply_tile<T, 10, 1, in_advance>,
+      multiply_tile<T, 11, 1, in_advance>, multiply_tile<T, 12, 1, in_advance>,
 #endif
   };
   return table[rows - 1];
 }
 
-// Rows are cut into tiles of nearly equal height: a thin last tile would waste the pipelines.
-struct RowTiles {
-  int64_t rows, count;
+template <class T>
+TileFunction<T> tile_function(int64_t rows, bool in_advance) {
+  return in_advance ? tile_function<T, true>(rows) : tile_function<T, false>(rows);
+}
 
-  explicit RowTiles(int64_t rows) : rows(rows), count(blocks_of(rows, max_tile_rows)) {}
-  int64_t begin(int64_t tile) const { return rows * tile / count; }
+// How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin
+// last tile would waste the pipelines.
+struct RowTiles {
+  int64_t height;
+
+  explicit RowTiles(int64_t rows)
+      : height(rows > 0 ? blocks_of(rows, blocks_of(rows, max_tile_rows)) : 1) {}
+  int64_t count(int64_t rows) const { return blocks_of(rows, height); }
+  int64_t end(int64_t tile, int64_t rows) const {
+    return (tile + 1) * height < rows ? (tile + 1) * height : rows;
+  }
+};
+
+// A matrix in the order in which tiles read it: tile by tile, within a tile block by block of
+// `lanes` columns, within a block row by row. A tile is one run of memory, every address in it a
+// constant away from one pointer, and no two rows alias in the cache whatever the sizes.
+template <class T>
+struct Blocked {
+  T* data;
+  int64_t blocks, height;
+
+  static int64_t size(int64_t blocks, int64_t rows) {
+    const RowTiles tiles(rows);
+    return tiles.count(rows) * tiles.height * blocks * lanes<T>;
+  }
+  T* tile(int64_t tile) const { return data + tile * blocks * height * lanes<T>; }
+  T* at(int64_t row, int64_t block) const {
+    return tile(row / height) + (block * height + row % height) * lanes<T>;
+  }
+  int64_t block_stride() const { return height * lanes<T>; }
 };
 
 }  // namespace

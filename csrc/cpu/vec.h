@@ -15,21 +15,21 @@
 
 #include "../gate_math.h"
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define FASTLSTM_VECTOR_REGISTERS 32
+#else
+#define FASTLSTM_VECTOR_REGISTERS 16
+#endif
+
 namespace fastlstm {
 namespace {
 
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
-constexpr int vector_registers = 32;
 #elif defined(__AVX2__)
 constexpr int vector_bytes = 32;
-constexpr int vector_registers = 16;
-#elif defined(__aarch64__)
-constexpr int vector_bytes = 16;
-constexpr int vector_registers = 32;
 #else
 constexpr int vector_bytes = 16;
-constexpr int vector_registers = 16;
 #endif
 
 template <class T>
@@ -187,28 +187,28 @@ inline V rounded_to_storage(V v) {
 
 // ---- primitives for gate_math.h ----------------------------------------------------------
 
-// exp(r) for |r| <= ln(2)/2, highest power first; ln2 in two parts, the first with zeros at the
-// end so that n * ln2_high is exact; below `lowest` exp is less than half the least subnormal.
+// exp(r) - 1 = r + r^2 P(r) for |r| <= ln(2)/2, P's highest power first; ln2 in two parts, the
+// first with zeros at the end so that n * ln2_high is exact; below `lowest` exp is less than half
+// the least subnormal.
 template <class Scalar>
 struct ExpConstants;
 template <>
 struct ExpConstants<float> {
-  static constexpr int terms = 7, exponent_bias = 127, mantissa_bits = 23;
-  static constexpr float coefficients[terms] = {
-      0.0013926250831497612f, 0.0083632328836826182f, 0.041666554212984150f,
-      0.16666576666119928f,   0.5f,                   1.0f, 1.0f};
+  static constexpr int terms = 5, exponent_bias = 127, mantissa_bits = 23;
+  static constexpr float coefficients[terms] = {0.0013926250831497612f, 0.0083632328836826182f,
+                                                0.041666554212984150f, 0.16666576666119928f, 0.5f};
   static constexpr float lowest = -104.0f, log2e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float rounder = 0x1.8p23f;
 };
 template <>
 struct ExpConstants<double> {
-  static constexpr int terms = 13, exponent_bias = 1023, mantissa_bits = 52;
+  static constexpr int terms = 11, exponent_bias = 1023, mantissa_bits = 52;
   static constexpr double coefficients[terms] = {
       2.09147553258932022e-9, 2.5105312729622101787e-8, 2.7557273478718580474e-7,
       2.7557255170000887438e-6, 0.0000248015873256774619, 0.00019841269875002278793,
       0.0013888888888883711167, 0.0083333333333260831202, 0.041666666666666669783,
-      0.1666666666666667103, 0.5, 1.0, 1.0};
+      0.1666666666666667103, 0.5};
   static constexpr double lowest = -746.0, log2e = 1.4426950408889634;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
@@ -225,25 +225,23 @@ struct VectorMath {
 
   FASTLSTM_INLINE V broadcast(T value) { return value - V{}; }  // exact, -0 included
   FASTLSTM_INLINE V fma(V a, V b, V c) { return a * b + c; }
-  FASTLSTM_INLINE V magnitude(V x) {
-    return bit_cast<V>(bit_cast<Bits>(x) & ~bit_cast<Bits>(broadcast(sign_bit)));
+  FASTLSTM_INLINE V minus_magnitude(V x) {
+    return bit_cast<V>(bit_cast<Bits>(x) | bit_cast<Bits>(broadcast(sign_bit)));
   }
   FASTLSTM_INLINE V with_sign_of(V m, V x) {
-    return bit_cast<V>(bit_cast<Bits>(m) |
-                       (bit_cast<Bits>(x) & bit_cast<Bits>(broadcast(sign_bit))));
+    Bits sign = bit_cast<Bits>(broadcast(sign_bit));
+    return bit_cast<V>((bit_cast<Bits>(m) & ~sign) | (bit_cast<Bits>(x) & sign));
   }
-  FASTLSTM_INLINE V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
   FASTLSTM_INLINE V where_negative(V x, V yes, V no) { return x < V{} ? yes : no; }
 
   FASTLSTM_INLINE V exp_nonpositive(V x) {
-    using K = ExpConstants<T>;
-    x = at_least(broadcast(K::lowest), x);
-    V shifted = x * K::log2e + K::rounder;  // its last bits are the integer nearest to x / ln2
-    V n = shifted - K::rounder;
-    V r = fma(n, broadcast(-K::ln2_low), fma(n, broadcast(-K::ln2_high), x));
-    V p = broadcast(K::coefficients[0]);
-    for (int k = 1; k < K::terms; ++k) p = fma(p, r, broadcast(K::coefficients[k]));
-    return scaled(p, n, shifted);
+    const Reduced e = reduce(x);
+    return scaled(e.fraction + T(1), e);
+  }
+  FASTLSTM_INLINE V expm1_nonpositive(V x) {
+    const Reduced e = reduce(x);
+    V power = scaled(broadcast(1), e);
+    return fma(e.fraction, power, power - T(1));
   }
 
   FASTLSTM_INLINE V quotient(V n, V d) {
@@ -258,26 +256,40 @@ struct VectorMath {
   }
 
  private:
+  struct Reduced {  // exp(x) = (1 + fraction) 2^n
+    V fraction, n;
+    Mask exponent;  // n as an integer, in the low bits
+  };
+
+  FASTLSTM_INLINE Reduced reduce(V x) {
+    using K = ExpConstants<T>;
+    x = at_least(broadcast(K::lowest), x);
+    const V shifted = x * K::log2e + K::rounder;  // its last bits are the integer nearest x / ln2
+    const V n = shifted - K::rounder;
+    const V r = fma(n, broadcast(-K::ln2_low), fma(n, broadcast(-K::ln2_high), x));
+    V p = broadcast(K::coefficients[0]);
+    for (int k = 1; k < K::terms; ++k) p = fma(p, r, broadcast(K::coefficients[k]));
+    return {fma(p * r, r, r), n, bit_cast<Mask>(shifted) - bit_cast<Mask>(broadcast(K::rounder))};
+  }
+
   // max(low, x), and NaN for a NaN.
   FASTLSTM_INLINE V at_least(V low, V x) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
       return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(low), bit_cast<__m512>(x)));
 #endif
-    return where_less(x, low, low, x);
+    return x < low ? low : x;
   }
 
-  // p * 2^n, where `shifted` is n plus the rounder.
-  FASTLSTM_INLINE V scaled(V p, V n, V shifted) {
+  // p * 2^n
+  FASTLSTM_INLINE V scaled(V p, const Reduced& e) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
-      return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+      return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(e.n)));
 #endif
-    (void)n;
     // In two factors: the result may be subnormal, and then 2^n alone would not be normal.
-    Mask exponent = bit_cast<Mask>(shifted) - bit_cast<Mask>(broadcast(ExpConstants<T>::rounder));
-    Mask half = exponent >> 1;
-    return p * power_of_two(half) * power_of_two(exponent - half);
+    const Mask half = e.exponent >> 1;
+    return p * power_of_two(half) * power_of_two(e.exponent - half);
   }
 
   FASTLSTM_INLINE V power_of_two(Mask exponent) {
