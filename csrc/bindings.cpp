@@ -125,6 +125,8 @@ bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memo
 Tensor output(const Tensor& like, Sizes sizes, ScalarType dtype) {
   Tensor tensor =
       torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, std::make_optional(dtype));
+  const size_t size = size_t(tensor.numel()) * size_t(tensor.element_size());
+  fastlstm::advise_huge_pages(tensor.mutable_data_ptr(), size);
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;
 }
@@ -177,13 +179,13 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   return {y, c_all, h_n, c_n, gates, m};
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
                             const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
                             const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
                             const Tensor& c_all, const Tensor& gates, bool need_dh_all,
-                            bool need_dh0, bool need_dc0) {
+                            bool need_dbias, bool need_dh0, bool need_dc0) {
   if (gates.dim() != 3) fail("gates: expected shape (N, D, 4H)");
   const ScalarType dtype = gates.scalar_type(), state = state_of(dtype);
   fastlstm::BackwardArgs args{};
@@ -204,11 +206,15 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   args.gates = input("gates", gates, {N, D, 4 * H}, dtype);
 
   Tensor da = output(gates, {N, D, 4 * H}, state), dh_all = absent(gates);
-  Tensor dh0 = absent(gates), dc0 = absent(gates);
+  Tensor dbias = absent(gates), dh0 = absent(gates), dc0 = absent(gates);
   args.da = da.mutable_data_ptr();
   if (need_dh_all) {
     dh_all = output(gates, {N, D * P}, state);
     args.dh_all = dh_all.mutable_data_ptr();
+  }
+  if (need_dbias) {
+    dbias = output(gates, {D, 4 * H}, state);
+    args.dbias = dbias.mutable_data_ptr();
   }
   if (need_dh0) {
     dh0 = output(gates, {D, B, P}, dtype);
@@ -219,7 +225,7 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
     args.dc0 = dc0.mutable_data_ptr();
   }
   fastlstm::kernels().backward(args);
-  return {da, dh_all, dh0, dc0};
+  return {da, dh_all, dbias, dh0, dc0};
 }
 
 using ProbeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -280,8 +286,8 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
   m.def(
       "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
       " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
-      " bool need_dh_all, bool need_dh0, bool need_dc0)"
-      " -> (Tensor da, Tensor dh_all, Tensor dh0, Tensor dc0)");
+      " bool need_dh_all, bool need_dbias, bool need_dh0, bool need_dc0)"
+      " -> (Tensor da, Tensor dh_all, Tensor dbias, Tensor dh0, Tensor dc0)");
   m.def(
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");

@@ -61,6 +61,7 @@ struct BackwardArgs {
   const void* gates;                   // (N, D, 4H)
   void* da;                            // (N, D, 4H), state: gradients of the pre-activations
   void* dh_all;                        // (N, D*P), state: gradients of every h_t; or null
+  void* dbias;                         // (D, 4H), state: da summed over rows; or null
   void* dh0;                           // (D, B, P), or null
   void* dc0;                           // (D, B, H), or null
 };

@@ -81,7 +81,7 @@ def layer_backward(
     need: Requested,
 ) -> Gradients:
     """Gradients of the inputs asked for."""
-    da, dh_all, dh0, dc0 = torch.ops.fastlstm_C.cpu_backward(
+    da, dh_all, dbias, dh0, dc0 = torch.ops.fastlstm_C.cpu_backward(
         *map(_contiguous, grads[:4]),
         batch_sizes.contiguous(),
         c0.contiguous(),
@@ -91,10 +91,11 @@ def layer_backward(
         saved.c_all,
         saved.gates,
         need.w_hr,
+        need.bias,
         need.h0,
         need.c0,
     )
     return input_gradients(
-        da, _present(dh_all), _present(dh0), _present(dc0),
+        da, _present(dh_all), _present(dbias), _present(dh0), _present(dc0),
         x, batch_sizes, h0, weights, reset, saved, need,
     )  # fmt: skip

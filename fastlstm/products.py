@@ -17,6 +17,7 @@ from .contract import Gradients, Outputs, Requested, Weights
 def input_gradients(
     da: Tensor,
     dh_all: Tensor | None,
+    dbias: Tensor | None,
     dh0: Tensor | None,
     dc0: Tensor | None,
     x: Tensor,
@@ -32,7 +33,7 @@ def input_gradients(
     Args:
         da: (N, D, 4H) in state dtype, gradients of the pre-activations.
         dh_all: (N, D*P) in state dtype, gradients of every h_t; needed for w_hr only.
-        dh0, dc0: finished by the walk, or None.
+        dbias (D, 4H) in state dtype, dh0, dc0: finished by the walk, or None.
     """
     storage, state = x.dtype, da.dtype
     directions = range(len(weights))
@@ -60,7 +61,7 @@ def input_gradients(
         c0=dc0 if need.c0 else None,
         w_ih=each(need.w_ih, lambda d: da[:, d].T @ rows),
         w_hh=each(need.w_hh, lambda d: _dw_hh(d, da[:, d], batch_sizes, h0[d], reset, saved.y)),
-        bias=each(need.bias, lambda d: da[:, d].sum(0)),
+        bias=each(need.bias, dbias.__getitem__) if dbias is not None else None,
         w_hr=each(need.w_hr, dw_hr),
     )
 

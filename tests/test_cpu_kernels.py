@@ -154,7 +154,7 @@ def test_bits_do_not_depend_on_threads(case: Layer, threads: int) -> None:
         walked = _C.cpu_backward(
             out.y, out.c_all, out.h_n, out.c_n, batch_sizes, c0, [w.w_hh for w in weights],
             [w.w_hr for w in weights if w.w_hr is not None], reset, out.c_all, out.gates,
-            False, True, True,
+            False, True, True, True,
         )  # fmt: skip
         results.append((*out, *walked))
     torch.set_num_threads(before)

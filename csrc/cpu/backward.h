@@ -46,6 +46,7 @@ class Backward {
 
   void run() {
     pass_on_final_gradients();
+    if (a_.dbias) std::memset(a_.dbias, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
     if (walk_.steps() == 0) return;
     const int64_t work = rows_ * 4 * n_.H * n_.P * n_.D;
     run_team(team_size(a_.threads, n_.D * output_panels_, work),
@@ -60,14 +61,19 @@ class Backward {
     int64_t index;   // how many steps were undone before
     int64_t t;       // time of this step; of no meaning in the extra one
     int64_t rows;    // of this step
+    int64_t start;   // its first packed row
     int64_t after;   // time of the step undone before
     int64_t carried; // rows of the step undone before, whose gradients are carried here
   };
 
   Step step(int d, int64_t s) const {
     const int64_t steps = walk_.steps(), forward = steps - 1 - s;
-    Step step{d, s, 0, 0, 0, 0};
-    if (s < steps) step.t = walk_.time(d, forward), step.rows = walk_.rows(step.t);
+    Step step{d, s, 0, 0, 0, 0, 0};
+    if (s < steps) {
+      step.t = walk_.time(d, forward);
+      step.rows = walk_.rows(step.t);
+      step.start = walk_.start(step.t);
+    }
     if (s > 0) step.after = walk_.time(d, forward + 1), step.carried = walk_.rows(step.after);
     return step;
   }
@@ -99,8 +105,7 @@ class Backward {
       pack_panel(a_.w_hh, n_.P, 4 * n_.H, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
       pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
-    const bool in_advance =
-        (outputs.end - outputs.begin) * 4 * n_.H * width > cached_weights<T>;
+    const bool in_advance = worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
     const bool to_initial_state = a_.dh0 != nullptr || a_.dc0 != nullptr;
     for (int64_t s = 0; s < walk_.steps() + (to_initial_state ? 1 : 0); ++s) {
       // There and back again: what the cache still holds of the last step is used first.
@@ -130,7 +135,7 @@ class Backward {
   // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
   // tile by tile, and then for the sequences that end at this step.
   void carry(int64_t item, int64_t s, bool in_advance) {
-    alignas(64) T sums[max_tile_rows * width];
+    alignas(64) T sums[max_tile_rows * width];  // (rows of the tile, width)
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
     const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
@@ -139,35 +144,47 @@ class Backward {
       tile_function<T>(last - first, in_advance)(da(step.d, s - 1).tile(tile), tiles_.height,
                                                  recurrent_ + item * 4 * n_.H * width, segments,
                                                  sums, width);
-      for (int64_t r = first; r < last; ++r)
-        for (int64_t part = 0; part < width && column + part < n_.P; part += L)
-          arrive(step, r, column + part, load(sums + (r - first) * width + part));
+      finish_tile(step, first, last, column, sums);
     }
-    for (int64_t r = step.carried; r < step.rows; ++r)
-      for (int64_t part = 0; part < width && column + part < n_.P; part += L)
-        arrive(step, r, column + part, V{});
+    for (int64_t first = step.carried; first < step.rows; first += max_tile_rows) {
+      std::memset(sums, 0, sizeof sums);
+      const int64_t left = step.rows - first;
+      finish_tile(step, first, first + (left < max_tile_rows ? left : max_tile_rows), column, sums);
+    }
   }
 
-  // The carried gradient of h, L columns of sequence r, joins what comes in from outside.
-  inline __attribute__((always_inline)) void arrive(const Step& step, int64_t r, int64_t column,
-                                                    V dh) {
+  // Rows [first, last) of one panel: all of them carried from the step undone before, or none.
+  void finish_tile(const Step& step, int64_t first, int64_t last, int64_t column, T* sums) {
+    const int64_t going_on = step.rows < first ? first : step.rows < last ? step.rows : last;
+    for (int64_t part = 0; part < width && column + part < n_.P; part += L) {
+      receive(step, first, last, column + part, sums + part);
+      if (projected_) continue;
+      undo_cells(step, first, going_on, column + part, sums + part);
+      finish_sequences(step, going_on, last, column + part);
+    }
+  }
+
+  // The carried gradient of h joins, in place, what comes in from outside.
+  void receive(const Step step, int64_t first, int64_t last, int64_t column, T* sums) {
     const int count = int(n_.P - column < L ? n_.P - column : L);
-    const int64_t d = step.d, row = walk_.start(step.t) + r, state = (d * n_.B + r) * n_.P + column;
-    if (r >= step.carried) {
-      if (a_.dh_n) dh = load_some(static_cast<const S*>(a_.dh_n) + state, count);
-    } else if (walk_.cut_before(step.d, step.after, r)) {
-      dh = V{};
+    const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
+    const int64_t P = n_.P, D = n_.D, d = step.d;
+    for (int64_t r = first; r < last; ++r, sums += width) {
+      const int64_t state = (d * n_.B + r) * P + column;
+      V dh = load(sums);
+      if (ends_here && a_.dh_n) dh = load_some(static_cast<const S*>(a_.dh_n) + state, count);
+      if (!ends_here && resets && walk_.cut_before(step.d, step.after, r)) dh = V{};
+      if (r >= step.rows) {  // nothing is left of this sequence but its initial state
+        if (a_.dh0) store_some(static_cast<S*>(a_.dh0) + state, dh, count);
+        continue;
+      }
+      const int64_t here = ((step.start + r) * D + d) * P + column;
+      if (a_.dy) dh += load_some(static_cast<const S*>(a_.dy) + here, count);
+      store(sums, dh);
+      if (!projected_) continue;
+      if (a_.dh_all) store_some(static_cast<T*>(a_.dh_all) + here, dh, count);
+      store(this->dh(step.d).at(r, column / L), dh);
     }
-    if (r >= step.rows) {  // nothing is left of this sequence but its initial state
-      if (a_.dh0) store_some(static_cast<S*>(a_.dh0) + state, dh, count);
-      if (!projected_) finish_sequence(step, r, column);
-      return;
-    }
-    const int64_t here = (row * n_.D + d) * n_.P + column;
-    if (a_.dy) dh += load_some(static_cast<const S*>(a_.dy) + here, count);
-    if (!projected_) return undo_cell(step, r, column, dh);
-    if (a_.dh_all) store_some(static_cast<T*>(a_.dh_all) + here, dh, count);
-    store(this->dh(step.d).at(r, column / L), dh);
   }
 
   // dm = dh W_hr for one panel of units, and their cells.
@@ -181,13 +198,15 @@ class Backward {
       tile_function<T>(last - first, false)(dh(step.d).tile(tile), tiles_.height,
                                             projection_ + item * n_.P * width, segments, sums,
                                             width);
-      for (int64_t r = first; r < last; ++r)
-        for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
-          undo_cell(step, r, unit + part, load(sums + (r - first) * width + part));
+      // As everywhere: rows that are carried here and rows that are not are finished apart.
+      const int64_t middle = step.carried < first ? first : step.carried < last ? step.carried : last;
+      for (int64_t part = 0; part < width && unit + part < n_.H; part += L) {
+        undo_cells(step, first, middle, unit + part, sums + part);
+        undo_cells(step, middle, last, unit + part, sums + (middle - first) * width + part);
+      }
     }
-    for (int64_t r = step.rows; r < step.carried; ++r)
-      for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
-        finish_sequence(step, r, unit + part);
+    for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
+      finish_sequences(step, step.rows, step.carried, unit + part);
   }
 
   // The gradient of the cell state that the step undone before left for sequence r.
@@ -195,52 +214,80 @@ class Backward {
     return dc_ + ((d * unit_panels_ * panel_vectors + unit / L) * rows_ + r) * L;
   }
 
-  inline __attribute__((always_inline)) void finish_sequence(const Step& step, int64_t r,
-                                                             int64_t unit) {
+  void finish_sequences(const Step& step, int64_t first, int64_t last, int64_t unit) {
     if (a_.dc0 == nullptr) return;
-    const V dc = walk_.cut_before(step.d, step.after, r) ? V{} : load(carried_cell(step.d, r, unit));
-    store_some(static_cast<S*>(a_.dc0) + (step.d * n_.B + r) * n_.H + unit, dc,
-               int(n_.H - unit < L ? n_.H - unit : L));
+    const int count = int(n_.H - unit < L ? n_.H - unit : L);
+    for (int64_t r = first; r < last; ++r) {
+      const bool cut = walk_.cut_before(step.d, step.after, r);
+      const V dc = cut ? V{} : load(carried_cell(step.d, r, unit));
+      store_some(static_cast<S*>(a_.dc0) + (step.d * n_.B + r) * n_.H + unit, dc, count);
+    }
   }
 
-  inline __attribute__((always_inline)) void undo_cell(const Step& step, int64_t r, int64_t unit,
-                                                       V dm) {
-    const int d = step.d;
-    const int count = int(n_.H - unit < L ? n_.H - unit : L);
-    const int64_t row = walk_.start(step.t) + r, here = (row * n_.D + d) * n_.H + unit;
-    const int64_t state = (d * n_.B + r) * n_.H + unit;
-
-    T* carried = carried_cell(d, r, unit);
-    V dc{};
-    if (r >= step.carried) {
-      if (a_.dc_n) dc = load_some(static_cast<const S*>(a_.dc_n) + state, count);
-    } else if (!walk_.cut_before(d, step.after, r)) {
-      dc = load(carried);
-    }
+  // The cells of L units and sequences [first, last), from the gradients of m (rows, width). What
+  // does not change from row to row is held in locals: stores may alias everything that is not.
+  void undo_cells(const Step step, int64_t first, int64_t last, int64_t unit, const T* dm) {
+    if (first >= last) return;
+    const int d = step.d, count = int(n_.H - unit < L ? n_.H - unit : L);
+    const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
+    const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
+    const int64_t gate_stride = groups_ * tiles_.height * L;
+    const int64_t state = (d * n_.B + first) * H + unit;
+    const int64_t before = Walk::previous(d, step.t), rows_before = walk_.rows(before);
     const T* c_all = static_cast<const T*>(a_.c_all);
-    if (a_.dc_all) dc += load_some(static_cast<const T*>(a_.dc_all) + here, count);
-    const int64_t before = Walk::previous(d, step.t);
-    V c_prev{};
-    if (!walk_.cut_before(d, step.t, r)) {
-      c_prev = r < walk_.rows(before)
-                   ? load_some(c_all + ((walk_.start(before) + r) * n_.D + d) * n_.H + unit, count)
-                   : load_some(static_cast<const S*>(a_.c0) + state, count);
-    }
-    const S* gates = static_cast<const S*>(a_.gates) + (row * n_.D + d) * 4 * n_.H + unit;
-    const Gates<V> saved{load_some(gates, count), load_some(gates + n_.H, count),
-                         load_some(gates + 2 * n_.H, count), load_some(gates + 3 * n_.H, count)};
-    const CellGradient<V> gradient =
-        Math::cell_backward(saved, c_prev, load_some(c_all + here, count), dm, dc);
-    store(carried, gradient.dc_prev);
-
+    const T* c = c_all + row * H + unit;
+    const T* c_before = rows_before == 0
+                            ? nullptr
+                            : c_all + ((walk_.start(before) + first) * D + d) * H + unit;
+    const S* c0 = static_cast<const S*>(a_.c0) + state;
+    const S* dc_n = a_.dc_n ? static_cast<const S*>(a_.dc_n) + state : nullptr;
+    const T* dc_all = a_.dc_all ? static_cast<const T*>(a_.dc_all) + row * H + unit : nullptr;
+    const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
     const Blocked<T> blocked = da(d, step.index);
-    T* exchanged = blocked.at(r, unit / L);
-    T* out = static_cast<T*>(a_.da) + (row * n_.D + d) * 4 * n_.H + unit;
-    const V parts[4] = {gradient.da.i, gradient.da.f, gradient.da.g, gradient.da.o};
-    for (int gate = 0; gate < 4; ++gate) {
-      store(exchanged + gate * groups_ * blocked.block_stride(), parts[gate]);
-      store_some(out + gate * n_.H, parts[gate], count);
+    T* exchanged = nullptr;
+    T* out = static_cast<T*>(a_.da) + row * 4 * H + unit;
+    T* carried = carried_cell(d, first, unit);
+    Gates<V> sum{};
+
+    for (int64_t r = first; r < last; ++r, dm += width, carried += L) {
+      const int64_t k = r - first;
+      V dc{};
+      if (!ends_here) {
+        if (!resets || !walk_.cut_before(d, step.after, r)) dc = load(carried);
+      } else if (dc_n) {
+        dc = load_some(dc_n + k * H, count);
+      }
+      if (dc_all) dc += load_some(dc_all + k * D * H, count);
+      V c_prev{};
+      if (!resets || !walk_.cut_before(d, step.t, r))
+        c_prev = r < rows_before ? load_some(c_before + k * D * H, count)
+                                 : load_some(c0 + k * H, count);
+      const S* saved = gates + k * D * 4 * H;
+      const CellGradient<V> gradient = Math::cell_backward(
+          {load_some(saved, count), load_some(saved + H, count), load_some(saved + 2 * H, count),
+           load_some(saved + 3 * H, count)},
+          c_prev, load_some(c + k * D * H, count), load(dm), dc);
+      store(carried, gradient.dc_prev);
+      const Gates<V>& da = gradient.da;
+      if (exchanged == nullptr || r % tiles_.height == 0) exchanged = blocked.at(r, unit / L);
+      store(exchanged, da.i);
+      store(exchanged + gate_stride, da.f);
+      store(exchanged + 2 * gate_stride, da.g);
+      store(exchanged + 3 * gate_stride, da.o);
+      exchanged += L;
+      T* da_out = out + k * D * 4 * H;
+      store_some(da_out, da.i, count);
+      store_some(da_out + H, da.f, count);
+      store_some(da_out + 2 * H, da.g, count);
+      store_some(da_out + 3 * H, da.o, count);
+      sum.i += da.i, sum.f += da.f, sum.g += da.g, sum.o += da.o;
     }
+    if (a_.dbias == nullptr) return;
+    T* dbias = static_cast<T*>(a_.dbias) + d * 4 * H + unit;  // this thread's own units
+    store_some(dbias, load_some(dbias, count) + sum.i, count);
+    store_some(dbias + H, load_some(dbias + H, count) + sum.f, count);
+    store_some(dbias + 2 * H, load_some(dbias + 2 * H, count) + sum.g, count);
+    store_some(dbias + 3 * H, load_some(dbias + 3 * H, count) + sum.o, count);
   }
 
   const BackwardArgs& a_;

@@ -119,7 +119,8 @@ class Forward {
 
   void walk(const Team& team) {
     const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
-    const bool in_advance = (mine.end - mine.begin) * 2 * panel_size() > cached_weights<T>;
+    const int64_t per_step = 2 * ((ahead_ ? 0 : n_.I) + n_.P) * width;
+    const bool in_advance = worth_prefetching<T>(rows_, (mine.end - mine.begin) * per_step);
     for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);

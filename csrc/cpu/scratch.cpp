@@ -14,14 +14,23 @@ static bool poison = false;
 
 void poison_scratch(bool on) { poison = on; }
 
-void* allocate_scratch(size_t bytes) {
-  constexpr size_t huge_page = size_t(2) << 20;
-  const bool large = bytes >= 2 * huge_page;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, large ? huge_page : 64, bytes) != 0) throw std::bad_alloc();
+static constexpr size_t huge_page = size_t(2) << 20;
+
+void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  if (large) madvise(memory, bytes, MADV_HUGEPAGE);  // a hint: page faults and TLB misses cost
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge_page - 1) & ~(huge_page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(huge_page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint
+#else
+  (void)memory, (void)bytes;
 #endif
+}
+
+void* allocate_scratch(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, bytes >= 2 * huge_page ? huge_page : 64, bytes) != 0)
+    throw std::bad_alloc();
+  advise_huge_pages(memory, bytes);
   if (poison) std::memset(memory, 0xff, bytes);
   return memory;
 }
