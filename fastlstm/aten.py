@@ -26,9 +26,9 @@ def unsupported(call: Call) -> str | None:
     if call.x.size(0) == 0 and call.h0.size(1) > 0:
         return "torch's own LSTM needs at least one step"
     sizes = call.batch_sizes
-    if sizes.numel() > 0 and (int(sizes[0]) != call.h0.size(1) or int(sizes[-1]) == 0):
-        if call.h0.size(1) > 0:
-            return "torch's own LSTM does not take sequences without steps"
+    batch = call.h0.size(1)
+    if batch > 0 and sizes.numel() > 0 and (int(sizes[0]) != batch or int(sizes[-1]) == 0):
+        return "torch's own LSTM does not take sequences without steps"
     return None
 
 
@@ -53,8 +53,8 @@ def layer_forward(
     # num_layers, dropout; cuDNN keeps its reserve only in training
     common = (flat, has_biases, 1, 0.0, need_reserve, bidirectional)
     if steps * batch == x.size(0):  # all sequences have all steps: no packing
-        y, h_n, c_n = torch._VF.lstm(x.view(steps, batch, -1), (h0, c0), *common, False)
-        y = y.reshape(steps * batch, -1)
+        y, h_n, c_n = torch._VF.lstm(x.view(steps, batch, x.size(1)), (h0, c0), *common, False)
+        y = y.reshape(steps * batch, y.size(2))
     else:
         y, h_n, c_n = torch._VF.lstm(x, batch_sizes, (h0, c0), *common)
     return Outputs(y=y, c_all=None, h_n=h_n, c_n=c_n)

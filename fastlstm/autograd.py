@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops, reference
-from .contract import Outputs, Requested, Weights
+from .contract import OutputGradients, Requested, Reserve, Weights
 
 
-class _Spec(NamedTuple):
+class _Run(NamedTuple):
     """What a layer call consists of besides differentiable tensors."""
 
     batch_sizes: Tensor
@@ -59,29 +59,43 @@ def lstm_layer(
         ValueError: an argument does not fit; the message names it.
         RuntimeError: ``backend`` cannot serve this call; the message says why.
     """
-    inputs = (x, h0, c0, *(t for w in weights for t in w))
+    ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
+    flat = [t for w in weights for t in w]
+    wants_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, h0, c0, *flat)
+    )
+    run = _Run(batch_sizes, reset, need_cells, backend)
     if _needs_composite():
         out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
-    elif not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in inputs):
-        out = ops.layer_forward(
-            x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend
-        )
-    elif backends.differentiates_itself(backend, x, batch_sizes, h0, reset, need_cells):
-        chosen = backends.pick(backend, x, batch_sizes, h0, reset, need_cells)
+    elif not wants_grad:
+        out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend)
+    elif (chosen := _self_differentiating(run, x, h0)) is not None:
         out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, need_cells)
     else:
-        spec = _Spec(batch_sizes, reset, need_cells, backend)
-        y, h_n, c_n, *cells = LSTMLayer.apply(spec, *inputs)
+        y, h_n, c_n, *cells = LSTMLayer.apply(run, x, h0, c0, *flat)
         return y, cells[0] if need_cells else None, h_n, c_n
-    assert out.y is not None and out.h_n is not None and out.c_n is not None
     return out.y, out.c_all if need_cells else None, out.h_n, out.c_n
 
 
 def _needs_composite() -> bool:
-    """Is a torch.func transform or forward-mode differentiation under way?"""
+    """Is a torch.func transform or forward-mode differentiation under way?
+
+    (torch.compile's own tracing has an interpreter on that stack too, and is not meant.)
+    """
+    if torch.compiler.is_compiling():
+        return False
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
+
+
+def _self_differentiating(run: _Run, x: Tensor, h0: Tensor) -> backends.Backend | None:
+    """The backend to take, if it is one that torch differentiates without our help."""
+    if ops.is_traced(x):
+        return None
+    call = backends.Call(x, run.batch_sizes, h0, run.reset, run.need_cells, False)
+    chosen = backends.pick(run.backend, call)
+    return chosen if chosen.layer_backward is None else None
 
 
 def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
@@ -90,29 +104,37 @@ def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
 
 
 class LSTMLayer(torch.autograd.Function):
-    """(spec, x, h0, c0, *flat weights) -> y, h_n, c_n and, if asked for, c_all."""
+    """(run, x, h0, c0, *flat weights) -> y, h_n, c_n and, if asked for, c_all."""
 
     @staticmethod
-    def forward(ctx: Any, spec: _Spec, x: Tensor, h0: Tensor, c0: Tensor, *flat: Tensor | None):
+    def forward(
+        ctx: Any, run: _Run, x: Tensor, h0: Tensor, c0: Tensor, *flat: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         out = ops.layer_forward(
-            x, spec.batch_sizes, h0, c0, _unflatten(flat), spec.reset, True, spec.need_cells,
-            spec.backend,
+            x, run.batch_sizes, h0, c0, _unflatten(flat), run.reset, True, run.need_cells,
+            run.backend,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.spec = spec
+        ctx.run = run
         ctx.save_for_backward(x, h0, c0, *flat, out.y, out.c_all, out.gates, out.m)
-        if spec.need_cells:
+        if run.need_cells:
             return out.y, out.h_n, out.c_n, out.c_all
         return out.y, out.h_n, out.c_n
 
     @staticmethod
-    def backward(ctx: Any, dy, dh_n, dc_n, dc_all=None):
-        spec: _Spec = ctx.spec
+    def backward(
+        ctx: Any,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        dc_all: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        run: _Run = ctx.run
         # save_for_backward has noted each tensor's version: this raises for one changed in place.
         *inputs, y, c_all, gates, m = ctx.saved_tensors
         need = _requested(ctx.needs_input_grad[1:])
         grads = (dy, dc_all, dh_n, dc_n)
-        return None, *LSTMLayerBackward.apply(spec, need, y, c_all, gates, m, *grads, *inputs)
+        return None, *LSTMLayerBackward.apply(run, need, y, c_all, gates, m, *grads, *inputs)
 
 
 def _requested(flags: Sequence[bool]) -> Requested:
@@ -125,15 +147,24 @@ class LSTMLayerBackward(torch.autograd.Function):
     """The backward pass as a Function, so that it can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, spec: _Spec, need: Requested, y, c_all, gates, m, *tensors):
-        grads, (x, h0, c0, *flat) = Outputs(*tensors[:4]), tensors[4:]
+    def forward(
+        ctx: Any,
+        run: _Run,
+        need: Requested,
+        y: Tensor,
+        c_all: Tensor,
+        gates: Tensor,
+        m: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor | None, ...]:
+        grads, (x, h0, c0, *flat) = OutputGradients(*tensors[:4]), tensors[4:]
         ctx.set_materialize_grads(False)
-        ctx.spec = spec
+        ctx.run = run
         ctx.save_for_backward(*tensors)
         weights = _unflatten(flat)
         got = ops.layer_backward(
-            grads, x, spec.batch_sizes, h0, c0, weights, spec.reset,
-            Outputs(y, c_all, None, None, gates, m), need, spec.backend,
+            grads, x, run.batch_sizes, h0, c0, weights, run.reset,
+            Reserve(y, c_all, gates, m), need, run.backend,
         )  # fmt: skip
         by_direction = [
             None if kind is None else kind[d]
@@ -143,7 +174,7 @@ class LSTMLayerBackward(torch.autograd.Function):
         return got.x, got.h0, got.c0, *by_direction
 
     @staticmethod
-    def backward(ctx: Any, *grads_of_grads: Tensor | None):
+    def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         """Second order, by differentiating the reference twice.
 
         The gradient of <forward(inputs), grads> is what ``forward`` above returned;
@@ -152,47 +183,45 @@ class LSTMLayerBackward(torch.autograd.Function):
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
         with torch.enable_grad():
             # Aliases, so that one tensor given for two arguments counts once in each.
-            tensors = [
+            tensors: list[Any] = [
                 t if t is None else t.view_as(t) if again else t.detach().requires_grad_(asked)
                 for t, asked in zip(ctx.saved_tensors, ctx.needs_input_grad[6:], strict=True)
             ]
-            first = _composite_gradients(ctx.spec, tensors)
-        pairs = [
-            (g, gg)
-            for g, gg in zip(first, grads_of_grads, strict=True)
-            if g is not None and gg is not None and g.requires_grad
-        ]
+            first = _composite_gradients(ctx.run, tensors)
         wanted = [t for t, asked in zip(tensors, ctx.needs_input_grad[6:], strict=True) if asked]
-        second = iter(
-            torch.autograd.grad(
-                [g for g, _ in pairs], wanted, [gg for _, gg in pairs],
-                create_graph=again, allow_unused=True,
-            )
-            if pairs and wanted
-            else [None] * len(wanted)
-        )  # fmt: skip
+        second = iter(_grad(first, wanted, grads_of_grads, create_graph=again))
         return (None,) * 6 + tuple(next(second) if n else None for n in ctx.needs_input_grad[6:])
 
 
-def _composite_gradients(spec: _Spec, tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _composite_gradients(run: _Run, tensors: list[Any]) -> list[Tensor | None]:
     """Gradients of (x, h0, c0, *flat weights) through the reference, with a graph."""
-    dy, dc_all, dh_n, dc_n, *inputs = tensors
-    x, h0, c0, *flat = inputs
-    assert x is not None and h0 is not None and c0 is not None
+    grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
     out = reference.layer_forward(
-        x, spec.batch_sizes, h0, c0, _unflatten(flat), spec.reset, False, spec.need_cells
+        x, run.batch_sizes, h0, c0, _unflatten(flat), run.reset, False, run.need_cells
     )
+    inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]
+    found = iter(_grad(out[:4], inputs, grads, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in tensors[4:]]
+
+
+def _grad(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+    create_graph: bool,
+) -> Sequence[Tensor | None]:
+    """torch.autograd.grad, leaving out outputs that are absent, constant or get no gradient."""
     pairs = [
-        (o, g) for o, g in zip(out[:4], (dy, dc_all, dh_n, dc_n), strict=True) if g is not None
+        (o, g)
+        for o, g in zip(outputs, grad_outputs, strict=True)
+        if o is not None and g is not None and o.requires_grad
     ]
-    at = [k for k, t in enumerate(inputs) if t is not None and t.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], [inputs[k] for k in at], [g for _, g in pairs],
-        create_graph=True, allow_unused=True,
-    ) if pairs else [None] * len(at)  # fmt: skip
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    for k, g in zip(at, found, strict=True):
-        gradients[k] = g
-    return gradients
-
-
+    if not pairs or not inputs:
+        return [None] * len(inputs)
+    return torch.autograd.grad(
+        [o for o, _ in pairs],
+        inputs,
+        [g for _, g in pairs],
+        create_graph=create_graph,
+        allow_unused=True,
+    )

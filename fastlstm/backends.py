@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import aten, cpu, reference
@@ -26,6 +25,7 @@ class Call(NamedTuple):
     h0: Tensor  # (D, B, P)
     reset: Tensor | None
     need_cells: bool
+    need_reserve: bool  # will its layer_backward be called?
 
 
 def _always(_: Call) -> str | None:
@@ -45,6 +45,8 @@ class Backend:
 
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot serve ``call``, or None."""
+        if call.need_reserve and self.layer_backward is None:
+            return "torch differentiates it by itself, which it can't inside an operator"
         return self.missing() or self.unsupported(call)
 
 
@@ -71,14 +73,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend: got {backend!r}, expected one of {names}")
 
 
-def pick(
-    backend: str,
-    x: Tensor,
-    batch_sizes: Tensor,
-    h0: Tensor,
-    reset: Tensor | None,
-    need_cells: bool,
-) -> Backend:
+def pick(backend: str, call: Call) -> Backend:
     """The backend to run a layer with: the one named, or the first of the table that can.
 
     Raises:
@@ -86,22 +81,9 @@ def pick(
         RuntimeError: the backend named cannot serve the call; the message says why.
     """
     check_name(backend)
-    call = Call(x, batch_sizes, h0, reset, need_cells)
-    if backend != "auto":
-        reason = _TABLE[backend].refusal(call)
-        if reason is not None:
-            raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}")
-        return _TABLE[backend]
-    return next(entry for entry in _TABLE.values() if entry.refusal(call) is None)
-
-
-def differentiates_itself(
-    backend: str,
-    x: Tensor,
-    batch_sizes: Tensor,
-    h0: Tensor,
-    reset: Tensor | None,
-    need_cells: bool,
-) -> bool:
-    """Does torch differentiate the backend that ``pick`` would choose, without our help?"""
-    return pick(backend, x, batch_sizes, h0, reset, need_cells).layer_backward is None
+    if backend == "auto":
+        return next(entry for entry in _TABLE.values() if entry.refusal(call) is None)
+    reason = _TABLE[backend].refusal(call)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}")
+    return _TABLE[backend]

@@ -35,16 +35,39 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-class Outputs(NamedTuple):
-    """What a forward pass returns; also the shape of the gradients it is given back."""
+class Reserve(NamedTuple):
+    """What a backward pass needs of the forward pass, besides its inputs."""
 
-    y: Tensor | None  # (N, D*P)
+    y: Tensor  # (N, D*P)
+    c_all: Tensor  # (N, D*H), state dtype
+    gates: Tensor  # (N, D, 4H), after activation
+    m: Tensor | None  # (N, D*H), the unprojected h, with a projection only
+
+
+class Outputs(NamedTuple):
+    """What a forward pass returns; c_all, gates and m only where they were asked for."""
+
+    y: Tensor  # (N, D*P)
     c_all: Tensor | None  # (N, D*H), state dtype
-    h_n: Tensor | None  # (D, B, P)
-    c_n: Tensor | None  # (D, B, H)
-    # The reserve, kept for the backward pass; absent from gradients.
-    gates: Tensor | None = None  # (N, D, 4H), after activation
-    m: Tensor | None = None  # (N, D*H), the unprojected h, with a projection only
+    h_n: Tensor  # (D, B, P)
+    c_n: Tensor  # (D, B, H)
+    gates: Tensor | None = None  # as in Reserve
+    m: Tensor | None = None
+
+    def reserve(self) -> Reserve:
+        """What to keep for the backward pass; it must have been asked for."""
+        if self.c_all is None or self.gates is None:
+            raise ValueError("the forward pass was not asked for its reserve")
+        return Reserve(self.y, self.c_all, self.gates, self.m)
+
+
+class OutputGradients(NamedTuple):
+    """What a backward pass is given; None where nothing came back for an output."""
+
+    y: Tensor | None
+    c_all: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
 
 
 class Requested(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .contract import Gradients, Outputs, Requested, Weights
+from .contract import Gradients, OutputGradients, Outputs, Requested, Reserve, Weights
 from .products import input_gradients
 
 if TYPE_CHECKING:
@@ -70,19 +70,19 @@ def layer_forward(
 
 
 def layer_backward(
-    grads: Outputs,
+    grads: OutputGradients,
     x: Tensor,
     batch_sizes: Tensor,
     h0: Tensor,
     c0: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    saved: Outputs,
+    saved: Reserve,
     need: Requested,
 ) -> Gradients:
     """Gradients of the inputs asked for."""
     da, dh_all, dbias, dh0, dc0 = torch.ops.fastlstm_C.cpu_backward(
-        *map(_contiguous, grads[:4]),
+        *map(_contiguous, grads),
         batch_sizes.contiguous(),
         c0.contiguous(),
         [w.w_hh.contiguous() for w in weights],

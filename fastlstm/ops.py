@@ -9,13 +9,22 @@ are given; shapes and letters are explained in ``contract.py``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .contract import Gradients, Outputs, Requested, Weights, state_dtype
+from .contract import (
+    Gradients,
+    OutputGradients,
+    Outputs,
+    Requested,
+    Reserve,
+    Weights,
+    state_dtype,
+)
 
 _library = torch.library.Library("fastlstm", "DEF")
 _library.define(
@@ -46,11 +55,16 @@ def layer_forward(
 ) -> Outputs:
     """Run one layer through the operator; see ``reference.layer_forward``.
 
+    The arguments must have passed ``check_layer``.
+
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
         RuntimeError: the backend named cannot serve this call; the message says why.
     """
-    _check_layer(x, batch_sizes, h0, c0, weights, reset)
+    if not is_traced(x):  # the dispatcher would only cost time
+        call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve)
+        return backends.pick(backend, call).layer_forward(
+            x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
+        )
     results = torch.ops.fastlstm.layer_forward(
         x, batch_sizes, h0, c0, *_lists(weights), reset, need_reserve, need_cells, backend
     )
@@ -65,21 +79,34 @@ def layer_forward(
     )
 
 
+def is_traced(x: Tensor) -> bool:
+    """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(x) not in (Tensor, torch.nn.Parameter)
+    )
+
+
 def layer_backward(
-    grads: Outputs,
+    grads: OutputGradients,
     x: Tensor,
     batch_sizes: Tensor,
     h0: Tensor,
     c0: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    saved: Outputs,
+    saved: Reserve,
     need: Requested,
     backend: str,
 ) -> Gradients:
     """Run one layer's backward pass; see ``reference.layer_backward``."""
+    if not is_traced(x):
+        return _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
+            grads, x, batch_sizes, h0, c0, weights, reset, saved, need
+        )
     dx, dh0, dc0, *dw = torch.ops.fastlstm.layer_backward(
-        *grads[:4],
+        *grads,
         x,
         batch_sizes,
         h0,
@@ -119,59 +146,98 @@ def _weights(
     ]
 
 
-def _forward_impl(x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr, reset, reserve, cells, backend):
-    weights = _weights(w_ih, w_hh, bias, w_hr)
-    chosen = backends.pick(backend, x, batch_sizes, h0, reset, cells)
-    out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, reserve, cells)
-    return tuple(x.new_empty(0) if t is None else t for t in out)
+def _pick_backward(
+    backend: str,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    need_cells: bool,
+) -> Callable[..., Gradients]:
+    call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve=True)
+    chosen = backends.pick(backend, call).layer_backward
+    assert chosen is not None  # pick takes no backend without one where a reserve is needed
+    return chosen
 
 
-def _backward_impl(
-    dy, dc_all, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr,
-    reset, y, c_all, gates, m, need, backend,
-):  # fmt: skip
+# What the dispatcher calls. Arguments are the schemas', results tuples of tensors.
+
+
+def _forward_impl(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: list[Tensor],
+    w_hh: list[Tensor],
+    bias: list[Tensor],
+    w_hr: list[Tensor],
+    reset: Tensor | None,
+    need_reserve: bool,
+    need_cells: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve)
     weights = _weights(w_ih, w_hh, bias, w_hr)
-    chosen = backends.pick(backend, x, batch_sizes, h0, reset, dc_all is not None)
-    g = chosen.layer_backward(
-        Outputs(dy, dc_all, dh_n, dc_n), x, batch_sizes, h0, c0, weights, reset,
-        Outputs(y, c_all, None, None, gates, m if w_hr else None), Requested(*need),
-    )  # fmt: skip
-    tensors = (x.new_empty(0) if t is None else t for t in (g.x, g.h0, g.c0))
+    out = backends.pick(backend, call).layer_forward(
+        x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
+    )
+    return tuple(_none(x) if t is None else t for t in out)
+
+
+def _forward_fake(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: list[Tensor],
+    w_hh: list[Tensor],
+    bias: list[Tensor],
+    w_hr: list[Tensor],
+    reset: Tensor | None,
+    need_reserve: bool,
+    need_cells: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    directions, batch, hidden = c0.shape
+    rows, output = x.size(0), h0.size(2)
+    cells = need_reserve or need_cells
+    return (
+        x.new_empty(rows, directions * output),
+        x.new_empty(rows, directions * hidden, dtype=state_dtype(x.dtype)) if cells else _none(x),
+        x.new_empty(directions, batch, output),
+        x.new_empty(directions, batch, hidden),
+        x.new_empty(rows, directions, 4 * hidden) if need_reserve else _none(x),
+        x.new_empty(rows, directions * hidden) if need_reserve and w_hr else _none(x),
+    )
+
+
+def _backward_impl(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
+    grads, (x, batch_sizes, h0, c0), weights = OutputGradients(*args[:4]), args[4:8], args[8:12]
+    reset, y, c_all, gates, m, asked, backend = args[12:]
+    # A layer without biases or projections has no gradients of them, asked for or not.
+    need = Requested(*asked)
+    need = need._replace(bias=need.bias and bool(weights[2]), w_hr=need.w_hr and bool(weights[3]))
+    saved = Reserve(y, c_all, gates, m if weights[3] else None)
+    g = _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
+        grads, x, batch_sizes, h0, c0, _weights(*weights), reset, saved, need
+    )
+    tensors = (_none(x) if t is None else t for t in (g.x, g.h0, g.c0))
     return *tensors, *(t or [] for t in (g.w_ih, g.w_hh, g.bias, g.w_hr))
 
 
-def _forward_fake(x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr, reset, reserve, cells, backend):
-    directions, batch, hidden = c0.shape
-    rows, output = x.size(0), h0.size(2)
-    state = state_dtype(x.dtype)
-    return (
-        x.new_empty(rows, directions * output),
-        x.new_empty(rows, directions * hidden, dtype=state) if reserve or cells else _none(x),
-        x.new_empty(directions, batch, output),
-        x.new_empty(directions, batch, hidden),
-        x.new_empty(rows, directions, 4 * hidden) if reserve else x.new_empty(0),
-        x.new_empty(rows, directions * hidden) if reserve and w_hr else x.new_empty(0),
-    )
-
-
-def _backward_fake(
-    dy, dc_all, dh_n, dc_n, x, batch_sizes, h0, c0, w_ih, w_hh, bias, w_hr,
-    reset, y, c_all, gates, m, need, backend,
-):  # fmt: skip
-    asked = Requested(*need)
-
-    def like(flag, kind):
-        return [torch.empty_like(t) for t in kind] if flag else []
-
-    return (
-        torch.empty_like(x) if asked.x else _none(x),
-        torch.empty_like(h0) if asked.h0 else _none(x),
-        torch.empty_like(c0) if asked.c0 else _none(x),
-        like(asked.w_ih, w_ih),
-        like(asked.w_hh, w_hh),
-        like(asked.bias, bias),
-        like(asked.w_hr, w_hr),
-    )
+def _backward_fake(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
+    x, _, h0, c0, *weights = args[4:12]
+    need = Requested(*args[-2])
+    tensors = [
+        torch.empty_like(t) if asked else _none(x)
+        for asked, t in zip(need[:3], (x, h0, c0), strict=True)
+    ]
+    lists = [
+        [torch.empty_like(t) for t in kind] if asked else []
+        for asked, kind in zip(need[3:], weights, strict=True)
+    ]
+    return *tensors, *lists
 
 
 def _none(x: Tensor) -> Tensor:
@@ -184,7 +250,7 @@ torch.library.register_fake("fastlstm::layer_forward", _forward_fake, lib=_libra
 torch.library.register_fake("fastlstm::layer_backward", _backward_fake, lib=_library)
 
 
-def _check_layer(
+def check_layer(
     x: Tensor,
     batch_sizes: Tensor,
     h0: Tensor,
@@ -192,8 +258,11 @@ def _check_layer(
     weights: Sequence[Weights],
     reset: Tensor | None,
 ) -> None:
-    """Raise for anything the kernels could not run on; values of batch_sizes are the
-    backend's to check, since looking at them here would break tracing."""
+    """Raise ValueError, naming the argument, for shapes, dtypes and devices that don't fit.
+
+    The values of batch_sizes are left to whoever reads them: looking at them here would
+    break tracing.
+    """
     directions, batch = len(weights), h0.size(1) if h0.dim() == 3 else -1
     if directions not in (1, 2):
         raise ValueError(f"weights: got {directions} directions, expected 1 or 2")
@@ -221,7 +290,11 @@ def _check_layer(
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected x's {x.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected x's {x.device}")
-    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
+    if (
+        batch_sizes.dim() != 1
+        or batch_sizes.dtype != torch.int64
+        or batch_sizes.device.type != "cpu"
+    ):
         raise ValueError(
             f"batch_sizes: got {batch_sizes.dtype} {tuple(batch_sizes.shape)} on "
             f"{batch_sizes.device}, expected an int64 vector on cpu"

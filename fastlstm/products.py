@@ -6,12 +6,12 @@ rows for each gradient asked for, in state dtype and in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .contract import Gradients, Outputs, Requested, Weights
+from .contract import Gradients, Requested, Reserve, Weights
 
 
 def input_gradients(
@@ -25,7 +25,7 @@ def input_gradients(
     h0: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    saved: Outputs,
+    saved: Reserve,
     need: Requested,
 ) -> Gradients:
     """Gradients of a layer's inputs from its dgates.
@@ -38,10 +38,10 @@ def input_gradients(
     storage, state = x.dtype, da.dtype
     directions = range(len(weights))
 
-    def each(asked: bool, gradient) -> list[Tensor] | None:
+    def each(asked: bool, gradient: Callable[[int], Tensor]) -> list[Tensor] | None:
         return [gradient(d).to(storage) for d in directions] if asked else None
 
-    rows = x.to(state) if need.w_ih else None
+    rows = x.to(state) if need.w_ih else x
     dx = None
     if need.x:
         dx = da[:, 0] @ weights[0].w_ih.to(state)
@@ -51,7 +51,8 @@ def input_gradients(
 
     def dw_hr(d: int) -> Tensor:
         output_size, hidden_size = h0.size(-1), da.size(-1) // 4
-        assert dh_all is not None and saved.m is not None
+        if dh_all is None or saved.m is None:
+            raise ValueError("dh_all, saved.m: got None, needed for the gradient of w_hr")
         dh = dh_all[:, d * output_size : (d + 1) * output_size]
         return dh.T @ saved.m[:, d * hidden_size : (d + 1) * hidden_size].to(state)
 
@@ -61,16 +62,16 @@ def input_gradients(
         c0=dc0 if need.c0 else None,
         w_ih=each(need.w_ih, lambda d: da[:, d].T @ rows),
         w_hh=each(need.w_hh, lambda d: _dw_hh(d, da[:, d], batch_sizes, h0[d], reset, saved.y)),
-        bias=each(need.bias, dbias.__getitem__) if dbias is not None else None,
+        # Clones: gradients must not share memory.
+        bias=None if dbias is None else each(need.bias, lambda d: dbias[d].clone()),
         w_hr=each(need.w_hr, dw_hr),
     )
 
 
 def _dw_hh(
-    d: int, da: Tensor, batch_sizes: Tensor, h0: Tensor, reset: Tensor | None, y: Tensor | None
+    d: int, da: Tensor, batch_sizes: Tensor, h0: Tensor, reset: Tensor | None, y: Tensor
 ) -> Tensor:
     """sum over rows of da_t h_{t-1}^T, (4H, P), for direction ``d``."""
-    assert y is not None
     output_size, rows, batch = h0.size(-1), y.size(0), h0.size(0)
     y = y[:, d * output_size : (d + 1) * output_size]
     if rows == 0:
@@ -87,9 +88,7 @@ def _dw_hh(
     return da.T @ _previous_h(d, batch_sizes, h0, reset, y).to(da.dtype)
 
 
-def _previous_h(
-    d: int, batch_sizes: Tensor, h0: Tensor, reset: Tensor | None, y: Tensor
-) -> Tensor:
+def _previous_h(d: int, batch_sizes: Tensor, h0: Tensor, reset: Tensor | None, y: Tensor) -> Tensor:
     """The h that entered each row's step, (N, P): from y, from h0, or zero at a reset."""
     rows = y.size(0)
     starts = torch.zeros(batch_sizes.numel() + 1, dtype=torch.int64)

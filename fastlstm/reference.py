@@ -17,7 +17,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .contract import Gradients, Outputs, Requested, Weights, state_dtype
+from .contract import (
+    Gradients,
+    OutputGradients,
+    Outputs,
+    Requested,
+    Reserve,
+    Weights,
+    state_dtype,
+)
 
 
 def activate(a: Tensor) -> Tensor:
@@ -136,20 +144,20 @@ def _cut(state: Tensor, first: Tensor) -> Tensor:
 
 
 def layer_backward(
-    grads: Outputs,
+    grads: OutputGradients,
     x: Tensor,
     batch_sizes: Tensor,
     h0: Tensor,
     c0: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    saved: Outputs,
+    saved: Reserve,
     need: Requested,
 ) -> Gradients:
     """Gradients of the inputs asked for, by the equations, one step at a time.
 
     ``grads`` holds the gradients of y, c_all, h_n and c_n, each of which may be
-    None; ``saved`` what ``layer_forward`` returned with ``need_reserve``.
+    None; ``saved`` what ``layer_forward`` kept with ``need_reserve``.
     """
     state = state_dtype(x.dtype)
     results = [
@@ -177,29 +185,27 @@ def layer_backward(
 
 def _direction_backward(
     d: int,
-    grads: Outputs,
+    grads: OutputGradients,
     x: Tensor,
     batch_sizes: Tensor,
     h0: Tensor,
     c0: Tensor,
     w: Weights,
     reset: Tensor | None,
-    saved: Outputs,
+    saved: Reserve,
 ) -> tuple[Tensor, Tensor, Tensor, Weights]:
     """dx (N, I), dh0 (B, P), dc0 (B, H) and dW of direction ``d``, all in state dtype."""
     state = state_dtype(x.dtype)
     reverse = d == 1
     hidden_size, output_size = c0.size(-1), h0.size(-1)
 
-    def part(tensor: Tensor | None, size: int) -> Tensor | None:  # (N, D*size) -> (N, size)
-        return None if tensor is None else tensor[:, d * size : (d + 1) * size].to(state)
+    def part(tensor: Tensor, size: int) -> Tensor:  # (N, D*size) -> (N, size)
+        return tensor[:, d * size : (d + 1) * size].to(state)
 
-    assert saved.c_all is not None and saved.gates is not None
     y, c_all = part(saved.y, output_size), part(saved.c_all, hidden_size)
-    m = part(saved.m, hidden_size)
     gates = saved.gates[:, d].unflatten(-1, (4, hidden_size)).to(state)
-    dy, dc_all = part(grads.y, output_size), part(grads.c_all, hidden_size)
-    assert y is not None and c_all is not None
+    dy = None if grads.y is None else part(grads.y, output_size)
+    dc_all = None if grads.c_all is None else part(grads.c_all, hidden_size)
     w_ih, w_hh = w.w_ih.to(state), w.w_hh.to(state)
     w_hr = None if w.w_hr is None else w.w_hr.to(state)
 
@@ -210,7 +216,9 @@ def _direction_backward(
     dx = torch.zeros_like(x, dtype=state)
     dw_ih, dw_hh = torch.zeros_like(w_ih), torch.zeros_like(w_hh)
     dbias = w_ih.new_zeros(w_ih.size(0))
-    dw_hr = None if w_hr is None else torch.zeros_like(w_hr)
+    dw_hr = None
+    if w_hr is not None and saved.m is not None:
+        m, dw_hr = part(saved.m, hidden_size), torch.zeros_like(w_hr)
 
     order = list(_steps(batch_sizes, reverse))
     for position in reversed(range(len(order))):
@@ -237,10 +245,9 @@ def _direction_backward(
             dh_t = dh_t + dy[here]
         if dc_all is not None:
             dc_t = dc_t + dc_all[here]
-        if w_hr is None:
+        if w_hr is None or dw_hr is None:
             dm = dh_t
         else:
-            assert m is not None and dw_hr is not None
             dm = dh_t @ w_hr
             dw_hr += dh_t.T @ m[here]  # (eq. 9)
         da, dc_in = cell_backward(gates[here], c_in, c_all[here], dm, dc_t)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import LAYERS, Layer, make_layer, tolerance
 from torch import Tensor
 
+from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
-from fastlstm.contract import Outputs, Requested
+from fastlstm.contract import OutputGradients, Outputs, Requested
 
 assert native.missing() is None, native.missing()
 _C = torch.ops.fastlstm_C
@@ -36,8 +36,8 @@ def need_of(case: Layer) -> Requested:
     return ALL._replace(bias=case.bias, w_hr=bool(case.projection))
 
 
-def random_gradients(out: Outputs) -> Outputs:
-    return Outputs(*(None if t is None else torch.randn_like(t) for t in out[:4]))
+def random_gradients(out: Outputs) -> OutputGradients:
+    return OutputGradients(*(None if t is None else torch.randn_like(t) for t in out[:4]))
 
 
 def compare(got, want, dtype: torch.dtype, what: str) -> None:
@@ -66,8 +66,7 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set
     assert [t.dtype for t in got if t is not None] == [t.dtype for t in want if t is not None]
 
     grads = random_gradients(want)
-    x, batch_sizes, h0, c0, weights, reset = layer
-    inputs = (x, batch_sizes, h0, c0, weights, reset, want)
+    inputs = (*layer, want.reserve())
     compare(
         cpu.layer_backward(grads, *inputs, need_of(case)),
         reference.layer_backward(grads, *inputs, need_of(case)),
@@ -87,7 +86,7 @@ def test_backward_equations_equal_autograd(case: Layer) -> None:
     want = torch.autograd.grad(out[:4], inputs, grads[:4])
     with torch.no_grad():
         got = reference.layer_backward(
-            grads, x, batch_sizes, h0, c0, weights, reset, out, need_of(case)
+            grads, x, batch_sizes, h0, c0, weights, reset, out.reserve(), need_of(case)
         )
     by_direction = zip(
         *(kind for kind in (got.w_ih, got.w_hh, got.bias, got.w_hr) if kind is not None),
@@ -106,7 +105,7 @@ def test_only_requested_gradients(flag: str) -> None:
     grads = random_gradients(saved)
     x, batch_sizes, h0, c0, weights, reset = layer
     need = Requested(*(name == flag for name in Requested._fields))
-    inputs = (grads, x, batch_sizes, h0, c0, weights, reset, saved)
+    inputs = (grads, x, batch_sizes, h0, c0, weights, reset, saved.reserve())
     got = cpu.layer_backward(*inputs, need)
     compare(got, reference.layer_backward(*inputs, need), torch.float64, flag)
     assert [name for name in got._fields if getattr(got, name) is not None] == [flag]
@@ -121,11 +120,13 @@ def test_absent_gradients(absent: int, projection: int) -> None:
     grads = list(random_gradients(saved)[:4])
     x, batch_sizes, h0, c0, weights, reset = layer
     need = ALL._replace(w_hr=bool(projection))
-    rest = (x, batch_sizes, h0, c0, weights, reset, saved, need)
+    rest = (x, batch_sizes, h0, c0, weights, reset, saved.reserve(), need)
     grads[absent] = torch.zeros_like(grads[absent])
-    want = cpu.layer_backward(Outputs(*grads), *rest)
+    want = cpu.layer_backward(OutputGradients(*grads), *rest)
     grads[absent] = None
-    compare(cpu.layer_backward(Outputs(*grads), *rest), want, torch.float64, f"without {absent}")
+    compare(
+        cpu.layer_backward(OutputGradients(*grads), *rest), want, torch.float64, f"without {absent}"
+    )
 
 
 def test_nothing_is_saved_for_inference() -> None:
@@ -150,7 +151,7 @@ def test_bits_do_not_depend_on_threads(case: Layer, threads: int) -> None:
     for count in (1, threads, threads):
         torch.set_num_threads(count)
         out = cpu.layer_forward(*layer, True, True)
-        x, batch_sizes, h0, c0, weights, reset = layer
+        _, batch_sizes, _, c0, weights, reset = layer
         walked = _C.cpu_backward(
             out.y, out.c_all, out.h_n, out.c_n, batch_sizes, c0, [w.w_hh for w in weights],
             [w.w_hr for w in weights if w.w_hr is not None], reset, out.c_all, out.gates,
@@ -200,7 +201,9 @@ def bad_calls():
     ]
 
 
-@pytest.mark.parametrize("change, message", [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
+@pytest.mark.parametrize(
+    ("change", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
+)
 def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
     """The operator is public to whoever finds it: it must refuse, never read out of bounds."""
     good = dict(
@@ -214,7 +217,7 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
 
 
 def test_unknown_instruction_set() -> None:
-    with pytest.raises(RuntimeError, match="expected one of: .*baseline"):
+    with pytest.raises(RuntimeError, match=r"expected one of: .*baseline"):
         _C.cpu_use_instruction_set("mmx")
 
 
@@ -223,10 +226,10 @@ def test_expanded_and_strided_gradients() -> None:
     layer = make_layer(Layer((4, 4, 2), 3, 5), torch.float64)
     saved = reference.layer_forward(*layer, True, True)
     x, batch_sizes, h0, c0, weights, reset = layer
-    rest = (x, batch_sizes, h0, c0, weights, reset, saved, ALL._replace(w_hr=False))
+    rest = (x, batch_sizes, h0, c0, weights, reset, saved.reserve(), ALL._replace(w_hr=False))
 
     def run(dy: Tensor, dh_n: Tensor):
-        return cpu.layer_backward(Outputs(dy, None, dh_n, None), *rest)
+        return cpu.layer_backward(OutputGradients(dy, None, dh_n, None), *rest)
 
     ones, wide = torch.ones(()).double().expand(10, 5), torch.randn(1, 4, 10).double()[..., ::2]
     compare(run(ones, wide), run(ones.clone(), wide.clone()), torch.float64, "strided")

@@ -16,7 +16,7 @@ template <class T>
 constexpr int panel_width = panel_vectors * lanes<T>;
 
 // Two accumulators per row, two vectors of B and one value of A must fit in the registers.
-constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 12 : 6;
+constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 14 : 6;
 
 constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
@@ -33,8 +33,8 @@ struct Segments {
 
 template <class T>
 FASTLSTM_INLINE void prefetch_row(const T* b) {
-  __builtin_prefetch(b, 0, 2);
-  __builtin_prefetch(b + lanes<T>, 0, 2);
+  constexpr int per_line = 64 / int(sizeof(T));
+  for (int k = 0; k < panel_width<T>; k += per_line) __builtin_prefetch(b + k, 0, 2);
 }
 
 // sum (rows, panel_vectors) += one column of A times one row of B.
@@ -98,6 +98,7 @@ TileFunction<T> tile_function(int64_t rows) {
       multiply_tile<T, 7, 1, in_advance>,  multiply_tile<T, 8, 1, in_advance>,
       multiply_tile<T, 9, 1, in_advance>,  multiply_tile<T, 10, 1, in_advance>,
       multiply_tile<T, 11, 1, in_advance>, multiply_tile<T, 12, 1, in_advance>,
+      multiply_tile<T, 13, 1, in_advance>, multiply_tile<T, 14, 1, in_advance>,
 #endif
   };
   return table[rows - 1];
