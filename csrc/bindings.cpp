@@ -72,11 +72,16 @@ void inputs(const char* name, const Tensors& tensors, int64_t directions, Sizes 
 
 fastlstm::Storage storage_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return fastlstm::Storage::f32;
-    case ScalarType::Double: return fastlstm::Storage::f64;
-    case ScalarType::Half: return fastlstm::Storage::f16;
-    case ScalarType::BFloat16: return fastlstm::Storage::bf16;
-    default: fail("expected float32, float64, float16 or bfloat16 tensors");
+    case ScalarType::Float:
+      return fastlstm::Storage::f32;
+    case ScalarType::Double:
+      return fastlstm::Storage::f64;
+    case ScalarType::Half:
+      return fastlstm::Storage::f16;
+    case ScalarType::BFloat16:
+      return fastlstm::Storage::bf16;
+    default:
+      fail("expected float32, float64, float16 or bfloat16 tensors");
   }
 }
 
@@ -99,8 +104,8 @@ fastlstm::Shape shape_of(int64_t rows, const Tensor& batch_sizes, const Tensor& 
   shape.B = c0.size(1);
   shape.H = c0.size(2);
   shape.P = output_size;
-  shape.batch_sizes = static_cast<const int64_t*>(
-      input("batch_sizes", batch_sizes, {shape.T}, ScalarType::Long));
+  shape.batch_sizes =
+      static_cast<const int64_t*>(input("batch_sizes", batch_sizes, {shape.T}, ScalarType::Long));
   int64_t sum = 0, last = shape.B;
   for (int64_t t = 0; t < shape.T; ++t) {
     const int64_t size = shape.batch_sizes[t];
@@ -130,9 +135,13 @@ Tensor output(const Tensor& like, Sizes sizes, ScalarType dtype) {
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;
 }
-Tensor absent(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+Tensor absent(const Tensor& like) {
+  return torch::stable::new_empty(like, {0});
+}
 
-int threads() { return int(torch::stable::get_num_threads()); }
+int threads() {
+  return int(torch::stable::get_num_threads());
+}
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 

@@ -15,9 +15,9 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#define FASTLSTM_INLINE static __host__ __device__ __forceinline__
+#  define FASTLSTM_INLINE static __host__ __device__ __forceinline__
 #else
-#define FASTLSTM_INLINE static inline __attribute__((always_inline))
+#  define FASTLSTM_INLINE static inline __attribute__((always_inline))
 #endif
 
 namespace fastlstm {

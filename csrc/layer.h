@@ -28,42 +28,42 @@ struct Shape {
 struct ForwardArgs {
   Shape shape;
   Storage storage;
-  int threads;                         // at most so many; fewer where the work is small
-  const void* x;                       // (N, I)
-  const void* h0;                      // (D, B, P)
-  const void* c0;                      // (D, B, H)
-  const void* w_ih[max_directions];    // (4H, I), gate order i f g o
-  const void* w_hh[max_directions];    // (4H, P)
-  const void* bias[max_directions];    // (4H), or null
-  const void* w_hr[max_directions];    // (P, H), or null
-  const uint8_t* reset;                // (N), 1 marks the first step of a new segment; or null
-  void* y;                             // (N, D*P)
-  void* h_n;                           // (D, B, P)
-  void* c_n;                           // (D, B, H)
-  void* c_all;                         // (N, D*H), state; or null
-  void* gates;                         // (N, D, 4H), after activation; or null
-  void* m;                             // (N, D*H), the unprojected h; or null
+  int threads;                       // at most so many; fewer where the work is small
+  const void* x;                     // (N, I)
+  const void* h0;                    // (D, B, P)
+  const void* c0;                    // (D, B, H)
+  const void* w_ih[max_directions];  // (4H, I), gate order i f g o
+  const void* w_hh[max_directions];  // (4H, P)
+  const void* bias[max_directions];  // (4H), or null
+  const void* w_hr[max_directions];  // (P, H), or null
+  const uint8_t* reset;              // (N), 1 marks the first step of a new segment; or null
+  void* y;                           // (N, D*P)
+  void* h_n;                         // (D, B, P)
+  void* c_n;                         // (D, B, H)
+  void* c_all;                       // (N, D*H), state; or null
+  void* gates;                       // (N, D, 4H), after activation; or null
+  void* m;                           // (N, D*H), the unprojected h; or null
 };
 
 struct BackwardArgs {
   Shape shape;
   Storage storage;
   int threads;
-  const void* dy;                      // (N, D*P), or null
-  const void* dc_all;                  // (N, D*H), state; or null
-  const void* dh_n;                    // (D, B, P), or null
-  const void* dc_n;                    // (D, B, H), or null
-  const void* c0;                      // (D, B, H)
-  const void* w_hh[max_directions];    // (4H, P)
-  const void* w_hr[max_directions];    // (P, H), or null
-  const uint8_t* reset;                // (N), or null
-  const void* c_all;                   // (N, D*H), state
-  const void* gates;                   // (N, D, 4H)
-  void* da;                            // (N, D, 4H), state: gradients of the pre-activations
-  void* dh_all;                        // (N, D*P), state: gradients of every h_t; or null
-  void* dbias;                         // (D, 4H), state: da summed over rows; or null
-  void* dh0;                           // (D, B, P), or null
-  void* dc0;                           // (D, B, H), or null
+  const void* dy;                    // (N, D*P), or null
+  const void* dc_all;                // (N, D*H), state; or null
+  const void* dh_n;                  // (D, B, P), or null
+  const void* dc_n;                  // (D, B, H), or null
+  const void* c0;                    // (D, B, H)
+  const void* w_hh[max_directions];  // (4H, P)
+  const void* w_hr[max_directions];  // (P, H), or null
+  const uint8_t* reset;              // (N), or null
+  const void* c_all;                 // (N, D*H), state
+  const void* gates;                 // (N, D, 4H)
+  void* da;                          // (N, D, 4H), state: gradients of the pre-activations
+  void* dh_all;                      // (N, D*P), state: gradients of every h_t; or null
+  void* dbias;                       // (D, 4H), state: da summed over rows; or null
+  void* dh0;                         // (D, B, P), or null
+  void* dc0;                         // (D, B, H), or null
 };
 
 }  // namespace fastlstm

@@ -58,12 +58,12 @@ class Backward {
   // there are steps: it has no rows of its own and only carries gradients to the initial state.
   struct Step {
     int d;
-    int64_t index;   // how many steps were undone before
-    int64_t t;       // time of this step; of no meaning in the extra one
-    int64_t rows;    // of this step
-    int64_t start;   // its first packed row
-    int64_t after;   // time of the step undone before
-    int64_t carried; // rows of the step undone before, whose gradients are carried here
+    int64_t index;    // how many steps were undone before
+    int64_t t;        // time of this step; of no meaning in the extra one
+    int64_t rows;     // of this step
+    int64_t start;    // its first packed row
+    int64_t after;    // time of the step undone before
+    int64_t carried;  // rows of the step undone before, whose gradients are carried here
   };
 
   Step step(int d, int64_t s) const {
@@ -105,7 +105,8 @@ class Backward {
       pack_panel(a_.w_hh, n_.P, 4 * n_.H, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
       pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
-    const bool in_advance = worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
+    const bool in_advance =
+        worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
     const bool to_initial_state = a_.dh0 != nullptr || a_.dc0 != nullptr;
     for (int64_t s = 0; s < walk_.steps() + (to_initial_state ? 1 : 0); ++s) {
       // There and back again: what the cache still holds of the last step is used first.
@@ -199,7 +200,9 @@ class Backward {
                                             projection_ + item * n_.P * width, segments, sums,
                                             width);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
-      const int64_t middle = step.carried < first ? first : step.carried < last ? step.carried : last;
+      const int64_t middle = step.carried < first  ? first
+                             : step.carried < last ? step.carried
+                                                   : last;
       for (int64_t part = 0; part < width && unit + part < n_.H; part += L) {
         undo_cells(step, first, middle, unit + part, sums + part);
         undo_cells(step, middle, last, unit + part, sums + (middle - first) * width + part);
@@ -236,9 +239,8 @@ class Backward {
     const int64_t before = Walk::previous(d, step.t), rows_before = walk_.rows(before);
     const T* c_all = static_cast<const T*>(a_.c_all);
     const T* c = c_all + row * H + unit;
-    const T* c_before = rows_before == 0
-                            ? nullptr
-                            : c_all + ((walk_.start(before) + first) * D + d) * H + unit;
+    const T* c_before =
+        rows_before == 0 ? nullptr : c_all + ((walk_.start(before) + first) * D + d) * H + unit;
     const S* c0 = static_cast<const S*>(a_.c0) + state;
     const S* dc_n = a_.dc_n ? static_cast<const S*>(a_.dc_n) + state : nullptr;
     const T* dc_all = a_.dc_all ? static_cast<const T*>(a_.dc_all) + row * H + unit : nullptr;
@@ -260,13 +262,13 @@ class Backward {
       if (dc_all) dc += load_some(dc_all + k * D * H, count);
       V c_prev{};
       if (!resets || !walk_.cut_before(d, step.t, r))
-        c_prev = r < rows_before ? load_some(c_before + k * D * H, count)
-                                 : load_some(c0 + k * H, count);
+        c_prev =
+            r < rows_before ? load_some(c_before + k * D * H, count) : load_some(c0 + k * H, count);
       const S* saved = gates + k * D * 4 * H;
-      const CellGradient<V> gradient = Math::cell_backward(
-          {load_some(saved, count), load_some(saved + H, count), load_some(saved + 2 * H, count),
-           load_some(saved + 3 * H, count)},
-          c_prev, load_some(c + k * D * H, count), load(dm), dc);
+      const CellGradient<V> gradient =
+          Math::cell_backward({load_some(saved, count), load_some(saved + H, count),
+                               load_some(saved + 2 * H, count), load_some(saved + 3 * H, count)},
+                              c_prev, load_some(c + k * D * H, count), load(dm), dc);
       store(carried, gradient.dc_prev);
       const Gates<V>& da = gradient.da;
       if (exchanged == nullptr || r % tiles_.height == 0) exchanged = blocked.at(r, unit / L);
@@ -301,11 +303,11 @@ class Backward {
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
   const int64_t da_size_, dh_size_;
-  Scratch<T> recurrent_;         // (D, output_panels, 4H, panel_width)
-  Scratch<T> projection_;        // (D, unit_panels, P, panel_width)
-  Scratch<T> da_;                // (D, 2) Blocked (rows, 4 * groups)
-  Scratch<T> dh_;                // (D) Blocked (rows, output_blocks)
-  Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
+  Scratch<T> recurrent_;   // (D, output_panels, 4H, panel_width)
+  Scratch<T> projection_;  // (D, unit_panels, P, panel_width)
+  Scratch<T> da_;          // (D, 2) Blocked (rows, 4 * groups)
+  Scratch<T> dh_;          // (D) Blocked (rows, output_blocks)
+  Scratch<T> dc_;          // (D, unit_panels * 2, rows, L)
 };
 
 }  // namespace

@@ -38,7 +38,9 @@ static const Kernels*& chosen() {
   return table;
 }
 
-const Kernels& kernels() { return *chosen(); }
+const Kernels& kernels() {
+  return *chosen();
+}
 
 bool use_kernels(const char* name) {
   const Kernels* tables[3];

@@ -74,9 +74,9 @@ class Forward {
   };
   // What one direction does at its s-th step.
   struct Step {
-    int64_t t, rows, start;     // time, sequences, first packed row
-    int64_t next, next_rows;    // the step after it, which is given the state of so many
-    Blocked<T> reads, hidden;   // what it multiplies; where it leaves h for the step after it
+    int64_t t, rows, start;    // time, sequences, first packed row
+    int64_t next, next_rows;   // the step after it, which is given the state of so many
+    Blocked<T> reads, hidden;  // what it multiplies; where it leaves h for the step after it
   };
 
   int64_t panel_size() const { return (n_.I + n_.P) * width; }
@@ -155,7 +155,8 @@ class Forward {
     const S* c0 = static_cast<const S*>(a_.c0) + item.d * n_.B * n_.H + item.unit;
     for (int64_t r = 0; r < rows_; ++r) {
       const bool cut = item.d == 0 && walk_.cut_before(0, 0, r);
-      store(cells_ + (item.index * rows_ + r) * L, cut ? V{} : load_some(c0 + r * n_.H, item.count));
+      store(cells_ + (item.index * rows_ + r) * L,
+            cut ? V{} : load_some(c0 + r * n_.H, item.count));
     }
   }
 
@@ -164,7 +165,10 @@ class Forward {
     const S* w_hr = static_cast<const S*>(a_.w_hr[panel / out_panels_]);
     for (int64_t part = 0; part < width; part += L) {
       const int64_t left = n_.P - column - part;
-      pack_transposed(w_hr + (column + part) * n_.H, n_.H, n_.H, left < 0 ? 0 : left < L ? left : L,
+      pack_transposed(w_hr + (column + part) * n_.H, n_.H, n_.H,
+                      left < 0   ? 0
+                      : left < L ? left
+                                 : L,
                       out_weights_ + panel * n_.H * width + part);
     }
   }
@@ -179,7 +183,8 @@ class Forward {
       const Blocked<T> reads = state(d, s);
       const Range share = team.share(walk_.rows(t));
       for (int64_t r = share.begin; r < share.end; ++r) {
-        if (!ahead_) block_row(x_row(walk_.start(t) + r), n_.I, reads.at(r, 0), reads.block_stride());
+        if (!ahead_)
+          block_row(x_row(walk_.start(t) + r), n_.I, reads.at(r, 0), reads.block_stride());
         if (r < known) continue;
         T* hidden = reads.at(r, hidden_block());
         const S* h0 = static_cast<const S*>(a_.h0) + (d * n_.B + r) * n_.P;
@@ -229,7 +234,8 @@ class Forward {
     const TileFunction<T> function = tile_function<T>(rows, in_advance);
     const T* panel = panels_ + item * 2 * panel_size() + k * width;
     function(blocked.tile(tile), blocked.height, panel, segments, pre, 4 * L);
-    function(blocked.tile(tile), blocked.height, panel + panel_size(), segments, pre + 2 * L, 4 * L);
+    function(blocked.tile(tile), blocked.height, panel + panel_size(), segments, pre + 2 * L,
+             4 * L);
   }
 
   // ---- one step ----------------------------------------------------------------------------
@@ -335,23 +341,23 @@ class Forward {
   const Walk walk_;
   const int64_t rows_;  // of the widest step
   const RowTiles tiles_;
-  const int64_t groups_;         // of L hidden units, the last one padded
-  const int64_t items_;          // D * groups
-  const int64_t out_panels_;     // of a projection, per direction; 0 without one
-  const bool ahead_;             // is the input part computed ahead?
-  const int64_t chunk_;          // how many steps ahead
-  const RowTiles chunk_tiles_;   // of the rows of a chunk
-  const int64_t input_blocks_;   // of L inputs
-  const int64_t state_blocks_;   // of what a step reads
+  const int64_t groups_;        // of L hidden units, the last one padded
+  const int64_t items_;         // D * groups
+  const int64_t out_panels_;    // of a projection, per direction; 0 without one
+  const bool ahead_;            // is the input part computed ahead?
+  const int64_t chunk_;         // how many steps ahead
+  const RowTiles chunk_tiles_;  // of the rows of a chunk
+  const int64_t input_blocks_;  // of L inputs
+  const int64_t state_blocks_;  // of what a step reads
   const int64_t state_size_, inputs_size_, unprojected_size_;
-  Scratch<T> panels_;            // (items, 2, I + P, width)
-  Scratch<T> bias_;              // (items, 4, L)
-  Scratch<T> out_weights_;       // (D, out_panels, H, width)
-  Scratch<T> state_;             // (D, 2) Blocked (rows, state_blocks)
-  Scratch<T> cells_;             // (items, rows, L)
-  Scratch<T> inputs_;            // (D) Blocked (chunk * rows, input_blocks)
-  Scratch<T> ahead_gates_;       // (items, chunk * rows, 4L)
-  Scratch<T> unprojected_;       // (D) Blocked (rows, groups)
+  Scratch<T> panels_;       // (items, 2, I + P, width)
+  Scratch<T> bias_;         // (items, 4, L)
+  Scratch<T> out_weights_;  // (D, out_panels, H, width)
+  Scratch<T> state_;        // (D, 2) Blocked (rows, state_blocks)
+  Scratch<T> cells_;        // (items, rows, L)
+  Scratch<T> inputs_;       // (D) Blocked (chunk * rows, input_blocks)
+  Scratch<T> ahead_gates_;  // (items, chunk * rows, 4L)
+  Scratch<T> unprojected_;  // (D) Blocked (rows, groups)
 };
 
 }  // namespace

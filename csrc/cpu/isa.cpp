@@ -18,10 +18,14 @@ namespace {
 template <template <class> class Pass, class Args>
 void run(const Args& args) {
   switch (args.storage) {
-    case Storage::f32: return Pass<float>(args).run();
-    case Storage::f64: return Pass<double>(args).run();
-    case Storage::f16: return Pass<fp16>(args).run();
-    case Storage::bf16: return Pass<bf16>(args).run();
+    case Storage::f32:
+      return Pass<float>(args).run();
+    case Storage::f64:
+      return Pass<double>(args).run();
+    case Storage::f16:
+      return Pass<fp16>(args).run();
+    case Storage::bf16:
+      return Pass<bf16>(args).run();
   }
 }
 
@@ -37,12 +41,14 @@ void probe_as(const GateProbe& p) {
   };
   for (int64_t k = 0; k < p.n; k += lanes<T>) {
     const int count = int(p.n - k < lanes<T> ? p.n - k : lanes<T>);
-    const Gates<V> gates = Math::activate({in(p.a, k, count), in(p.a, p.n + k, count),
-                                           in(p.a, 2 * p.n + k, count), in(p.a, 3 * p.n + k, count)});
+    const Gates<V> gates =
+        Math::activate({in(p.a, k, count), in(p.a, p.n + k, count), in(p.a, 2 * p.n + k, count),
+                        in(p.a, 3 * p.n + k, count)});
     const V c_prev = in(p.c_prev, k, count), c = Math::cell_state(gates, c_prev);
     const CellGradient<V> d =
         Math::cell_backward(gates, c_prev, c, in(p.dm, k, count), in(p.dc, k, count));
-    const V gate[4] = {gates.i, gates.f, gates.g, gates.o}, da[4] = {d.da.i, d.da.f, d.da.g, d.da.o};
+    const V gate[4] = {gates.i, gates.f, gates.g, gates.o},
+            da[4] = {d.da.i, d.da.f, d.da.g, d.da.o};
     for (int j = 0; j < 4; ++j) {
       out(p.gates, j * p.n + k, gate[j], count);
       out(p.da, j * p.n + k, da[j], count);
@@ -60,7 +66,7 @@ void probe(const GateProbe& p, Storage storage) {
 }  // namespace
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
-const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), run<Forward, ForwardArgs>,
-                                              run<Backward, BackwardArgs>, probe};
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
+    FASTLSTM_NAME(FASTLSTM_ISA), run<Forward, ForwardArgs>, run<Backward, BackwardArgs>, probe};
 
 }  // namespace fastlstm

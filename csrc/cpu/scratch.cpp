@@ -5,14 +5,16 @@
 #include <new>
 
 #if defined(__linux__)
-#include <sys/mman.h>
+#  include <sys/mman.h>
 #endif
 
 namespace fastlstm {
 
 static bool poison = false;
 
-void poison_scratch(bool on) { poison = on; }
+void poison_scratch(bool on) {
+  poison = on;
+}
 
 static constexpr size_t huge_page = size_t(2) << 20;
 
@@ -35,6 +37,8 @@ void* allocate_scratch(size_t bytes) {
   return memory;
 }
 
-void free_scratch(void* memory) { std::free(memory); }
+void free_scratch(void* memory) {
+  std::free(memory);
+}
 
 }  // namespace fastlstm

@@ -21,8 +21,8 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : memory_(count > 0 ? static_cast<T*>(allocate_scratch(size_t(count) * sizeof(T))) : nullptr) {
-  }
+      : memory_(count > 0 ? static_cast<T*>(allocate_scratch(size_t(count) * sizeof(T)))
+                          : nullptr) {}
   ~Scratch() { free_scratch(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -28,8 +28,10 @@ class Barrier {
       return;
     }
     for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase;)
-      if (++spins > spins_before_yield) sched_yield();  // more threads than cores
-      else pause();
+      if (++spins > spins_before_yield)
+        sched_yield();  // more threads than cores
+      else
+        pause();
   }
 
  private:

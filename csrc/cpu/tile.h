@@ -18,7 +18,9 @@ constexpr int panel_width = panel_vectors * lanes<T>;
 // Two accumulators per row, two vectors of B and one value of A must fit in the registers.
 constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 14 : 6;
 
-constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+constexpr int64_t blocks_of(int64_t size, int64_t block) {
+  return (size + block - 1) / block;
+}
 
 struct Segments {
   int64_t count;

@@ -7,18 +7,18 @@
 #include <cstring>
 #if defined(__F16C__) || defined(__AVX512F__)
 // GCC 12's own header leaves "undefined" vectors uninitialised on purpose, and warns about it.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#  pragma GCC diagnostic push
+#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#  include <immintrin.h>
+#  pragma GCC diagnostic pop
 #endif
 
 #include "../gate_math.h"
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define FASTLSTM_VECTOR_REGISTERS 32
+#  define FASTLSTM_VECTOR_REGISTERS 32
 #else
-#define FASTLSTM_VECTOR_REGISTERS 16
+#  define FASTLSTM_VECTOR_REGISTERS 16
 #endif
 
 namespace fastlstm {
@@ -102,10 +102,18 @@ inline uint16_t float_to_half(float value) {
   return uint16_t(sign | ((rounded >> 13) - (112 << 10)));
 }
 
-inline float as_state(float value) { return value; }
-inline double as_state(double value) { return value; }
-inline float as_state(bf16 value) { return bit_cast<float>(uint32_t(value.bits) << 16); }
-inline float as_state(fp16 value) { return half_to_float(value.bits); }
+inline float as_state(float value) {
+  return value;
+}
+inline double as_state(double value) {
+  return value;
+}
+inline float as_state(bf16 value) {
+  return bit_cast<float>(uint32_t(value.bits) << 16);
+}
+inline float as_state(fp16 value) {
+  return half_to_float(value.bits);
+}
 
 inline Vec<float> load(const float* p) {
   Vec<float> v;
@@ -128,7 +136,8 @@ inline Vec<float> load(const fp16* p) {
   return bit_cast<Vec<float>>(
       _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
-  return bit_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return bit_cast<Vec<float>>(
+      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
   Vec<float> v;
   for (int k = 0; k < lanes<float>; ++k) v[k] = half_to_float(p[k].bits);
@@ -136,8 +145,12 @@ inline Vec<float> load(const fp16* p) {
 #endif
 }
 
-inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
-inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(float* p, Vec<float> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+inline void store(double* p, Vec<double> v) {
+  std::memcpy(p, &v, sizeof v);
+}
 inline void store(bf16* p, Vec<float> v) {
   typedef Vector<float>::bits Bits;
   Bits bits = bit_cast<Bits>(v);
@@ -204,11 +217,17 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   static constexpr int terms = 11, exponent_bias = 1023, mantissa_bits = 52;
-  static constexpr double coefficients[terms] = {
-      2.09147553258932022e-9, 2.5105312729622101787e-8, 2.7557273478718580474e-7,
-      2.7557255170000887438e-6, 0.0000248015873256774619, 0.00019841269875002278793,
-      0.0013888888888883711167, 0.0083333333333260831202, 0.041666666666666669783,
-      0.1666666666666667103, 0.5};
+  static constexpr double coefficients[terms] = {2.09147553258932022e-9,
+                                                 2.5105312729622101787e-8,
+                                                 2.7557273478718580474e-7,
+                                                 2.7557255170000887438e-6,
+                                                 0.0000248015873256774619,
+                                                 0.00019841269875002278793,
+                                                 0.0013888888888883711167,
+                                                 0.0083333333333260831202,
+                                                 0.041666666666666669783,
+                                                 0.1666666666666667103,
+                                                 0.5};
   static constexpr double lowest = -746.0, log2e = 1.4426950408889634;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
