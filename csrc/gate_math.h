@@ -2,8 +2,8 @@
 //
 // `Math` supplies the value type `V` (a float, a SIMD vector, a CUDA thread's value) and its
 // primitives; this file supplies what an LSTM does with them. docs/design.md derives the
-// equations that "(eq. n)" names; fastlstm/reference.py and kernels/gate_math.py state the same
-// ones, and tests/test_gate_math.py holds the three together.
+// equations that "(eq. n)" names; fastlstm/reference.py states the same ones, and
+// tests/test_gate_math.py holds the statements together.
 //
 // Math provides: Scalar, V, and for V
 //   broadcast(scalar), fma(a, b, c), and the operators + - * between V and V or Scalar and V

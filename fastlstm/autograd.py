@@ -9,7 +9,8 @@ or zero tangents, the reference runs instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,8 @@ from .contract import OutputGradients, Requested, Reserve, Weights
 
 
 class _Run(NamedTuple):
-    """What a layer call consists of besides differentiable tensors."""
+    """What a layer call consists of besides tensors."""
 
-    batch_sizes: Tensor
-    reset: Tensor | None
     need_cells: bool
     backend: str
 
@@ -64,15 +63,15 @@ def lstm_layer(
     wants_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, *flat)
     )
-    run = _Run(batch_sizes, reset, need_cells, backend)
+    run = _Run(need_cells, backend)
     if _needs_composite():
         out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
     elif not wants_grad:
         out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend)
-    elif (chosen := _self_differentiating(run, x, h0)) is not None:
+    elif (chosen := _self_differentiating(run, x, batch_sizes, h0, reset, flat)) is not None:
         out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, need_cells)
     else:
-        y, h_n, c_n, *cells = LSTMLayer.apply(run, x, h0, c0, *flat)
+        y, h_n, c_n, *cells = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
         return y, cells[0] if need_cells else None, h_n, c_n
     return out.y, out.c_all if need_cells else None, out.h_n, out.c_n
 
@@ -89,13 +88,30 @@ def _needs_composite() -> bool:
     )
 
 
-def _self_differentiating(run: _Run, x: Tensor, h0: Tensor) -> backends.Backend | None:
+def _self_differentiating(
+    run: _Run,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    reset: Tensor | None,
+    flat: Sequence[Tensor | None],
+) -> backends.Backend | None:
     """The backend to take, if it is one that torch differentiates without our help."""
-    if ops.is_traced(x):
+    if ops.is_traced(x, h0, *flat):
         return None
-    call = backends.Call(x, run.batch_sizes, h0, run.reset, run.need_cells, False)
+    call = backends.Call(x, batch_sizes, h0, reset, run.need_cells, need_reserve=False)
     chosen = backends.pick(run.backend, call)
     return chosen if chosen.layer_backward is None else None
+
+
+@contextlib.contextmanager
+def without_autocast(device: torch.device) -> Iterator[None]:
+    """A layer's dtypes are settled when it is called: autocast must not change its products."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
 
 
 def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
@@ -104,19 +120,28 @@ def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
 
 
 class LSTMLayer(torch.autograd.Function):
-    """(run, x, h0, c0, *flat weights) -> y, h_n, c_n and, if asked for, c_all."""
+    """(run, batch_sizes, reset, x, h0, c0, *flat weights) -> y, h_n, c_n[, c_all]."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: _Run, x: Tensor, h0: Tensor, c0: Tensor, *flat: Tensor | None
+        ctx: Any,
+        run: _Run,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         out = ops.layer_forward(
-            x, run.batch_sizes, h0, c0, _unflatten(flat), run.reset, True, run.need_cells,
-            run.backend,
-        )  # fmt: skip
+            x, batch_sizes, h0, c0, _unflatten(flat), reset, True, run.need_cells, run.backend
+        )
         ctx.set_materialize_grads(False)
         ctx.run = run
-        ctx.save_for_backward(x, h0, c0, *flat, out.y, out.c_all, out.gates, out.m)
+        # Saved this way, a tensor that is changed in place before the backward pass is noticed.
+        ctx.save_for_backward(
+            out.y, out.c_all, out.gates, out.m, batch_sizes, reset, x, h0, c0, *flat
+        )
         if run.need_cells:
             return out.y, out.h_n, out.c_n, out.c_all
         return out.y, out.h_n, out.c_n
@@ -129,12 +154,15 @@ class LSTMLayer(torch.autograd.Function):
         dc_n: Tensor | None,
         dc_all: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        run: _Run = ctx.run
-        # save_for_backward has noted each tensor's version: this raises for one changed in place.
-        *inputs, y, c_all, gates, m = ctx.saved_tensors
-        need = _requested(ctx.needs_input_grad[1:])
+        *reserve, batch_sizes, reset = ctx.saved_tensors[:6]
+        inputs = ctx.saved_tensors[6:]
+        need = _requested(ctx.needs_input_grad[3:])
         grads = (dy, dc_all, dh_n, dc_n)
-        return None, *LSTMLayerBackward.apply(run, need, y, c_all, gates, m, *grads, *inputs)
+        with without_autocast(inputs[0].device):
+            gradients = LSTMLayerBackward.apply(
+                ctx.run, need, Reserve(*reserve), batch_sizes, reset, *grads, *inputs
+            )
+        return None, None, None, *gradients
 
 
 def _requested(flags: Sequence[bool]) -> Requested:
@@ -151,21 +179,19 @@ class LSTMLayerBackward(torch.autograd.Function):
         ctx: Any,
         run: _Run,
         need: Requested,
-        y: Tensor,
-        c_all: Tensor,
-        gates: Tensor,
-        m: Tensor | None,
-        *tensors: Any,
+        reserve: Reserve,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights
     ) -> tuple[Tensor | None, ...]:
         grads, (x, h0, c0, *flat) = OutputGradients(*tensors[:4]), tensors[4:]
         ctx.set_materialize_grads(False)
         ctx.run = run
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(batch_sizes, reset, *tensors)
         weights = _unflatten(flat)
         got = ops.layer_backward(
-            grads, x, run.batch_sizes, h0, c0, weights, run.reset,
-            Reserve(y, c_all, gates, m), need, run.backend,
-        )  # fmt: skip
+            grads, x, batch_sizes, h0, c0, weights, reset, reserve, need, run.backend
+        )
         by_direction = [
             None if kind is None else kind[d]
             for d in range(len(weights))
@@ -181,23 +207,28 @@ class LSTMLayerBackward(torch.autograd.Function):
         it is linear in ``grads`` and depends on the inputs through the whole layer.
         """
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
-        with torch.enable_grad():
-            # Aliases, so that one tensor given for two arguments counts once in each.
-            tensors: list[Any] = [
-                t if t is None else t.view_as(t) if again else t.detach().requires_grad_(asked)
-                for t, asked in zip(ctx.saved_tensors, ctx.needs_input_grad[6:], strict=True)
-            ]
-            first = _composite_gradients(ctx.run, tensors)
-        wanted = [t for t, asked in zip(tensors, ctx.needs_input_grad[6:], strict=True) if asked]
-        second = iter(_grad(first, wanted, grads_of_grads, create_graph=again))
-        return (None,) * 6 + tuple(next(second) if n else None for n in ctx.needs_input_grad[6:])
+        batch_sizes, reset, *saved = ctx.saved_tensors
+        asked = ctx.needs_input_grad[5:]
+        with without_autocast(saved[4].device):
+            with torch.enable_grad():
+                # Aliases, so that one tensor given for two arguments counts once in each.
+                tensors: list[Any] = [
+                    t if t is None else t.view_as(t) if again else t.detach().requires_grad_(a)
+                    for t, a in zip(saved, asked, strict=True)
+                ]
+                first = _composite_gradients(ctx.run, batch_sizes, reset, tensors)
+            wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
+            second = iter(_grad(first, wanted, grads_of_grads, create_graph=again))
+        return (None,) * 5 + tuple(next(second) if a else None for a in asked)
 
 
-def _composite_gradients(run: _Run, tensors: list[Any]) -> list[Tensor | None]:
+def _composite_gradients(
+    run: _Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any]
+) -> list[Tensor | None]:
     """Gradients of (x, h0, c0, *flat weights) through the reference, with a graph."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
     out = reference.layer_forward(
-        x, run.batch_sizes, h0, c0, _unflatten(flat), run.reset, False, run.need_cells
+        x, batch_sizes, h0, c0, _unflatten(flat), reset, False, run.need_cells
     )
     inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]
     found = iter(_grad(out[:4], inputs, grads, create_graph=True))

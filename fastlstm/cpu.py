@@ -1,7 +1,7 @@
 """The ``cpu`` backend: the fused C++ kernels of csrc/cpu under the layer contract.
 
 The kernels walk through the sequence; the sums over all rows that follow a backward
-walk (eq. 8, 9) are plain matrix products and go to torch's BLAS.
+walk (eq. 9) are plain matrix products and go to torch's BLAS.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import lstm_layer
+from .autograd import lstm_layer, without_autocast
 from .contract import Weights
 
 
@@ -71,7 +71,7 @@ def lstm(
     """
     dtype = autocast_dtype(rows.device)
     if dtype is not None:
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             rows, h0, c0 = (_cast(t, dtype) for t in (rows, h0, c0))
             layers = [[_cast_weights(w, dtype) for w in layer] for layer in stack.layers]
             return lstm(rows, batch_sizes, h0, c0, stack._replace(layers=layers), reset)

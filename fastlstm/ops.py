@@ -60,7 +60,7 @@ def layer_forward(
     Raises:
         RuntimeError: the backend named cannot serve this call; the message says why.
     """
-    if not is_traced(x):  # the dispatcher would only cost time
+    if not is_traced(x, h0, *weights[0]):  # the dispatcher would only cost time
         call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve)
         return backends.pick(backend, call).layer_forward(
             x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
@@ -79,12 +79,15 @@ def layer_forward(
     )
 
 
-def is_traced(x: Tensor) -> bool:
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
     """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
-        or type(x) not in (Tensor, torch.nn.Parameter)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -101,7 +104,7 @@ def layer_backward(
     backend: str,
 ) -> Gradients:
     """Run one layer's backward pass; see ``reference.layer_backward``."""
-    if not is_traced(x):
+    if not is_traced(x, h0, *weights[0]):
         return _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
             grads, x, batch_sizes, h0, c0, weights, reset, saved, need
         )
@@ -268,6 +271,8 @@ def check_layer(
         raise ValueError(f"weights: got {directions} directions, expected 1 or 2")
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 dimensions (N, I)")
+    if weights[0].w_hh.dim() != 2:
+        raise ValueError(f"w_hh[0]: got shape {tuple(weights[0].w_hh.shape)}, expected (4H, P)")
     gates, output = weights[0].w_hh.shape
     hidden = gates // 4
     expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
@@ -299,7 +304,10 @@ def check_layer(
             f"batch_sizes: got {batch_sizes.dtype} {tuple(batch_sizes.shape)} on "
             f"{batch_sizes.device}, expected an int64 vector on cpu"
         )
-    if reset is not None and (reset.shape != x.shape[:1] or reset.dtype != torch.uint8):
+    if reset is None:
+        return
+    if (reset.shape, reset.dtype, reset.device) != (x.shape[:1], torch.uint8, x.device):
         raise ValueError(
-            f"reset: got {reset.dtype} {tuple(reset.shape)}, expected torch.uint8 ({x.size(0)},)"
+            f"reset: got {reset.dtype} {tuple(reset.shape)} on {reset.device}, "
+            f"expected torch.uint8 ({x.size(0)},) on {x.device}"
         )

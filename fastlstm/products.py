@@ -1,6 +1,6 @@
 """The matrix products that follow a backward walk, shared by the kernels' backends.
 
-After the walk every dgate is known, so what is left (eq. 8, 9) is one product over all
+After the walk every dgate is known, so what is left (eq. 9) is one product over all
 rows for each gradient asked for, in state dtype and in a fixed order.
 """
 

@@ -121,6 +121,7 @@ def _direction_forward(
         gates = activate(a.unflatten(-1, (4, hidden_size)))
         c_t, m = cell_forward(gates, c_in)
         m = m.to(storage)
+        # (eq. 4)
         h_t = m if w.w_hr is None else (m.to(state) @ w.w_hr.to(state).T).to(storage)
         saved.append((h_t, c_t, gates, m))
         h_out, c_out = h_t, c_t
@@ -217,7 +218,9 @@ def _direction_backward(
     dw_ih, dw_hh = torch.zeros_like(w_ih), torch.zeros_like(w_hh)
     dbias = w_ih.new_zeros(w_ih.size(0))
     dw_hr = None
-    if w_hr is not None and saved.m is not None:
+    if w_hr is not None:
+        if saved.m is None:
+            raise ValueError("saved.m: got None, expected the unprojected h of every row")
         m, dw_hr = part(saved.m, hidden_size), torch.zeros_like(w_hr)
 
     order = list(_steps(batch_sizes, reverse))
@@ -248,12 +251,12 @@ def _direction_backward(
         if w_hr is None or dw_hr is None:
             dm = dh_t
         else:
-            dm = dh_t @ w_hr
-            dw_hr += dh_t.T @ m[here]  # (eq. 9)
+            dm = dh_t @ w_hr  # (eq. 8)
+            dw_hr += dh_t.T @ m[here]
         da, dc_in = cell_backward(gates[here], c_in, c_all[here], dm, dc_t)
         da = da.flatten(-2)  # (rows, 4H)
         dh_in = da @ w_hh  # (eq. 8)
-        dx[here] = da @ w_ih
+        dx[here] = da @ w_ih  # (eq. 9), and so are the sums
         dw_ih += da.T @ x[here].to(state)
         dw_hh += da.T @ h_in
         dbias += da.sum(0)

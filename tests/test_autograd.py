@@ -134,6 +134,35 @@ def test_saved_tensors_changed_in_place_are_noticed() -> None:
         y.sum().backward()
 
 
+def test_reset_changed_in_place_is_noticed() -> None:
+    """A buffer of `done` flags that is filled again before the backward pass."""
+    module = LSTM(2, 3, backend="cpu")
+    reset = torch.tensor([[True], [False], [True]])
+    y = module(torch.randn(3, 1, 2), reset=reset)[0]
+    reset.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_backward_under_autocast(backend: str) -> None:
+    """Autocast may still be on when the gradients are taken: they are the same."""
+    module = LSTM(3, 5, bidirectional=True, proj_size=2, backend=backend)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+
+    def gradients(outside: bool) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            total = module(x)[0].float().pow(2).sum()
+            if not outside:
+                first = torch.autograd.grad(total, x, create_graph=True)[0]
+                return [first, *torch.autograd.grad(first.sum(), [*module.parameters()])]
+        first = torch.autograd.grad(total, x, create_graph=True)[0]
+        return [first, *torch.autograd.grad(first.sum(), [*module.parameters()])]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_only_what_requires_grad_gets_one() -> None:
     module = LSTM(3, 4, backend="cpu")
     module.weight_hh_l0.requires_grad_(False)

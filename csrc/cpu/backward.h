@@ -1,5 +1,5 @@
 // The backward walk of one layer: the gradients of every pre-activation and of the initial state.
-// (The sums over all rows that follow, eq. 8 and 9, are plain matrix products and not done here.)
+// (The sums over all rows that follow, (eq. 9), are plain matrix products and not done here.)
 //
 // The mirror image of forward.h: steps are undone in the opposite order, and the gradient of the
 // pre-activations, da_t, is what is exchanged through two blocked buffers. An item is one
@@ -188,7 +188,7 @@ class Backward {
     }
   }
 
-  // dm = dh W_hr for one panel of units, and their cells.
+  // (eq. 8) dm = dh W_hr for one panel of units, and their cells.
   void unproject(int64_t item, int64_t s) {
     alignas(64) T sums[max_tile_rows * width];
     const Step step = this->step(int(item / unit_panels_), s);

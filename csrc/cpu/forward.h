@@ -228,7 +228,7 @@ class Forward {
     }
   }
 
-  // pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
+  // (eq. 1) pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
   void multiply(int64_t item, int64_t k, const Segments& segments, const Blocked<T>& blocked,
                 int64_t tile, int64_t rows, bool in_advance, T* pre) {
     const TileFunction<T> function = tile_function<T>(rows, in_advance);
@@ -307,7 +307,7 @@ class Forward {
     }
   }
 
-  // h_t = W_hr m_t for one panel of columns.
+  // (eq. 4) h_t = W_hr m_t for one panel of columns.
   void project(int64_t panel, int64_t s) {
     alignas(64) T sums[max_tile_rows * width];
     const int d = int(panel / out_panels_);

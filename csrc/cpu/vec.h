@@ -277,7 +277,7 @@ struct VectorMath {
  private:
   struct Reduced {  // exp(x) = (1 + fraction) 2^n
     V fraction, n;
-    Mask exponent;  // n as an integer, in the low bits
+    Bits exponent;  // n as an integer, modulo 2^bits
   };
 
   FASTLSTM_INLINE Reduced reduce(V x) {
@@ -288,7 +288,7 @@ struct VectorMath {
     const V r = fma(n, broadcast(-K::ln2_low), fma(n, broadcast(-K::ln2_high), x));
     V p = broadcast(K::coefficients[0]);
     for (int k = 1; k < K::terms; ++k) p = fma(p, r, broadcast(K::coefficients[k]));
-    return {fma(p * r, r, r), n, bit_cast<Mask>(shifted) - bit_cast<Mask>(broadcast(K::rounder))};
+    return {fma(p * r, r, r), n, bit_cast<Bits>(shifted) - bit_cast<Bits>(broadcast(K::rounder))};
   }
 
   // max(low, x), and NaN for a NaN.
@@ -307,13 +307,13 @@ struct VectorMath {
       return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(e.n)));
 #endif
     // In two factors: the result may be subnormal, and then 2^n alone would not be normal.
-    const Mask half = e.exponent >> 1;
+    const Bits half = bit_cast<Bits>(bit_cast<Mask>(e.exponent) >> 1);
     return p * power_of_two(half) * power_of_two(e.exponent - half);
   }
 
-  FASTLSTM_INLINE V power_of_two(Mask exponent) {
-    return bit_cast<V>((exponent + ExpConstants<T>::exponent_bias)
-                       << ExpConstants<T>::mantissa_bits);
+  FASTLSTM_INLINE V power_of_two(Bits exponent) {
+    using K = ExpConstants<T>;
+    return bit_cast<V>((exponent + K::exponent_bias) << K::mantissa_bits);
   }
 };
 
