@@ -6,10 +6,10 @@
 
 namespace fastlstm {
 
-// Throws std::bad_alloc. Memory is aligned to 64 bytes, large blocks to huge pages; with
+// Throws std::bad_alloc; null for 0 bytes. A few large blocks are kept for the next call. Memory is aligned to 64 bytes, large blocks to huge pages; with
 // `poison_scratch` on (tests) it comes filled with NaNs instead of whatever was there.
 void* allocate_scratch(size_t bytes);
-void free_scratch(void* memory);
+void free_scratch(void* memory, size_t bytes);
 // Asks for huge pages where a block has room for some: a large block that is new to the process
 // costs a page fault for every page, which for a training step is up to a tenth of its time.
 void advise_huge_pages(void* memory, size_t bytes);
@@ -21,15 +21,16 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : memory_(count > 0 ? static_cast<T*>(allocate_scratch(size_t(count) * sizeof(T)))
-                          : nullptr) {}
-  ~Scratch() { free_scratch(memory_); }
+      : count_(count > 0 ? count : 0),
+        memory_(static_cast<T*>(allocate_scratch(size_t(count_) * sizeof(T)))) {}
+  ~Scratch() { free_scratch(memory_, size_t(count_) * sizeof(T)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator T*() const { return memory_; }
 
  private:
-  T* memory_;
+  const int64_t count_;
+  T* const memory_;
 };
 
 }  // namespace
