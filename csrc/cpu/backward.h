@@ -10,8 +10,7 @@
 #pragma once
 
 #include "pack.h"
-#include "team.h"
-#include "walk.h"
+#include "split.h"
 
 namespace fastlstm {
 namespace {
@@ -25,10 +24,11 @@ class Backward {
   static constexpr int64_t width = panel_width<T>;
 
  public:
-  explicit Backward(const BackwardArgs& args)
+  // One part of the pass: the given sequences.
+  Backward(const BackwardArgs& args, Range sequences)
       : a_(args),
         n_(args.shape),
-        walk_(n_, args.reset),
+        walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
         tiles_(rows_),
         projected_(args.w_hr[0] != nullptr),
@@ -42,15 +42,55 @@ class Backward {
         projection_(projected_ ? n_.D * unit_panels_ * n_.P * width : 0),
         da_(n_.D * 2 * da_size_),
         dh_(n_.D * dh_size_),
-        dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {}
+        dbias_(n_.D * 4 * n_.H),
+        dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
+    std::memset(dbias_, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
+  }
 
-  void run() {
-    pass_on_final_gradients();
-    if (a_.dbias) std::memset(a_.dbias, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
-    if (walk_.steps() == 0) return;
-    const int64_t work = rows_ * 4 * n_.H * n_.P * n_.D;
-    run_team(team_size(a_.threads, n_.D * output_panels_, work),
-             [this](const Team& team) { walk(team); });
+  static Work work(const BackwardArgs& args) {
+    const Shape& n = args.shape;
+    const int64_t weights = 4 * n.H * n.P * n.D;
+    const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
+    return {n.D * blocks_of(n.P, width), rows * weights, weights * int64_t(sizeof(T))};
+  }
+
+  void walk(const Team& team) {
+    const Range outputs = team.share(n_.D * output_panels_);
+    const Range units = projected_ ? team.share(n_.D * unit_panels_) : Range{0, 0};
+    for (int64_t item = outputs.begin; item < outputs.end; ++item)
+      pack_panel(a_.w_hh, n_.P, 4 * n_.H, output_panels_, item, recurrent_);
+    for (int64_t item = units.begin; item < units.end; ++item)
+      pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
+    const bool in_advance =
+        worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
+    const bool to_initial_state = a_.dh0 != nullptr || a_.dc0 != nullptr;
+    for (int64_t s = 0; s < walk_.steps() + (to_initial_state ? 1 : 0); ++s) {
+      // There and back again: what the cache still holds of the last step is used first.
+      for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
+        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
+      team.barrier.wait();
+      if (!projected_) continue;
+      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
+      team.barrier.wait();
+    }
+  }
+
+  // Sequences without steps: what comes in for their final state goes out for their initial one.
+  // The bias gradients of the parts add up, in their order.
+  static void finish(const BackwardArgs& args, Backward* const* parts, int count) {
+    const Shape& n = args.shape;
+    for (int64_t d = 0; d < n.D; ++d) {
+      for (int64_t b = n.T > 0 ? n.batch_sizes[0] : 0; b < n.B; ++b) {
+        copy_row(args.dh_n, args.dh0, (d * n.B + b) * n.P, n.P);
+        copy_row(args.dc_n, args.dc0, (d * n.B + b) * n.H, n.H);
+      }
+    }
+    if (args.dbias == nullptr) return;
+    T* sum = static_cast<T*>(args.dbias);
+    for (int64_t k = 0; k < n.D * 4 * n.H; ++k) {
+      sum[k] = parts[0]->dbias_[k];
+      for (int part = 1; part < count; ++part) sum[k] += parts[part]->dbias_[k];
+    }
   }
 
  private:
@@ -78,14 +118,9 @@ class Backward {
     return step;
   }
 
-  // Sequences without steps: what comes in for their final state goes out for their initial one.
-  void pass_on_final_gradients() {
-    for (int64_t d = 0; d < n_.D; ++d) {
-      for (int64_t b = rows_; b < n_.B; ++b) {
-        copy_row(a_.dh_n, a_.dh0, (d * n_.B + b) * n_.P, n_.P);
-        copy_row(a_.dc_n, a_.dc0, (d * n_.B + b) * n_.H, n_.H);
-      }
-    }
+  // The place of sequence r's state in a (D, B, size) tensor.
+  int64_t state_at(int64_t d, int64_t r, int64_t size) const {
+    return (d * n_.B + walk_.first() + r) * size;
   }
 
   static void copy_row(const void* from, void* to, int64_t offset, int64_t size) {
@@ -95,27 +130,6 @@ class Backward {
       std::memset(static_cast<void*>(out), 0, size_t(size) * sizeof(S));
     } else {
       std::memcpy(out, static_cast<const S*>(from) + offset, size_t(size) * sizeof(S));
-    }
-  }
-
-  void walk(const Team& team) {
-    const Range outputs = team.share(n_.D * output_panels_);
-    const Range units = projected_ ? team.share(n_.D * unit_panels_) : Range{0, 0};
-    for (int64_t item = outputs.begin; item < outputs.end; ++item)
-      pack_panel(a_.w_hh, n_.P, 4 * n_.H, output_panels_, item, recurrent_);
-    for (int64_t item = units.begin; item < units.end; ++item)
-      pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
-    const bool in_advance =
-        worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
-    const bool to_initial_state = a_.dh0 != nullptr || a_.dc0 != nullptr;
-    for (int64_t s = 0; s < walk_.steps() + (to_initial_state ? 1 : 0); ++s) {
-      // There and back again: what the cache still holds of the last step is used first.
-      for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
-        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
-      team.barrier.wait();
-      if (!projected_) continue;
-      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
-      team.barrier.wait();
     }
   }
 
@@ -171,7 +185,7 @@ class Backward {
     const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
     const int64_t P = n_.P, D = n_.D, d = step.d;
     for (int64_t r = first; r < last; ++r, sums += width) {
-      const int64_t state = (d * n_.B + r) * P + column;
+      const int64_t state = state_at(d, r, P) + column;
       V dh = load(sums);
       if (ends_here && a_.dh_n) dh = load_some(static_cast<const S*>(a_.dh_n) + state, count);
       if (!ends_here && resets && walk_.cut_before(step.d, step.after, r)) dh = V{};
@@ -223,7 +237,7 @@ class Backward {
     for (int64_t r = first; r < last; ++r) {
       const bool cut = walk_.cut_before(step.d, step.after, r);
       const V dc = cut ? V{} : load(carried_cell(step.d, r, unit));
-      store_some(static_cast<S*>(a_.dc0) + (step.d * n_.B + r) * n_.H + unit, dc, count);
+      store_some(static_cast<S*>(a_.dc0) + state_at(step.d, r, n_.H) + unit, dc, count);
     }
   }
 
@@ -235,7 +249,7 @@ class Backward {
     const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
     const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
     const int64_t gate_stride = groups_ * tiles_.height * L;
-    const int64_t state = (d * n_.B + first) * H + unit;
+    const int64_t state = state_at(d, first, H) + unit;
     const int64_t before = Walk::previous(d, step.t), rows_before = walk_.rows(before);
     const T* c_all = static_cast<const T*>(a_.c_all);
     const T* c = c_all + row * H + unit;
@@ -284,8 +298,7 @@ class Backward {
       store_some(da_out + 3 * H, da.o, count);
       sum.i += da.i, sum.f += da.f, sum.g += da.g, sum.o += da.o;
     }
-    if (a_.dbias == nullptr) return;
-    T* dbias = static_cast<T*>(a_.dbias) + d * 4 * H + unit;  // this thread's own units
+    T* dbias = dbias_ + d * 4 * H + unit;  // this thread's own units
     store_some(dbias, load_some(dbias, count) + sum.i, count);
     store_some(dbias + H, load_some(dbias + H, count) + sum.f, count);
     store_some(dbias + 2 * H, load_some(dbias + 2 * H, count) + sum.g, count);
@@ -307,6 +320,7 @@ class Backward {
   Scratch<T> projection_;  // (D, unit_panels, P, panel_width)
   Scratch<T> da_;          // (D, 2) Blocked (rows, 4 * groups)
   Scratch<T> dh_;          // (D) Blocked (rows, output_blocks)
+  Scratch<T> dbias_;       // (D, 4H), of these sequences
   Scratch<T> dc_;          // (D, unit_panels * 2, rows, L)
 };
 

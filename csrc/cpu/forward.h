@@ -12,8 +12,7 @@
 #pragma once
 
 #include "pack.h"
-#include "team.h"
-#include "walk.h"
+#include "split.h"
 
 namespace fastlstm {
 namespace {
@@ -31,10 +30,11 @@ class Forward {
   static constexpr int64_t width = panel_width<T>;
 
  public:
-  explicit Forward(const ForwardArgs& args)
+  // One part of the pass: the given sequences.
+  Forward(const ForwardArgs& args, Range sequences)
       : a_(args),
         n_(args.shape),
-        walk_(n_, args.reset),
+        walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
         tiles_(rows_),
         groups_(blocks_of(n_.H, L)),
@@ -57,11 +57,47 @@ class Forward {
         ahead_gates_(ahead_ ? items_ * chunk_ * rows_ * 4 * L : 0),
         unprojected_(n_.D * unprojected_size_) {}
 
-  void run() {
-    pass_on_initial_state();
-    if (walk_.steps() == 0) return;
-    const int64_t work = rows_ * 4 * n_.H * (n_.P + (ahead_ ? 0 : n_.I)) * n_.D;
-    run_team(team_size(a_.threads, items_, work), [this](const Team& team) { walk(team); });
+  static Work work(const ForwardArgs& args) {
+    const Shape& n = args.shape;
+    const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
+    const int64_t weights = 4 * n.H * (n.P + (rows < ahead_below_rows ? 0 : n.I)) * n.D;
+    return {n.D * blocks_of(n.H, L), rows * weights, weights * int64_t(sizeof(T))};
+  }
+
+  void walk(const Team& team) {
+    const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
+    const int64_t per_step = 2 * ((ahead_ ? 0 : n_.I) + n_.P) * width;
+    const bool in_advance = worth_prefetching<T>(rows_, (mine.end - mine.begin) * per_step);
+    for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
+    for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
+    prepare_step(team, 0);
+    team.barrier.wait();
+    for (int64_t s = 0; s < steps(); ++s) {
+      if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
+      // There and back again: what the cache still holds of the last step is used first.
+      for (int64_t k = 0; k < mine.end - mine.begin; ++k)
+        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance);
+      prepare_step(team, s + 1);
+      team.barrier.wait();
+      if (out_panels_ > 0) {
+        for (int64_t k = my_panels.begin; k < my_panels.end; ++k) project(k, s);
+        team.barrier.wait();
+      }
+    }
+  }
+
+  // Sequences without steps keep their initial state.
+  static void finish(const ForwardArgs& args, Forward* const*, int) {
+    const Shape& n = args.shape;
+    for (int64_t d = 0; d < n.D; ++d) {
+      for (int64_t b = n.T > 0 ? n.batch_sizes[0] : 0; b < n.B; ++b) {
+        const int64_t row = d * n.B + b;
+        std::memcpy(static_cast<S*>(args.h_n) + row * n.P,
+                    static_cast<const S*>(args.h0) + row * n.P, size_t(n.P) * sizeof(S));
+        std::memcpy(static_cast<S*>(args.c_n) + row * n.H,
+                    static_cast<const S*>(args.c0) + row * n.H, size_t(n.H) * sizeof(S));
+      }
+    }
   }
 
  private:
@@ -104,39 +140,9 @@ class Forward {
     return {t, walk_.rows(t), walk_.start(t), next, walk_.rows(next), state(d, s), state(d, s + 1)};
   }
 
-  // Sequences without steps keep their initial state.
-  void pass_on_initial_state() {
-    for (int64_t d = 0; d < n_.D; ++d) {
-      for (int64_t b = rows_; b < n_.B; ++b) {
-        const int64_t row = d * n_.B + b;
-        std::memcpy(static_cast<S*>(a_.h_n) + row * n_.P, static_cast<const S*>(a_.h0) + row * n_.P,
-                    size_t(n_.P) * sizeof(S));
-        std::memcpy(static_cast<S*>(a_.c_n) + row * n_.H, static_cast<const S*>(a_.c0) + row * n_.H,
-                    size_t(n_.H) * sizeof(S));
-      }
-    }
-  }
-
-  void walk(const Team& team) {
-    const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
-    const int64_t per_step = 2 * ((ahead_ ? 0 : n_.I) + n_.P) * width;
-    const bool in_advance = worth_prefetching<T>(rows_, (mine.end - mine.begin) * per_step);
-    for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
-    for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
-    prepare_step(team, 0);
-    team.barrier.wait();
-    for (int64_t s = 0; s < steps(); ++s) {
-      if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
-      // There and back again: what the cache still holds of the last step is used first.
-      for (int64_t k = 0; k < mine.end - mine.begin; ++k)
-        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance);
-      prepare_step(team, s + 1);
-      team.barrier.wait();
-      if (out_panels_ > 0) {
-        for (int64_t k = my_panels.begin; k < my_panels.end; ++k) project(k, s);
-        team.barrier.wait();
-      }
-    }
+  // The place of sequence r's state in a (D, B, size) tensor.
+  int64_t state_at(int64_t d, int64_t r, int64_t size) const {
+    return (d * n_.B + walk_.first() + r) * size;
   }
 
   // ---- packing -----------------------------------------------------------------------------
@@ -152,7 +158,7 @@ class Forward {
       pack_transposed(w_hh + row * n_.P, n_.P, n_.P, item.count, panel + n_.I * width);
       store(bias_ + (item.index * 4 + gate) * L, bias ? load_some(bias + row, item.count) : V{});
     }
-    const S* c0 = static_cast<const S*>(a_.c0) + item.d * n_.B * n_.H + item.unit;
+    const S* c0 = static_cast<const S*>(a_.c0) + state_at(item.d, 0, n_.H) + item.unit;
     for (int64_t r = 0; r < rows_; ++r) {
       const bool cut = item.d == 0 && walk_.cut_before(0, 0, r);
       store(cells_ + (item.index * rows_ + r) * L,
@@ -187,7 +193,7 @@ class Forward {
           block_row(x_row(walk_.start(t) + r), n_.I, reads.at(r, 0), reads.block_stride());
         if (r < known) continue;
         T* hidden = reads.at(r, hidden_block());
-        const S* h0 = static_cast<const S*>(a_.h0) + (d * n_.B + r) * n_.P;
+        const S* h0 = static_cast<const S*>(a_.h0) + state_at(d, r, n_.P);
         if (d == 0 && walk_.cut_before(d, t, r)) {
           clear_row(n_.P, hidden, reads.block_stride());
         } else {
@@ -199,27 +205,30 @@ class Forward {
 
   const S* x_row(int64_t row) const { return static_cast<const S*>(a_.x) + row * n_.I; }
 
-  // The packed rows of the chunk of steps that begins with step s.
-  Range chunk_rows(int d, int64_t s) const {
+  // The times of the chunk of steps that begins with step s.
+  Range chunk_times(int d, int64_t s) const {
     const int64_t last = (s + chunk_ < steps() ? s + chunk_ : steps()) - 1;
-    const int64_t from = walk_.time(d, d == 0 ? s : last), to = walk_.time(d, d == 0 ? last : s);
-    return {walk_.start(from), walk_.start(to) + walk_.rows(to)};
+    return d == 0 ? Range{s, last + 1} : Range{walk_.time(1, last), walk_.time(1, s) + 1};
   }
 
   // W_ih x for the steps of a chunk, into ahead_gates_ (item, row of the chunk, 4L).
   void compute_ahead(const Team& team, const Range& mine, int64_t s) {
     for (int d = 0; d < n_.D; ++d) {
       const Blocked<T> blocked = inputs(d);
-      const Range rows = chunk_rows(d, s), share = team.share(rows.end - rows.begin);
-      for (int64_t r = share.begin; r < share.end; ++r)
-        block_row(x_row(rows.begin + r), n_.I, blocked.at(r, 0), blocked.block_stride());
+      const Range times = chunk_times(d, s), share = team.share(times.end - times.begin);
+      for (int64_t t = times.begin + share.begin; t < times.begin + share.end; ++t) {
+        const int64_t row = walk_.rows_before(t) - walk_.rows_before(times.begin);
+        for (int64_t r = 0; r < walk_.rows(t); ++r)
+          block_row(x_row(walk_.start(t) + r), n_.I, blocked.at(row + r, 0),
+                    blocked.block_stride());
+      }
     }
     team.barrier.wait();
     const Segments segments{1, {n_.I}};
     for (int64_t k = mine.begin; k < mine.end; ++k) {
       const int d = item(k).d;
-      const Range range = chunk_rows(d, s);
-      const int64_t rows = range.end - range.begin;
+      const Range times = chunk_times(d, s);
+      const int64_t rows = walk_.rows_before(times.end) - walk_.rows_before(times.begin);
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
         multiply(k, 0, segments, inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
@@ -246,7 +255,8 @@ class Forward {
     const Segments segments = ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}};
     const T* ahead = nullptr;
     if (ahead_) {
-      const int64_t row = step.start - chunk_rows(item.d, s - s % chunk_).begin;
+      const int64_t begin = chunk_times(item.d, s - s % chunk_).begin;
+      const int64_t row = walk_.rows_before(step.t) - walk_.rows_before(begin);
       ahead = ahead_gates_ + (item.index * chunk_ * rows_ + row) * 4 * L;
     }
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
@@ -295,14 +305,14 @@ class Forward {
       const bool final = r >= step.next_rows;
       const bool cut = resets && !final && walk_.cut_before(d, step.next, r);
       store(cell, cut ? V{} : c);
-      if (final) store_some(static_cast<S*>(a_.c_n) + (d * n_.B + r) * H + item.unit, c, count);
+      if (final) store_some(static_cast<S*>(a_.c_n) + state_at(d, r, H) + item.unit, c, count);
       if (projected) {
         store(m_out, m), m_out += L;
         if (m_all) store_some(m_all, m, count), m_all += D * H;
         continue;
       }
       store_some(y, m, count), y += D * H;
-      if (final) store_some(static_cast<S*>(a_.h_n) + (d * n_.B + r) * H + item.unit, m, count);
+      if (final) store_some(static_cast<S*>(a_.h_n) + state_at(d, r, H) + item.unit, m, count);
       store(hidden, cut ? V{} : m), hidden += L;
     }
   }
@@ -328,7 +338,7 @@ class Forward {
           const V h = rounded_to_storage<S>(load(sums + (r - first) * width + part));
           store_some(static_cast<S*>(a_.y) + ((step.start + r) * n_.D + d) * n_.P + unit, h, count);
           if (final)
-            store_some(static_cast<S*>(a_.h_n) + (d * n_.B + r) * n_.P + unit, h, count);
+            store_some(static_cast<S*>(a_.h_n) + state_at(d, r, n_.P) + unit, h, count);
           else
             store(step.hidden.at(r, hidden_block() + unit / L), cut ? V{} : h);
         }

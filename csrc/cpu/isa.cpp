@@ -19,13 +19,13 @@ template <template <class> class Pass, class Args>
 void run(const Args& args) {
   switch (args.storage) {
     case Storage::f32:
-      return Pass<float>(args).run();
+      return run_pass<Pass<float>>(args);
     case Storage::f64:
-      return Pass<double>(args).run();
+      return run_pass<Pass<double>>(args);
     case Storage::f16:
-      return Pass<fp16>(args).run();
+      return run_pass<Pass<fp16>>(args);
     case Storage::bf16:
-      return Pass<bf16>(args).run();
+      return run_pass<Pass<bf16>>(args);
   }
 }
 

@@ -6,8 +6,9 @@
 
 namespace fastlstm {
 
-// Throws std::bad_alloc; null for 0 bytes. A few large blocks are kept for the next call. Memory is aligned to 64 bytes, large blocks to huge pages; with
-// `poison_scratch` on (tests) it comes filled with NaNs instead of whatever was there.
+// Throws std::bad_alloc; null for 0 bytes. A few large blocks are kept for the next call. Memory is
+// aligned to 64 bytes, large blocks to huge pages; with `poison_scratch` on (tests) it comes filled
+// with NaNs instead of whatever was there.
 void* allocate_scratch(size_t bytes);
 void free_scratch(void* memory, size_t bytes);
 // Asks for huge pages where a block has room for some: a large block that is new to the process

@@ -58,17 +58,6 @@ struct Team {
   Range share(int64_t count) const { return {count * rank / size, count * (rank + 1) / size}; }
 };
 
-// A thread is worth its barriers from this many multiply-adds a step on.
-constexpr int64_t work_per_thread = 1 << 15;
-
-// How many of `threads` threads to use for steps of `work` multiply-adds cut into `items`.
-inline int team_size(int64_t threads, int64_t items, int64_t work) {
-  int64_t size = work / work_per_thread;
-  if (size > items) size = items;
-  if (size > threads) size = threads;
-  return size < 1 ? 1 : int(size);
-}
-
 // Runs body(Team) on at most `threads` threads, in one parallel region. Inside somebody else's
 // region the team is smaller than asked for, so everything is sized by the team it gets.
 template <class Body>

@@ -1,0 +1,93 @@
+// How a pass is divided among threads.
+//
+// Sequences are independent of each other: where there are enough of them, and the weights are
+// few enough for every thread's own L2 cache, each thread takes some sequences all the way, with
+// nothing to wait for. Otherwise all threads walk together, each with its own share of the
+// hidden units and of the weights, and meet at every step.
+#pragma once
+
+#include "walk.h"
+
+namespace fastlstm {
+namespace {
+
+constexpr int max_parts = 64;
+// A thread is worth its barriers from this many multiply-adds a step on,
+constexpr int64_t work_per_thread = 1 << 15;
+// and worth its own sequences from this many on, if its weights are no more than so many bytes.
+constexpr int64_t sequences_per_thread = 4;
+constexpr int64_t private_weights = int64_t(1) << 20;
+
+struct Work {
+  int64_t items;         // what threads that walk together can share
+  int64_t step;          // multiply-adds of the widest step
+  int64_t weight_bytes;  // that a step reads
+};
+
+struct Split {
+  int threads;
+  bool by_sequence;
+};
+
+inline Split split_work(const Shape& shape, int threads, const Work& work) {
+  const int64_t sequences = shape.T > 0 ? shape.batch_sizes[0] : 0;
+  int64_t size = work.step / work_per_thread;
+  if (size > threads) size = threads;
+  if (size > max_parts) size = max_parts;
+  if (size > 1 && sequences >= sequences_per_thread * size && work.weight_bytes <= private_weights)
+    return {int(size), true};
+  if (size > work.items) size = work.items;
+  return {size < 1 ? 1 : int(size), false};
+}
+
+// The share of sequences of one part, cut so that all parts have about as many rows.
+inline Range share_of_sequences(const Shape& shape, int part, int parts) {
+  const int64_t sequences = shape.T > 0 ? shape.batch_sizes[0] : 0;
+  auto rows_before = [&](int64_t sequence) {
+    int64_t rows = 0;
+    for (int64_t t = 0; t < shape.T; ++t)
+      rows += shape.batch_sizes[t] < sequence ? shape.batch_sizes[t] : sequence;
+    return rows;
+  };
+  auto cut = [&](int64_t part) {
+    int64_t low = 0, high = sequences;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (rows_before(middle) * parts < shape.N * part) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  };
+  return {cut(part), cut(part + 1)};
+}
+
+// Runs Pass, forward or backward, on its arguments, divided as split_work says. Everything is
+// allocated before the threads start: an exception must not leave a parallel region.
+template <class Pass, class Args>
+void run_pass(const Args& args) {
+  const Split split = split_work(args.shape, args.threads, Pass::work(args));
+  struct Parts {
+    Pass* pass[max_parts] = {};
+    ~Parts() {
+      for (Pass* p : pass) delete p;
+    }
+  } parts;
+  const int count = split.by_sequence ? split.threads : 1;
+  for (int k = 0; k < count; ++k)
+    parts.pass[k] = new Pass(args, share_of_sequences(args.shape, k, count));
+  run_team(split.threads, [&](const Team& team) {
+    if (!split.by_sequence) return parts.pass[0]->walk(team);
+    // The team may be smaller than asked for: whoever is there takes the parts in turn.
+    for (int k = team.rank; k < count; k += team.size) {
+      Barrier alone(1);
+      parts.pass[k]->walk(Team{1, 0, alone});
+    }
+  });
+  Pass::finish(args, parts.pass, count);
+}
+
+}  // namespace
+}  // namespace fastlstm
