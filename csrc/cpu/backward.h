@@ -73,6 +73,7 @@ class Backward {
       for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
       team.barrier.wait();
     }
+    finish_far_stores();
   }
 
   // Sequences without steps: what comes in for their final state goes out for their initial one.

@@ -84,6 +84,7 @@ class Forward {
         team.barrier.wait();
       }
     }
+    finish_far_stores();
   }
 
   // Sequences without steps keep their initial state.

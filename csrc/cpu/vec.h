@@ -200,6 +200,13 @@ inline void store_far(S* p, V v, int n) {
   store_some(p, v, n);
 }
 
+// Such stores are ordered by nothing else: to be called before another thread may read them.
+inline void finish_far_stores() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // What v becomes when it is stored as S and read again.
 template <class S, class V>
 inline V rounded_to_storage(V v) {
