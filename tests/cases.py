@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastlstm.contract import Weights
 
-# What rounding alone may do to a layer of these sizes, against the same mathematics in the
-# same storage dtype; measured against float64 and doubled, see docs/design.md.
+# What rounding alone may do to layers of the tests' sizes, against the same mathematics in the
+# same storage dtype.
 _TOLERANCES = {
     torch.float64: {"rtol": 1e-9, "atol": 1e-11},
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
