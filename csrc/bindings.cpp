@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -188,13 +189,36 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   return {y, c_all, h_n, c_n, gates, m};
 }
 
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+// A checked pointer to what an operator writes.
+void* result(const char* name, Tensor tensor, Sizes sizes, ScalarType dtype, bool poison) {
+  check(name, tensor, sizes, dtype);
+  fastlstm::advise_huge_pages(tensor.mutable_data_ptr(),
+                              size_t(tensor.numel()) * size_t(tensor.element_size()));
+  if (poison) torch::stable::fill_(tensor, __builtin_nan(""));
+  return tensor.mutable_data_ptr();
+}
+void* result(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype, bool poison) {
+  return tensor ? result(name, *tensor, sizes, dtype, poison) : nullptr;
+}
 
-BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
-                            const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
-                            const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
-                            const Tensor& c_all, const Tensor& gates, bool need_dh_all,
-                            bool need_dbias, bool need_dh0, bool need_dc0) {
+// Rows that direction d has in steps [begin, end) of the walk, in the order they are undone.
+int64_t rows_of_steps(const fastlstm::Shape& shape, int d, int64_t begin, int64_t end,
+                      int64_t* first_row) {
+  int64_t steps = shape.T, rows = 0;
+  while (steps > 0 && shape.batch_sizes[steps - 1] == 0) --steps;
+  const int64_t from = d == 0 ? steps - end : begin, to = d == 0 ? steps - begin : end;
+  *first_row = 0;
+  for (int64_t t = 0; t < to; ++t) (t < from ? *first_row : rows) += shape.batch_sizes[t];
+  return rows;
+}
+
+void cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                  const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
+                  const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                  const Tensor& c_all, const Tensor& gates, int64_t begin, int64_t end,
+                  const Tensor& da, const Optional& dh_all, const Optional& dbias,
+                  const Optional& dh0, const Optional& dc0, const Optional& da_carry,
+                  const Optional& dc_carry) {
   if (gates.dim() != 3) fail("gates: expected shape (N, D, 4H)");
   const ScalarType dtype = gates.scalar_type(), state = state_of(dtype);
   fastlstm::BackwardArgs args{};
@@ -214,27 +238,29 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   args.c_all = input("c_all", c_all, {N, D * H}, state);
   args.gates = input("gates", gates, {N, D, 4 * H}, dtype);
 
-  Tensor da = output(gates, {N, D, 4 * H}, state), dh_all = absent(gates);
-  Tensor dbias = absent(gates), dh0 = absent(gates), dc0 = absent(gates);
-  args.da = da.mutable_data_ptr();
-  if (need_dh_all) {
-    dh_all = output(gates, {N, D * P}, state);
-    args.dh_all = dh_all.mutable_data_ptr();
-  }
-  if (need_dbias) {
-    dbias = output(gates, {D, 4 * H}, state);
-    args.dbias = dbias.mutable_data_ptr();
-  }
-  if (need_dh0) {
-    dh0 = output(gates, {D, B, P}, dtype);
-    args.dh0 = dh0.mutable_data_ptr();
-  }
-  if (need_dc0) {
-    dc0 = output(gates, {D, B, H}, dtype);
-    args.dc0 = dc0.mutable_data_ptr();
-  }
+  int64_t steps = T;
+  while (steps > 0 && sizes[steps - 1] == 0) --steps;
+  if (begin < 0 || begin > end || end > steps)
+    fail("begin, end: got " + std::to_string(begin) + ", " + std::to_string(end) +
+         ", expected steps in order, of " + std::to_string(steps));
+  if ((begin > 0 || end < steps) && !(da_carry && dc_carry))
+    fail("da_carry, dc_carry: a walk in several calls needs both");
+  args.begin = begin;
+  args.end = end;
+  int64_t rows = 0;
+  for (int d = 0; d < D; ++d)
+    rows = std::max(rows, rows_of_steps(args.shape, d, begin, end, &args.first_row[d]));
+  if (da.dim() != 3 || da.size(0) < rows)
+    fail("da: expected at least " + std::to_string(rows) + " rows");
+  args.da = result("da", da, {da.size(0), D, 4 * H}, state, poisoned);
+  args.dh_all = result("dh_all", dh_all, {da.size(0), D * P}, state, poisoned);
+  args.dbias = result("dbias", dbias, {D, 4 * H}, state, poisoned);
+  const bool fresh = poisoned && begin == 0;
+  args.dh0 = result("dh0", dh0, {D, B, P}, dtype, fresh);
+  args.dc0 = result("dc0", dc0, {D, B, H}, dtype, fresh);
+  args.da_carry = result("da_carry", da_carry, {D, B, 4 * H}, state, fresh);
+  args.dc_carry = result("dc_carry", dc_carry, {D, B, H}, state, fresh);
   fastlstm::kernels().backward(args);
-  return {da, dh_all, dbias, dh0, dc0};
 }
 
 using ProbeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -295,8 +321,8 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
   m.def(
       "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
       " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
-      " bool need_dh_all, bool need_dbias, bool need_dh0, bool need_dc0)"
-      " -> (Tensor da, Tensor dh_all, Tensor dbias, Tensor dh0, Tensor dc0)");
+      " int begin, int end, Tensor(a!) da, Tensor(b!)? dh_all, Tensor(c!)? dbias, Tensor(d!)? dh0,"
+      " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> ()");
   m.def(
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");

@@ -59,11 +59,18 @@ struct BackwardArgs {
   const uint8_t* reset;              // (N), or null
   const void* c_all;                 // (N, D*H), state
   const void* gates;                 // (N, D, 4H)
-  void* da;                          // (N, D, 4H), state: gradients of the pre-activations
-  void* dh_all;                      // (N, D*P), state: gradients of every h_t; or null
-  void* dbias;                       // (D, 4H), state: da summed over rows; or null
-  void* dh0;                         // (D, B, P), or null
-  void* dc0;                         // (D, B, H), or null
+  // The walk may be cut into several calls. This one undoes steps [begin, end), counted in the
+  // order in which they are undone, of all T that have rows; first_row[d] is the first packed row
+  // that direction d then has, and da and dh_all hold this call's rows only.
+  int64_t begin, end;
+  int64_t first_row[max_directions];
+  void* da;        // (rows, D, 4H), state: gradients of the pre-activations
+  void* dh_all;    // (rows, D*P), state: gradients of every h_t; or null
+  void* dbias;     // (D, 4H), state: da summed over these rows; or null
+  void* dh0;       // (D, B, P), or null; written as sequences end, so the same for all calls
+  void* dc0;       // (D, B, H), or null; likewise
+  void* da_carry;  // (D, B, 4H), state: what a call leaves for the next; null if it is the only one
+  void* dc_carry;  // (D, B, H), state; likewise
 };
 
 }  // namespace fastlstm

@@ -6,15 +6,25 @@ walk (eq. 9) are plain matrix products and go to torch's BLAS.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
-from .contract import Gradients, OutputGradients, Outputs, Requested, Reserve, Weights
-from .products import input_gradients
+from .contract import (
+    Gradients,
+    OutputGradients,
+    Outputs,
+    Requested,
+    Reserve,
+    Weights,
+    state_dtype,
+)
+from .products import Products
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -80,8 +90,27 @@ def layer_backward(
     saved: Reserve,
     need: Requested,
 ) -> Gradients:
-    """Gradients of the inputs asked for."""
-    da, dh_all, dbias, dh0, dc0 = torch.ops.fastlstm_C.cpu_backward(
+    """Gradients of the inputs asked for.
+
+    The walk and the products take turns, chunk by chunk: dgates are as large as all that the
+    forward pass saved, and a chunk of them is still in the cache when it is multiplied.
+    """
+    state = state_dtype(x.dtype)
+    directions, batch, output_size = h0.shape
+    hidden_size = c0.size(-1)
+    chunks = list(_chunks(batch_sizes, directions * 4 * hidden_size * state.itemsize))
+    products = Products(x, batch_sizes, h0, weights, reset, saved, need)
+    empty = functools.partial(x.new_empty, dtype=state)
+    rows = max(chunk.rows[d].stop - chunk.rows[d].start for chunk in chunks for d in (0, 1))
+    da = empty(rows, directions, 4 * hidden_size)
+    dh_all = empty(rows, directions * output_size) if need.w_hr else None
+    dbias = empty(directions, 4 * hidden_size) if need.bias else None
+    several = len(chunks) > 1
+    da_carry = empty(directions, batch, 4 * hidden_size) if several else None
+    dc_carry = empty(directions, batch, hidden_size) if several else None
+    dh0 = torch.empty_like(h0, memory_format=torch.contiguous_format) if need.h0 else None
+    dc0 = torch.empty_like(c0, memory_format=torch.contiguous_format) if need.c0 else None
+    given = (
         *map(_contiguous, grads),
         batch_sizes.contiguous(),
         c0.contiguous(),
@@ -90,12 +119,35 @@ def layer_backward(
         _contiguous(reset),
         saved.c_all,
         saved.gates,
-        need.w_hr,
-        need.bias,
-        need.h0,
-        need.c0,
     )
-    return input_gradients(
-        da, _present(dh_all), _present(dbias), _present(dh0), _present(dc0),
-        x, batch_sizes, h0, weights, reset, saved, need,
-    )  # fmt: skip
+    for chunk in chunks:
+        torch.ops.fastlstm_C.cpu_backward(
+            *given, chunk.begin, chunk.end, da, dh_all, dbias, dh0, dc0, da_carry, dc_carry
+        )
+        for d in range(directions):
+            products.add(d, chunk.rows[d], da[:, d], dh_all, dbias)
+    return products.gradients(dh0, dc0)
+
+
+class _Chunk(NamedTuple):
+    """Steps of a walk, in the order they are undone, and the rows each direction has in them."""
+
+    begin: int
+    end: int
+    rows: tuple[slice, slice]
+
+
+# A chunk's dgates are about this large, if that is rows enough for the products to be efficient.
+_CHUNK_BYTES = 16 << 20
+_CHUNK_ROWS = 1024
+
+
+def _chunks(batch_sizes: Tensor, row_bytes: int) -> Iterator[_Chunk]:
+    """Cut a walk whose dgates take ``row_bytes`` a row into chunks of equally many steps."""
+    starts = [0, *itertools.accumulate(size for size in batch_sizes.tolist() if size)]
+    steps, rows = len(starts) - 1, starts[-1]
+    per_chunk = max(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes) * steps // max(rows, 1)
+    for begin in range(0, max(steps, 1), max(per_chunk, 1)):
+        end = min(begin + max(per_chunk, 1), steps)
+        forward = slice(starts[steps - end], starts[steps - begin])
+        yield _Chunk(begin, end, (forward, slice(starts[begin], starts[end])))

@@ -1,12 +1,12 @@
 """The matrix products that follow a backward walk, shared by the kernels' backends.
 
-After the walk every dgate is known, so what is left (eq. 9) is one product over all
-rows for each gradient asked for, in state dtype and in a fixed order.
+Once the dgates of some rows are known, what is left of those rows (eq. 9) is one product for
+each gradient asked for, in state dtype and in a fixed order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,98 +14,123 @@ from torch import Tensor
 from .contract import Gradients, Requested, Reserve, Weights
 
 
-def input_gradients(
-    da: Tensor,
-    dh_all: Tensor | None,
-    dbias: Tensor | None,
-    dh0: Tensor | None,
-    dc0: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor,
-    h0: Tensor,
-    weights: Sequence[Weights],
-    reset: Tensor | None,
-    saved: Reserve,
-    need: Requested,
-) -> Gradients:
-    """Gradients of a layer's inputs from its dgates.
+class Products:
+    """Adds up the gradients of a layer's inputs, from the dgates of some rows at a time."""
 
-    Args:
-        da: (N, D, 4H) in state dtype, gradients of the pre-activations.
-        dh_all: (N, D*P) in state dtype, gradients of every h_t; needed for w_hr only.
-        dbias (D, 4H) in state dtype, dh0, dc0: finished by the walk, or None.
-    """
-    storage, state = x.dtype, da.dtype
-    directions = range(len(weights))
+    def __init__(
+        self,
+        x: Tensor,
+        batch_sizes: Tensor,
+        h0: Tensor,
+        weights: Sequence[Weights],
+        reset: Tensor | None,
+        saved: Reserve,
+        need: Requested,
+    ) -> None:
+        self._x, self._batch_sizes, self._h0, self._reset = x, batch_sizes, h0, reset
+        self._weights, self._saved, self._need = weights, saved, need
+        # Sums by kind and direction, in state dtype; a kind that is not asked for stays empty.
+        self._sums: dict[tuple[str, int], Tensor] = {}
+        self._dx: Tensor | None = None
+        state = saved.c_all.dtype
+        if need.x:
+            self._dx = (
+                torch.zeros_like(x, dtype=state)
+                if len(weights) == 2
+                else x.new_empty(x.shape, dtype=state)
+            )
 
-    def each(asked: bool, gradient: Callable[[int], Tensor]) -> list[Tensor] | None:
-        return [gradient(d).to(storage) for d in directions] if asked else None
+    def add(
+        self, d: int, rows: slice, da: Tensor, dh_all: Tensor | None, dbias: Tensor | None
+    ) -> None:
+        """Add what ``rows`` of direction ``d`` contribute.
 
-    rows = x.to(state) if need.w_ih else x
-    dx = None
-    if need.x:
-        dx = da[:, 0] @ weights[0].w_ih.to(state)
-        if len(weights) == 2:
-            dx = dx.addmm_(da[:, 1], weights[1].w_ih.to(state))
-        dx = dx.to(storage)
+        Args:
+            da: (at least as many rows, 4H), gradients of their pre-activations.
+            dh_all: (.., D*P), gradients of their h; needed for w_hr only.
+            dbias: (D, 4H), da summed over them, or None.
+        """
+        count, state = rows.stop - rows.start, da.dtype
+        da, need, w = da[:count], self._need, self._weights[d]
+        if self._dx is not None:
+            if len(self._weights) == 2:
+                self._dx[rows].addmm_(da, w.w_ih.to(state))
+            else:
+                torch.mm(da, w.w_ih.to(state), out=self._dx[rows])
+        if need.w_ih:
+            self._add_product("w_ih", d, da, self._x[rows])
+        if need.w_hh:
+            for da_part, h in self._previous_h(d, rows, da):
+                self._add_product("w_hh", d, da_part, h)
+        if need.bias and dbias is not None:
+            known = self._sums.get(("bias", d))
+            self._sums["bias", d] = dbias[d].clone() if known is None else known.add_(dbias[d])
+        if need.w_hr:
+            if dh_all is None or self._saved.m is None:
+                raise ValueError("dh_all, saved.m: got None, needed for the gradient of w_hr")
+            output_size, hidden_size = self._h0.size(-1), da.size(-1) // 4
+            dh = dh_all[:count, d * output_size : (d + 1) * output_size]
+            m = self._saved.m[rows, d * hidden_size : (d + 1) * hidden_size]
+            self._add_product("w_hr", d, dh, m)
 
-    def dw_hr(d: int) -> Tensor:
-        output_size, hidden_size = h0.size(-1), da.size(-1) // 4
-        if dh_all is None or saved.m is None:
-            raise ValueError("dh_all, saved.m: got None, needed for the gradient of w_hr")
-        dh = dh_all[:, d * output_size : (d + 1) * output_size]
-        return dh.T @ saved.m[:, d * hidden_size : (d + 1) * hidden_size].to(state)
+    def gradients(self, dh0: Tensor | None, dc0: Tensor | None) -> Gradients:
+        """Everything asked for, in storage dtype; the states' gradients come finished."""
+        storage, need = self._x.dtype, self._need
 
-    return Gradients(
-        x=dx,
-        h0=dh0 if need.h0 else None,
-        c0=dc0 if need.c0 else None,
-        w_ih=each(need.w_ih, lambda d: da[:, d].T @ rows),
-        w_hh=each(need.w_hh, lambda d: _dw_hh(d, da[:, d], batch_sizes, h0[d], reset, saved.y)),
-        # Clones: gradients must not share memory.
-        bias=None if dbias is None else each(need.bias, lambda d: dbias[d].clone()),
-        w_hr=each(need.w_hr, dw_hr),
-    )
+        def each(kind: str) -> list[Tensor] | None:
+            if not getattr(need, kind):
+                return None
+            return [self._sums[kind, d].to(storage) for d in range(len(self._weights))]
 
-
-def _dw_hh(
-    d: int, da: Tensor, batch_sizes: Tensor, h0: Tensor, reset: Tensor | None, y: Tensor
-) -> Tensor:
-    """sum over rows of da_t h_{t-1}^T, (4H, P), for direction ``d``."""
-    output_size, rows, batch = h0.size(-1), y.size(0), h0.size(0)
-    y = y[:, d * output_size : (d + 1) * output_size]
-    if rows == 0:
-        return da.new_zeros(da.size(-1), output_size)
-    if reset is None and batch_sizes.numel() * batch == rows:
-        # Equal sizes: h_{t-1} is y moved by one step, and only its edge comes from h0.
-        now, before, edge = (
-            (slice(batch, None), slice(None, rows - batch), slice(None, batch))
-            if d == 0
-            else (slice(None, rows - batch), slice(batch, None), slice(rows - batch, None))
+        return Gradients(
+            x=None if self._dx is None else self._dx.to(storage),
+            h0=dh0,
+            c0=dc0,
+            w_ih=each("w_ih"),
+            w_hh=each("w_hh"),
+            bias=each("bias"),
+            w_hr=each("w_hr"),
         )
-        product = da[edge].T @ h0.to(da.dtype)
-        return product.addmm_(da[now].T, y[before].to(da.dtype))
-    return da.T @ _previous_h(d, batch_sizes, h0, reset, y).to(da.dtype)
 
+    def _add_product(self, kind: str, d: int, left: Tensor, right: Tensor) -> None:
+        """sum += left^T right, over rows; ``right`` in storage dtype."""
+        right = right.to(left.dtype)
+        known = self._sums.get((kind, d))
+        self._sums[kind, d] = left.T @ right if known is None else known.addmm_(left.T, right)
 
-def _previous_h(d: int, batch_sizes: Tensor, h0: Tensor, reset: Tensor | None, y: Tensor) -> Tensor:
-    """The h that entered each row's step, (N, P): from y, from h0, or zero at a reset."""
-    rows = y.size(0)
-    starts = torch.zeros(batch_sizes.numel() + 1, dtype=torch.int64)
-    torch.cumsum(batch_sizes, 0, out=starts[1:])
-    step = torch.repeat_interleave(torch.arange(batch_sizes.numel()), batch_sizes)  # (N,)
-    row = torch.arange(rows)
-    sequence = row - starts[step]
-    neighbour = (step - 1 if d == 0 else step + 1).clamp(0, batch_sizes.numel() - 1)
-    entered = sequence < batch_sizes[neighbour] if d == 1 else step > 0
-    entered &= neighbour != step
-    source = torch.where(entered, starts[neighbour] + sequence, rows + sequence)
-    h = torch.cat((y, h0)).index_select(0, source.to(y.device))
-    if reset is not None:
+    def _previous_h(self, d: int, rows: slice, da: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """``da``'s rows beside the h that entered their steps, in one piece or two."""
+        batch, output_size = self._h0.shape[1:]
+        h0, y = self._h0[d], self._saved.y[:, d * output_size : (d + 1) * output_size]
+        if self._reset is not None or self._batch_sizes.numel() * batch != len(y) or len(y) == 0:
+            return [(da, self._gathered_h(d, rows, y))]
+        # Equal sizes: h_{t-1} is y moved by one step, and only its edge comes from h0.
+        if d == 0:
+            if rows.start > 0:
+                return [(da, y[rows.start - batch : rows.stop - batch])]
+            return [(da[:batch], h0), (da[batch:], y[: rows.stop - batch])]
+        if rows.stop < len(y):
+            return [(da, y[rows.start + batch : rows.stop + batch])]
+        return [(da[len(da) - batch :], h0), (da[: len(da) - batch], y[rows.start + batch :])]
+
+    def _gathered_h(self, d: int, rows: slice, y: Tensor) -> Tensor:
+        """The h that entered each row's step, (rows, P): from y, from h0, or zero at a reset."""
+        sizes, h0, reset = self._batch_sizes, self._h0[d], self._reset
+        starts = torch.zeros(sizes.numel() + 1, dtype=torch.int64)
+        torch.cumsum(sizes, 0, out=starts[1:])
+        row = torch.arange(rows.start, rows.stop)
+        step = torch.searchsorted(starts, row, right=True) - 1
+        sequence = row - starts[step]
+        neighbour = (step - 1 if d == 0 else step + 1).clamp(0, max(sizes.numel() - 1, 0))
+        entered = sequence < sizes[neighbour] if d == 1 else step > 0
+        entered &= neighbour != step
+        source = torch.where(entered, starts[neighbour] + sequence, len(y) + sequence)
+        h = torch.cat((y, h0)).index_select(0, source.to(y.device))
+        if reset is None:
+            return h
         # Forward: the step itself starts a segment. Reverse: the later step it came from does.
-        first = reset.bool()
+        first = reset[rows].bool()
         if d == 1:
             at = torch.where(entered, source, 0).to(y.device)
-            first = first.index_select(0, at) & entered.to(y.device)
-        h = h.masked_fill(first.unsqueeze(-1), 0)
-    return h
+            first = reset.bool().index_select(0, at) & entered.to(y.device)
+        return h.masked_fill(first.unsqueeze(-1), 0)

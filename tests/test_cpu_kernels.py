@@ -75,6 +75,27 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_walk_in_chunks_is_the_same_walk(
+    case: Layer, threads: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward walk cut after every ``steps`` steps or so, against the whole one."""
+    layer = make_layer(case, torch.float64)
+    saved = reference.layer_forward(*layer, True, True)
+    grads = random_gradients(saved)
+    whole = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
+    rows = sum(case.batch_sizes)
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu, "_CHUNK_ROWS", max(1, steps * rows // max(1, len(case.batch_sizes))))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    chunked = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
+    torch.set_num_threads(before)
+    compare(chunked, whole, torch.float64, "chunked")
+
+
 @pytest.mark.parametrize("case", LAYERS[:14], ids=str)
 def test_backward_equations_equal_autograd(case: Layer) -> None:
     """The reference's own backward pass, against torch differentiating its forward pass."""
@@ -152,13 +173,10 @@ def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:
     for count in (1, threads, threads):
         torch.set_num_threads(count)
         out = cpu.layer_forward(*layer, True, True)
-        _, batch_sizes, _, c0, weights, reset = layer
-        walked = _C.cpu_backward(
-            out.y, out.c_all, out.h_n, out.c_n, batch_sizes, c0, [w.w_hh for w in weights],
-            [w.w_hr for w in weights if w.w_hr is not None], reset, out.c_all, out.gates,
-            False, True, True, True,
-        )  # fmt: skip
-        results.append((*out, *walked))
+        g = cpu.layer_backward(OutputGradients(*out[:4]), *layer, out.reserve(), need_of(big))
+        lists = (g.w_ih, g.w_hh, g.bias, g.w_hr)
+        gradients = [g.x, g.h0, g.c0, *(t for kind in lists for t in kind or [])]
+        results.append([*out, *gradients])
     torch.set_num_threads(before)
     for a, b, alone in zip(results[1], results[2], results[0], strict=True):
         assert (a is None and b is None) or torch.equal(a, b)

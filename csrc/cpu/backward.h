@@ -63,8 +63,14 @@ class Backward {
       pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
     const bool in_advance =
         worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
-    const bool to_initial_state = a_.dh0 != nullptr || a_.dc0 != nullptr;
-    for (int64_t s = 0; s < walk_.steps() + (to_initial_state ? 1 : 0); ++s) {
+    if (a_.begin > 0) {
+      for_carried(team, a_.begin,
+                  [](T* place, T* value, int count) { store(place, load_some(value, count)); });
+      team.barrier.wait();
+    }
+    const bool to_initial_state =
+        a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr);
+    for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
         carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
@@ -74,6 +80,9 @@ class Backward {
       team.barrier.wait();
     }
     finish_far_stores();
+    if (a_.end < walk_.all_steps())
+      for_carried(team, a_.end,
+                  [](T* place, T* value, int count) { store_some(value, load(place), count); });
   }
 
   // Sequences without steps: what comes in for their final state goes out for their initial one.
@@ -97,6 +106,7 @@ class Backward {
  private:
   // A step to undo, and the step undone before it, of one direction. There is one more than
   // there are steps: it has no rows of its own and only carries gradients to the initial state.
+  // Steps are counted over all sequences: a part of shorter ones has no rows in some of them.
   struct Step {
     int d;
     int64_t index;    // how many steps were undone before
@@ -107,16 +117,38 @@ class Backward {
     int64_t carried;  // rows of the step undone before, whose gradients are carried here
   };
 
+  // The time of the s-th step that is undone in direction d.
+  int64_t time(int d, int64_t s) const { return d == 0 ? walk_.all_steps() - 1 - s : s; }
+
   Step step(int d, int64_t s) const {
-    const int64_t steps = walk_.steps(), forward = steps - 1 - s;
-    Step step{d, s, 0, 0, 0, 0, 0};
-    if (s < steps) {
-      step.t = walk_.time(d, forward);
+    Step step{d, s, time(d, s), 0, 0, 0, 0};
+    if (s < walk_.all_steps()) {
       step.rows = walk_.rows(step.t);
       step.start = walk_.start(step.t);
     }
-    if (s > 0) step.after = walk_.time(d, forward + 1), step.carried = walk_.rows(step.after);
+    if (s > 0) step.after = time(d, s - 1), step.carried = walk_.rows(step.after);
     return step;
+  }
+
+  // What step s is given by the step undone before it, when that belonged to another call: for
+  // each vector of it, its place here and its place in da_carry or dc_carry.
+  template <class Move>
+  void for_carried(const Team& team, int64_t s, const Move& move) {
+    for (int d = 0; d < n_.D; ++d) {
+      const Blocked<T> blocked = da(d, s - 1);
+      const Range share = team.share(walk_.rows(time(d, s - 1)));
+      for (int64_t r = share.begin; r < share.end; ++r) {
+        for (int64_t unit = 0; unit < n_.H; unit += L) {
+          const int count = int(n_.H - unit < L ? n_.H - unit : L);
+          for (int gate = 0; gate < 4; ++gate)
+            move(blocked.at(r, gate * groups_ + unit / L),
+                 static_cast<T*>(a_.da_carry) + state_at(d, r, 4 * n_.H) + gate * n_.H + unit,
+                 count);
+          move(carried_cell(d, r, unit), static_cast<T*>(a_.dc_carry) + state_at(d, r, n_.H) + unit,
+               count);
+        }
+      }
+    }
   }
 
   // The place of sequence r's state in a (D, B, size) tensor.
@@ -198,7 +230,8 @@ class Backward {
       if (a_.dy) dh += load_some(static_cast<const S*>(a_.dy) + here, count);
       store(sums, dh);
       if (!projected_) continue;
-      if (a_.dh_all) store_some(static_cast<T*>(a_.dh_all) + here, dh, count);
+      if (a_.dh_all)
+        store_some(static_cast<T*>(a_.dh_all) + here - a_.first_row[d] * D * P, dh, count);
       store(this->dh(step.d).at(r, column / L), dh);
     }
   }
@@ -262,7 +295,7 @@ class Backward {
     const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
     const Blocked<T> blocked = da(d, step.index);
     T* exchanged = nullptr;
-    T* out = static_cast<T*>(a_.da) + row * 4 * H + unit;
+    T* out = static_cast<T*>(a_.da) + (row - a_.first_row[d] * D) * 4 * H + unit;
     T* carried = carried_cell(d, first, unit);
     Gates<V> sum{};
 

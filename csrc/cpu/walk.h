@@ -18,7 +18,9 @@ class Walk {
         count_(sequences.end - sequences.begin),
         starts_(shape.T + 1),
         before_(shape.T + 1) {
-    steps_ = shape.T;
+    all_steps_ = shape.T;
+    while (all_steps_ > 0 && sizes_[all_steps_ - 1] == 0) --all_steps_;
+    steps_ = all_steps_;
     while (steps_ > 0 && sizes_[steps_ - 1] <= first_) --steps_;
     starts_[0] = first_;
     before_[0] = 0;
@@ -28,8 +30,9 @@ class Walk {
     }
   }
 
-  int64_t steps() const { return steps_; }  // those with rows
-  int64_t first() const { return first_; }  // which sequence is the first
+  int64_t steps() const { return steps_; }          // those with rows
+  int64_t all_steps() const { return all_steps_; }  // those in which any sequence at all has rows
+  int64_t first() const { return first_; }          // which sequence is the first
   int64_t max_rows() const { return steps_ > 0 ? rows(0) : 0; }
   int64_t rows(int64_t t) const {  // how many of the sequences have a step t
     if (t < 0 || t >= steps_) return 0;
@@ -61,7 +64,7 @@ class Walk {
   const int64_t* sizes_;
   const int64_t first_, count_;
   Scratch<int64_t> starts_, before_;
-  int64_t steps_;
+  int64_t steps_, all_steps_;
 };
 
 }  // namespace
