@@ -154,8 +154,8 @@ class LSTMLayer(torch.autograd.Function):
         dc_n: Tensor | None,
         dc_all: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        *reserve, batch_sizes, reset = ctx.saved_tensors[:6]
-        inputs = ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them at each look
+        (*reserve, batch_sizes, reset), inputs = saved[:6], saved[6:]
         need = _requested(ctx.needs_input_grad[3:])
         grads = (dy, dc_all, dh_n, dc_n)
         with without_autocast(inputs[0].device):

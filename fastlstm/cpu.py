@@ -117,8 +117,8 @@ def layer_backward(
         [w.w_hh.contiguous() for w in weights],
         [w.w_hr.contiguous() for w in weights if w.w_hr is not None],
         _contiguous(reset),
-        saved.c_all,
-        saved.gates,
+        saved.c_all.contiguous(),
+        saved.gates.contiguous(),
     )
     for chunk in chunks:
         torch.ops.fastlstm_C.cpu_backward(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from cases import Layer, make_layer, tolerance
 from fastlstm import LSTM, ops, reference
@@ -161,6 +162,39 @@ def test_backward_under_autocast(backend: str) -> None:
 
     for a, b in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    module = LSTM(4, 6, num_layers=2, bidirectional=True, backend="cpu")
+    x = torch.randn(5, 3, 4, requires_grad=True)
+    want = torch.autograd.grad(module(x)[0].pow(2).sum(), [x, *module.parameters()])
+    checkpoint(lambda t: module(t)[0], x, use_reentrant=reentrant).pow(2).sum().backward()
+    for a, b in zip((x.grad, *(p.grad for p in module.parameters())), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_tensors_go_through_hooks_once_and_in_any_layout() -> None:
+    """As ``save_on_cpu`` and the like do; what comes back need not be contiguous."""
+    module = LSTM(4, 6, bidirectional=True, backend="cpu")
+    x = torch.randn(5, 3, 4)
+    want = torch.autograd.grad(module(x)[0].sum(), [*module.parameters()])
+    counts = {"packed": 0, "unpacked": 0}
+
+    def pack(t: Tensor) -> Tensor:
+        counts["packed"] += 1
+        return t.transpose(0, -1).contiguous() if t.dim() > 1 else t.clone()
+
+    def unpack(t: Tensor) -> Tensor:
+        counts["unpacked"] += 1
+        return t.transpose(0, -1) if t.dim() > 1 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        total = module(x)[0].sum()
+    got = torch.autograd.grad(total, [*module.parameters()])
+    assert counts["unpacked"] == counts["packed"] > 0
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(torch.float32))
 
 
 def test_only_what_requires_grad_gets_one() -> None:

@@ -158,8 +158,11 @@ def test_nothing_is_saved_for_inference() -> None:
     assert out.c_all is not None and out.gates is None and out.m is None
 
 
+LONG_AND_SHORT = Layer((5, *(1,) * 30), 6, 10)  # one thread would have nearly all of it
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("case", [LAYERS[6], LAYERS[9], LAYERS[15]], ids=str)
+@pytest.mark.parametrize("case", [LAYERS[6], LAYERS[9], LAYERS[15], LONG_AND_SHORT], ids=str)
 @pytest.mark.parametrize("hidden", [130, 300])  # by sequences, and together
 def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:
     """However threads divide the work, each sum has one order for that number of threads."""

@@ -29,17 +29,6 @@ struct Split {
   bool by_sequence;
 };
 
-inline Split split_work(const Shape& shape, int threads, const Work& work) {
-  const int64_t sequences = shape.T > 0 ? shape.batch_sizes[0] : 0;
-  int64_t size = work.step / work_per_thread;
-  if (size > threads) size = threads;
-  if (size > max_parts) size = max_parts;
-  if (size > 1 && sequences >= sequences_per_thread * size && work.weight_bytes <= private_weights)
-    return {int(size), true};
-  if (size > work.items) size = work.items;
-  return {size < 1 ? 1 : int(size), false};
-}
-
 // The share of sequences of one part, cut so that all parts have about as many rows.
 inline Range share_of_sequences(const Shape& shape, int part, int parts) {
   const int64_t sequences = shape.T > 0 ? shape.batch_sizes[0] : 0;
@@ -62,6 +51,33 @@ inline Range share_of_sequences(const Shape& shape, int part, int parts) {
     return low;
   };
   return {cut(part), cut(part + 1)};
+}
+
+// Do parts of whole sequences share the rows about evenly? One long sequence among many short ones
+// would leave the others waiting for whoever has it.
+inline bool even_by_sequence(const Shape& shape, int parts) {
+  for (int part = 0; part < parts; ++part) {
+    const Range share = share_of_sequences(shape, part, parts);
+    int64_t rows = 0;
+    for (int64_t t = 0; t < shape.T; ++t) {
+      const int64_t size = shape.batch_sizes[t];
+      rows += (size < share.end ? size : share.end) - (size < share.begin ? size : share.begin);
+    }
+    if (rows * parts * 4 > shape.N * 5) return false;
+  }
+  return true;
+}
+
+inline Split split_work(const Shape& shape, int threads, const Work& work) {
+  const int64_t sequences = shape.T > 0 ? shape.batch_sizes[0] : 0;
+  int64_t size = work.step / work_per_thread;
+  if (size > threads) size = threads;
+  if (size > max_parts) size = max_parts;
+  if (size > 1 && sequences >= sequences_per_thread * size &&
+      work.weight_bytes <= private_weights && even_by_sequence(shape, int(size)))
+    return {int(size), true};
+  if (size > work.items) size = work.items;
+  return {size < 1 ? 1 : int(size), false};
 }
 
 // Runs Pass, forward or backward, on its arguments, divided as split_work says. Everything is
