@@ -71,6 +71,8 @@ def lstm_layer(
     elif (chosen := _self_differentiating(run, x, batch_sizes, h0, reset, flat)) is not None:
         out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, need_cells)
     else:
+        if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
+            x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
         y, h_n, c_n, *cells = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
         return y, cells[0] if need_cells else None, h_n, c_n
     return out.y, out.c_all if need_cells else None, out.h_n, out.c_n
@@ -86,6 +88,11 @@ def _needs_composite() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _self_differentiating(
@@ -159,10 +166,32 @@ class LSTMLayer(torch.autograd.Function):
         need = _requested(ctx.needs_input_grad[3:])
         grads = (dy, dc_all, dh_n, dc_n)
         with without_autocast(inputs[0].device):
-            gradients = LSTMLayerBackward.apply(
-                ctx.run, need, Reserve(*reserve), batch_sizes, reset, *grads, *inputs
-            )
+            if _needs_composite() or any(map(_is_batched, grads)):
+                gradients = _batched_gradients(
+                    ctx.run, batch_sizes, reset, grads, inputs, ctx.needs_input_grad[3:]
+                )
+            else:
+                gradients = LSTMLayerBackward.apply(
+                    ctx.run, need, Reserve(*reserve), batch_sizes, reset, *grads, *inputs
+                )
         return None, None, None, *gradients
+
+
+def _batched_gradients(
+    run: _Run,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    asked: Sequence[bool],
+) -> list[Tensor | None]:
+    """First order through the reference, for gradients that a transform has wrapped."""
+    with torch.enable_grad():
+        leaves = [
+            t if t is None else t.detach().requires_grad_(a)
+            for t, a in zip(inputs, asked, strict=True)
+        ]
+        return _composite_gradients(run, batch_sizes, reset, [*grads, *leaves])
 
 
 def _requested(flags: Sequence[bool]) -> Requested:

@@ -234,9 +234,15 @@ def _with_form(
 def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
     """``lengths`` as int64 on the CPU; the one place where they cross from a device."""
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, device="cpu")
+        given = lengths
+        try:
+            lengths = torch.as_tensor(given, device="cpu")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"lengths: expected integers, got {given!r}") from error
         if lengths.numel() == 0:  # an empty list makes a float tensor
             lengths = lengths.long()
+    if lengths.device.type == "meta":
+        raise ValueError("lengths: expected values, got a tensor on meta, which has none")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.shape != (batch,):

@@ -42,6 +42,11 @@ class LSTM(nn.RNNBase):
     # Modules pickled or swapped in without the attribute have the default.
     backend: str = "auto"
 
+    # RNNBase's methods of these names are for one state; nn.LSTM's own are for (h, c).
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
     def __init__(
         self,
         input_size: int,
@@ -250,6 +255,10 @@ def _check_padded(input: Tensor, input_size: int, weight: Tensor) -> None:
 def _check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> None:
     if input.data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+    if input.batch_sizes.dim() != 1:
+        raise RuntimeError(
+            f"input.batch_sizes must have 1 dimension, got {input.batch_sizes.dim()}"
+        )
     if input.batch_sizes.numel() == 0:
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN: input has no batch_sizes"
@@ -261,6 +270,13 @@ def _check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> Non
                 "input.batch_sizes must never increase and sum to the number of rows of "
                 f"input.data. Got {sizes} for {len(input.data)} rows"
             )
+        for name in ("sorted_indices", "unsorted_indices"):
+            order = getattr(input, name)
+            if order is not None and order.shape != (sizes[0],):
+                raise RuntimeError(
+                    f"input.{name} must have one index for each of {sizes[0]} sequences, "
+                    f"got shape {tuple(order.shape)}"
+                )
     _check_rows(input.data, input_size, weight, RuntimeError)
 
 

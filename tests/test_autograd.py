@@ -243,6 +243,21 @@ def test_transforms_are_right_and_never_zero(dtype: torch.dtype) -> None:
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x), **near)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_batched_gradients(backend: str) -> None:
+    """Several gradients of one output at once, as ``jacobian(vectorize=True)`` asks for them."""
+    module = LSTM(2, 3, bidirectional=True, backend=backend).double()
+    x = torch.randn(2, 2, 2, dtype=torch.float64, requires_grad=True)
+    y = module(x)[0]
+    several = torch.randn(3, *y.shape, dtype=torch.float64)
+    inputs = [x, *module.parameters()]
+    together = torch.autograd.grad(y, inputs, several, is_grads_batched=True, retain_graph=True)
+    for k in range(3):
+        alone = torch.autograd.grad(y, inputs, several[k], retain_graph=True)
+        for a, b in zip(together, alone, strict=True):
+            torch.testing.assert_close(a[k], b, **tolerance(torch.float64))
+
+
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 @pytest.mark.parametrize("reserve", [False, True])
 def test_operators_pass_opcheck(case: Layer, reserve: bool) -> None:
@@ -321,3 +336,21 @@ def test_named_backend_refuses_and_says_why() -> None:
     meta = [Weights(*(None if t is None else t.to("meta") for t in w)) for w in weights]
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot serve this call: .*cpu tensors"):
         lstm_layer(x.to("meta"), batch_sizes, h0.to("meta"), c0.to("meta"), meta, backend="cpu")
+
+
+def test_compiles_fullgraph_and_trains() -> None:
+    """Two layers and directions, dynamic sizes, and one tensor for both states."""
+    module = LSTM(3, 5, num_layers=2, bidirectional=True, backend="cpu")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps, batch in ((4, 2), (6, 3)):
+        x = torch.randn(steps, batch, 3)
+        z = torch.zeros(4, batch, 5)
+        want, got = (run(x, (z, z))[0] for run in (module, compiled))
+        assert torch.equal(got, want)
+        parameters = [*module.parameters()]
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), parameters),
+            torch.autograd.grad(want.sum(), parameters),
+            strict=True,
+        ):
+            assert torch.equal(a, b)

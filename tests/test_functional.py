@@ -322,3 +322,16 @@ def test_second_order_gradients(backend):
     leaves = [t.double().requires_grad_() for t in leaves]
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("lengths", ["abc", [None, 1, 2], {"a": 1}, [[1], [1, 2]], [2**70, 1, 1]])
+def test_lengths_that_are_not_integers_at_all(lengths) -> None:
+    with pytest.raises(TypeError, match="lengths: expected integers"):
+        fastlstm.LSTM(2, 3)(torch.randn(4, 3, 2), lengths=lengths)
+
+
+def test_lengths_without_values() -> None:
+    with pytest.raises(ValueError, match="lengths: expected values"):
+        fastlstm.LSTM(2, 3)(
+            torch.randn(4, 3, 2), lengths=torch.ones(3, dtype=torch.int64, device="meta")
+        )
