@@ -349,7 +349,7 @@ def _build_into(library: Path, tools: Toolchain) -> None:
     """Builds in a fresh folder, so that what a killed build left is never linked."""
     for leftover in library.parent.glob("build-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    _say(f"building the CPU library, once, in {library.parent}: about a minute")
+    _say(f"building the CPU library, once, in {library.parent}: up to a minute")
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
         _run_ninja(Path(folder), tools, sanitize=False)
         os.replace(Path(folder) / LIBRARY, library)

@@ -138,7 +138,7 @@ class _Chunk(NamedTuple):
 
 
 # A chunk's dgates are about this large, if that is rows enough for the products to be efficient.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1024
 
 

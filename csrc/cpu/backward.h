@@ -79,7 +79,6 @@ class Backward {
       for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
       team.barrier.wait();
     }
-    finish_far_stores();
     if (a_.end < walk_.all_steps())
       for_carried(team, a_.end,
                   [](T* place, T* value, int count) { store_some(value, load(place), count); });
@@ -326,10 +325,10 @@ class Backward {
       store(exchanged + 3 * gate_stride, da.o);
       exchanged += L;
       T* da_out = out + k * D * 4 * H;
-      store_far(da_out, da.i, count);
-      store_far(da_out + H, da.f, count);
-      store_far(da_out + 2 * H, da.g, count);
-      store_far(da_out + 3 * H, da.o, count);
+      store_some(da_out, da.i, count);
+      store_some(da_out + H, da.f, count);
+      store_some(da_out + 2 * H, da.g, count);
+      store_some(da_out + 3 * H, da.o, count);
       sum.i += da.i, sum.f += da.f, sum.g += da.g, sum.o += da.o;
     }
     T* dbias = dbias_ + d * 4 * H + unit;  // this thread's own units

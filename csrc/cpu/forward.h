@@ -84,7 +84,6 @@ class Forward {
         team.barrier.wait();
       }
     }
-    finish_far_stores();
   }
 
   // Sequences without steps keep their initial state.
@@ -296,10 +295,10 @@ class Forward {
       const V c = Math::cell_state(s, load(cell));
       const V m = rounded_to_storage<S>(Math::cell_output(s, c));
       if (gates) {
-        store_far(gates, s.i, count);
-        store_far(gates + H, s.f, count);
-        store_far(gates + 2 * H, s.g, count);
-        store_far(gates + 3 * H, s.o, count);
+        store_some(gates, s.i, count);
+        store_some(gates + H, s.f, count);
+        store_some(gates + 2 * H, s.g, count);
+        store_some(gates + 3 * H, s.o, count);
         gates += D * 4 * H;
       }
       if (c_all) store_some(c_all, c, count), c_all += D * H;

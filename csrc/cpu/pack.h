@@ -1,6 +1,7 @@
 // Copies into the layouts that tile.h multiplies: weights into panels, activations into blocks.
 #pragma once
 
+#include "scratch.h"
 #include "tile.h"
 
 namespace fastlstm {
@@ -10,7 +11,7 @@ namespace {
 // not stay in its L2 cache if they are many; with few rows the arithmetic is too short to hide it.
 template <class T>
 bool worth_prefetching(int64_t rows, int64_t weights) {
-  return rows > 4 && weights * int64_t(sizeof(T)) > (int64_t(1) << 20);
+  return rows > 4 && weights * int64_t(sizeof(T)) > l2_cache_bytes() / 2;
 }
 
 // a[0] b[0] a[1] b[1] ... : the first half of that, or the second.

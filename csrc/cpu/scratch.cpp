@@ -29,6 +29,14 @@ void advise_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
+int64_t l2_cache_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t(1) << 20;
+}
+
 // Large blocks that were freed and wait for the next call of the same shape: fresh pages cost a
 // fault and a clearing each, for a layer with one row a step up to a tenth of its time. The oldest
 // make room for new ones. Whoever finds the store in use goes without it, so that nothing waits

@@ -1,4 +1,4 @@
-// Scratch memory for one call.
+// The machine's memory: scratch for one call, pages, and the cache that weights should stay in.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +15,9 @@ void free_scratch(void* memory, size_t bytes);
 // costs a page fault for every page, which for a training step is up to a tenth of its time.
 void advise_huge_pages(void* memory, size_t bytes);
 void poison_scratch(bool on);
+
+// Bytes of a core's own L2 cache; 1 MiB where the system does not say.
+int64_t l2_cache_bytes();
 
 namespace {
 

@@ -14,9 +14,11 @@ namespace {
 constexpr int max_parts = 64;
 // A thread is worth its barriers from this many multiply-adds a step on,
 constexpr int64_t work_per_thread = 1 << 15;
-// and worth its own sequences from this many on, if its weights are no more than so many bytes.
+// and worth its own sequences from this many on, if the weights leave room in its L2 cache.
 constexpr int64_t sequences_per_thread = 4;
-constexpr int64_t private_weights = int64_t(1) << 20;
+inline int64_t private_weights() {
+  return l2_cache_bytes() / 4 * 3;
+}
 
 struct Work {
   int64_t items;         // what threads that walk together can share
@@ -74,7 +76,7 @@ inline Split split_work(const Shape& shape, int threads, const Work& work) {
   if (size > threads) size = threads;
   if (size > max_parts) size = max_parts;
   if (size > 1 && sequences >= sequences_per_thread * size &&
-      work.weight_bytes <= private_weights && even_by_sequence(shape, int(size)))
+      work.weight_bytes <= private_weights() && even_by_sequence(shape, int(size)))
     return {int(size), true};
   if (size > work.items) size = work.items;
   return {size < 1 ? 1 : int(size), false};

@@ -189,24 +189,6 @@ inline void store_some(S* p, V v, int n) {
   for (int k = 0; k < n; ++k) p[k] = padded[k];
 }
 
-// For results that are not read again soon: a whole cache line need not be fetched to be written.
-// Only a vector that is a line can do so; parts of a line would each be written to memory.
-template <class S, class V>
-inline void store_far(S* p, V v, int n) {
-#if defined(__AVX512F__)
-  if (sizeof(S) == 4 && n >= lanes<float> && reinterpret_cast<uintptr_t>(p) % 64 == 0)
-    return _mm512_stream_ps(reinterpret_cast<float*>(p), bit_cast<__m512>(v));
-#endif
-  store_some(p, v, n);
-}
-
-// Such stores are ordered by nothing else: to be called before another thread may read them.
-inline void finish_far_stores() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
-}
-
 // What v becomes when it is stored as S and read again.
 template <class S, class V>
 inline V rounded_to_storage(V v) {
