@@ -92,7 +92,9 @@ def _needs_composite() -> bool:
 
 def _is_batched(grad: Tensor | None) -> bool:
     """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    if grad is None or torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def _self_differentiating(
