@@ -2,7 +2,7 @@
 
 The model reads a text one character at a time and learns to guess the next one.  Two copies
 start from the same weights and see the same batches, in alternation; in the second copy one line,
-``fastlstm.replace_lstm_(model)``, has swapped the LSTM.  Same losses, less time:
+``fastlstm.replace_lstm_(model)``, has swapped the LSTM.  Same losses; the times are printed:
 
     python examples/char_rnn.py             # CPython's help topics, a minute or two
     python examples/char_rnn.py --text book.txt --hidden 512 --save book.pt
