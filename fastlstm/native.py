@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import torch
 
@@ -15,5 +16,7 @@ def missing() -> str | None:
     try:
         torch.ops.load_library(build.library_path())
     except (build.BuildError, OSError) as error:
+        # Said aloud once: backend="auto" goes on without it, and slower.
+        warnings.warn(f"fastlstm runs without its C++ kernels: {error}", stacklevel=2)
         return str(error)
     return None

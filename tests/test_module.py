@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import fastlstm
 import fastlstm.compat
 from cases import tolerance
+from fastlstm import build, native
 
 BACKENDS = ["reference", "aten", "cpu"]
 LEAVES = [fastlstm.LSTM, fastlstm.compat.LSTM]
@@ -417,3 +418,21 @@ def test_a_packed_sequence_that_contradicts_itself(sizes):
     broken = PackedSequence(torch.zeros(8, IN), torch.tensor(sizes))
     with pytest.raises(RuntimeError, match=r"batch_sizes.*8 rows"):
         fastlstm.LSTM(IN, H)(broken)
+
+
+def test_going_on_without_the_library_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """backend="auto" then takes another backend, and must not do so in silence."""
+
+    def unbuilt() -> str:
+        raise build.BuildError("no compiler here")
+
+    monkeypatch.setattr(build, "library_path", unbuilt)
+    native.missing.cache_clear()
+    module = fastlstm.LSTM(2, 3)
+    try:
+        with pytest.warns(UserWarning, match=r"without its .* kernels: no compiler here") as said:
+            [module(torch.randn(4, 1, 2)) for _ in range(2)]
+        assert len(said) == 1
+        assert fastlstm.available_backends()["cpu"] == "no compiler here"
+    finally:
+        native.missing.cache_clear()
