@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import aten, cpu, reference
+from . import aten, cpu, reference, triton
 from .contract import Gradients, Outputs
 
 
@@ -42,6 +42,7 @@ class Backend:
     layer_backward: Callable[..., Gradients] | None
     missing: Callable[[], str | None]  # why it is not there, or None
     unsupported: Callable[[Call], str | None] = _always  # why it can't serve, or None
+    automatic: bool = True  # may "auto" take it? Only what is known to be the fastest.
 
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot serve ``call``, or None."""
@@ -56,6 +57,14 @@ _TABLE = {
     for backend in (
         Backend("cpu", cpu.layer_forward, cpu.layer_backward, cpu.missing, cpu.unsupported),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
+        Backend(
+            "triton",
+            triton.layer_forward,
+            triton.layer_backward,
+            triton.missing,
+            triton.unsupported,
+            automatic=False,  # no recorded run says where it is faster than aten
+        ),
         Backend("reference", reference.layer_forward, reference.layer_backward, lambda: None),
     )
 }
@@ -82,7 +91,8 @@ def pick(backend: str, call: Call) -> Backend:
     """
     check_name(backend)
     if backend == "auto":
-        return next(entry for entry in _TABLE.values() if entry.refusal(call) is None)
+        candidates = (entry for entry in _TABLE.values() if entry.automatic)
+        return next(entry for entry in candidates if entry.refusal(call) is None)
     reason = _TABLE[backend].refusal(call)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}")

@@ -14,6 +14,23 @@ from torch import Tensor
 from .contract import Gradients, Requested, Reserve, Weights
 
 
+def on_device(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """A copy of ``batch_sizes`` on ``device``, made without waiting for the device."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A captured copy would read this memory again at every replay. Captured fills do not.
+        values, counts = batch_sizes.unique_consecutive(return_counts=True)
+        runs = zip(values.tolist(), counts.tolist(), strict=True)
+        return torch.cat([batch_sizes.new_full((n,), value, device=device) for value, n in runs])
+    return batch_sizes.to(device, non_blocking=True)
+
+
+def first_rows(batch_sizes: Tensor) -> Tensor:
+    """(T + 1) first row of each step, and the number of all rows; on the same device."""
+    starts = batch_sizes.new_zeros(batch_sizes.numel() + 1)
+    torch.cumsum(batch_sizes, 0, out=starts[1:])
+    return starts
+
+
 class Products:
     """Adds up the gradients of a layer's inputs, from the dgates of some rows at a time."""
 
@@ -115,22 +132,21 @@ class Products:
 
     def _gathered_h(self, d: int, rows: slice, y: Tensor) -> Tensor:
         """The h that entered each row's step, (rows, P): from y, from h0, or zero at a reset."""
-        sizes, h0, reset = self._batch_sizes, self._h0[d], self._reset
-        starts = torch.zeros(sizes.numel() + 1, dtype=torch.int64)
-        torch.cumsum(sizes, 0, out=starts[1:])
-        row = torch.arange(rows.start, rows.stop)
+        sizes, h0, reset = on_device(self._batch_sizes, y.device), self._h0[d], self._reset
+        starts = first_rows(sizes)
+        row = torch.arange(rows.start, rows.stop, device=y.device)
         step = torch.searchsorted(starts, row, right=True) - 1
         sequence = row - starts[step]
         neighbour = (step - 1 if d == 0 else step + 1).clamp(0, max(sizes.numel() - 1, 0))
         entered = sequence < sizes[neighbour] if d == 1 else step > 0
         entered &= neighbour != step
         source = torch.where(entered, starts[neighbour] + sequence, len(y) + sequence)
-        h = torch.cat((y, h0)).index_select(0, source.to(y.device))
+        h = torch.cat((y, h0)).index_select(0, source)
         if reset is None:
             return h
         # Forward: the step itself starts a segment. Reverse: the later step it came from does.
         first = reset[rows].bool()
         if d == 1:
-            at = torch.where(entered, source, 0).to(y.device)
-            first = reset.bool().index_select(0, at) & entered.to(y.device)
+            at = torch.where(entered, source, 0)
+            first = reset.bool().index_select(0, at) & entered
         return h.masked_fill(first.unsqueeze(-1), 0)

@@ -1,5 +1,6 @@
-"""Put tests/ on the path for ``cases``, and make every test reproducible."""
+"""Put tests/ on the path for ``cases``, choose where Triton runs, make every test reproducible."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Read when a kernel is defined. On a machine with a GPU the same tests run on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The statements of the equations, held together over one lattice of values.
 
-``csrc/gate_math.h`` (every instruction set) and ``reference.py`` against float64, in their
-own dtype; and the bounds on sigmoid and tanh in units in the last place.
+``csrc/gate_math.h`` (every instruction set), ``kernels/gate_math.py`` and ``reference.py`` against
+float64, in their own dtype; and the bounds on sigmoid and tanh in units in the last place.
 """
 
 from __future__ import annotations
@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fastlstm import native, reference
+from fastlstm.kernels import gate_math
 
 assert native.missing() is None, native.missing()
 _C = torch.ops.fastlstm_C
 ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 _MAGNITUDES = (0.0, 1e-38, 1e-20, 1e-6, 1e-3, 0.1, 0.17, 0.35, 0.625, 1.0, 4.0, 9.0, 17.0, 45.0)
 _MAGNITUDES += (87.0, 88.5, 90.0, 103.0, 105.0, 700.0, 745.0, 1e5, float("inf"))
@@ -39,6 +43,45 @@ def probe(a: Tensor, c_prev: Tensor, dm: Tensor, dc: Tensor) -> tuple[Tensor, ..
         gates.unsqueeze(-1), c_prev.unsqueeze(-1), c, dm.unsqueeze(-1), dc.unsqueeze(-1)
     )
     return gates.T, c[:, 0], m[:, 0], da.squeeze(-1).T, dc_prev[:, 0]
+
+
+@triton.jit
+def probe_kernel(a, c_prev, dm, dc, gates, c, m, da, dc_prev, size, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < size
+    i, f, g, o = gate_math.activate(
+        tl.load(a + n, mask=inside, other=0.0),
+        tl.load(a + size + n, mask=inside, other=0.0),
+        tl.load(a + 2 * size + n, mask=inside, other=0.0),
+        tl.load(a + 3 * size + n, mask=inside, other=0.0),
+    )
+    entered = tl.load(c_prev + n, mask=inside, other=0.0)
+    c_t, m_t = gate_math.cell_forward(i, f, g, o, entered)
+    da_i, da_f, da_g, da_o, left = gate_math.cell_backward(
+        i, f, g, o, entered, c_t,
+        tl.load(dm + n, mask=inside, other=0.0),
+        tl.load(dc + n, mask=inside, other=0.0),
+    )  # fmt: skip
+    tl.store(gates + n, i, mask=inside)
+    tl.store(gates + size + n, f, mask=inside)
+    tl.store(gates + 2 * size + n, g, mask=inside)
+    tl.store(gates + 3 * size + n, o, mask=inside)
+    tl.store(da + n, da_i, mask=inside)
+    tl.store(da + size + n, da_f, mask=inside)
+    tl.store(da + 2 * size + n, da_g, mask=inside)
+    tl.store(da + 3 * size + n, da_o, mask=inside)
+    tl.store(c + n, c_t, mask=inside)
+    tl.store(m + n, m_t, mask=inside)
+    tl.store(dc_prev + n, left, mask=inside)
+
+
+def probe_triton(a: Tensor, c_prev: Tensor, dm: Tensor, dc: Tensor) -> tuple[Tensor, ...]:
+    """kernels/gate_math.py with the signature of the library's probe."""
+    given = [t.contiguous().to(DEVICE) for t in (a, c_prev, dm, dc)]
+    made = [torch.empty_like(given[i]) for i in (0, 1, 1, 0, 1)]  # gates, c, m, da, dc_prev
+    size, block = a.size(1), 1 << 16 if DEVICE == "cpu" else 1024
+    probe_kernel[(-(-size // block),)](*given, *made, size, BLOCK=block)
+    return tuple(t.cpu() for t in made)
 
 
 def lattice(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,7 +108,16 @@ def assert_near(got: Tensor, want: Tensor, ulp: float, what: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_equations_agree_over_the_lattice(dtype: torch.dtype, instruction_set: str) -> None:
     args = lattice(dtype)
-    got = _C.cpu_gate_math(*args)
+    assert_agreement(_C.cpu_gate_math(*args), args, dtype)
+
+
+def test_triton_equations_agree_over_the_lattice() -> None:
+    args = lattice(torch.float32)
+    assert_agreement(probe_triton(*args), args, torch.float32)
+
+
+def assert_agreement(got: tuple[Tensor, ...], args: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """A statement's results on ``args`` against the reference's, in ``dtype`` and in float64."""
     same_dtype = probe(*args)
     exact = probe(*(t.double() for t in args))
     eps = torch.finfo(dtype).eps
@@ -83,34 +135,61 @@ def test_equations_agree_over_the_lattice(dtype: torch.dtype, instruction_set: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sigmoid_and_tanh_within_four_ulp(dtype: torch.dtype, instruction_set: str) -> None:
     """Over the whole range, subnormal results included."""
+    values = whole_range(dtype)
+    a = torch.stack((values, values, values, values))
+    zeros = torch.zeros_like(values)
+    assert_gates_near(_C.cpu_gate_math(a, zeros, zeros, zeros)[0], values, 4)
+
+
+def test_triton_sigmoid_and_tanh() -> None:
+    """On a GPU exponential and division are approximations, each of about two units."""
+    values = whole_range(torch.float32)
+    a = torch.stack((values, values, values, values))
+    zeros = torch.zeros_like(values)
+    gates = probe_triton(a, zeros, zeros, zeros)[0]
+    if DEVICE == "cpu":
+        assert_gates_near(gates, values, 4)
+    else:
+        exact = torch.stack([values.double().sigmoid()] * 4)
+        exact[2] = values.double().tanh()
+        torch.testing.assert_close(gates.double(), exact, rtol=2e-6, atol=1e-37, equal_nan=True)
+
+
+def whole_range(dtype: torch.dtype) -> Tensor:
     span = 110.0 if dtype == torch.float32 else 750.0
     tiny = torch.finfo(dtype).tiny
-    values = torch.cat((
+    return torch.cat((
         torch.linspace(-span, span, 200_001, dtype=dtype),
         torch.linspace(-1.0, 1.0, 100_001, dtype=dtype),
         torch.logspace(-37, 0, 20_000, dtype=dtype),
         -torch.logspace(-37, 0, 20_000, dtype=dtype),
         torch.tensor([0.0, -0.0, tiny, -tiny, float("inf"), -float("inf"), 1e5, -1e5], dtype=dtype),
     ))  # fmt: skip
-    a = torch.stack((values, values, values, values))
-    zeros = torch.zeros_like(values)
-    gates = _C.cpu_gate_math(a, zeros, zeros, zeros)[0]
-    if dtype == torch.float32:
+
+
+def assert_gates_near(gates: Tensor, values: Tensor, ulp: float) -> None:
+    if values.dtype == torch.float32:
         sigmoid, tanh = values.double().sigmoid(), values.double().tanh()
     else:  # one exponential of a negative number each, which torch has right to an ulp
         e = (-values.abs()).exp()
         sigmoid = torch.where(values < 0, e, torch.ones_like(e)) / (1 + e)
         tanh = values.tanh()
-    assert_near(gates[0], sigmoid, 4, "sigmoid (input gate)")
-    assert_near(gates[1], sigmoid, 4, "sigmoid (forget gate)")
-    assert_near(gates[2], tanh, 4, "tanh (cell gate)")
-    assert_near(gates[3], sigmoid, 4, "sigmoid (output gate)")
+    assert_near(gates[0], sigmoid, ulp, "sigmoid (input gate)")
+    assert_near(gates[1], sigmoid, ulp, "sigmoid (forget gate)")
+    assert_near(gates[2], tanh, ulp, "tanh (cell gate)")
+    assert_near(gates[3], sigmoid, ulp, "sigmoid (output gate)")
 
 
 def test_signed_zeros(instruction_set: str) -> None:
     zeros = torch.tensor([0.0, -0.0])
     gates = _C.cpu_gate_math(torch.stack([zeros] * 4), *torch.zeros(3, 2))[0]
     assert gates[2].signbit().tolist() == [False, True]  # tanh(-0) is -0
+
+
+def test_triton_signed_zeros() -> None:
+    zeros = torch.tensor([0.0, -0.0])
+    gates = probe_triton(torch.stack([zeros] * 4), *torch.zeros(3, 2))[0]
+    assert gates[2].signbit().tolist() == [False, True]
 
 
 def test_the_same_equations_are_cited() -> None:
@@ -123,7 +202,13 @@ def test_the_same_equations_are_cited() -> None:
 
     cell = {2, 3, 4, 5, 6, 7}
     assert cell <= cited("csrc/gate_math.h")
+    assert cell <= cited("kernels/gate_math.py")
     assert cell <= cited("fastlstm/reference.py")
-    sources = [*ROOT.glob("fastlstm/*.py"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cpp")]
+    sources = [
+        *ROOT.glob("fastlstm/*.py"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("csrc/**/*.h"),
+        *ROOT.glob("csrc/**/*.cpp"),
+    ]
     everywhere = cited(*(str(path.relative_to(ROOT)) for path in sources))
     assert everywhere <= cited("docs/design.md") == set(range(1, 10))

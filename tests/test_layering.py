@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # must be given its place here.
 LAYERS = (
     *("contract", "build", "native", "products"),
-    *("reference", "aten", "cpu"),
+    *("reference", "aten", "cpu", "triton"),
     *("backends", "ops", "autograd", "functional"),
     *("module", "compat", "surgery", "cli", "__init__", "__main__"),
 )
@@ -27,7 +28,7 @@ NATIVE = {
     "fastlstm_C": {"native", "cpu"},
     "_C.so": {"build", "native"},
 }
-BACKENDS = {"aten", "cpu"}  # reference is also the oracle, which autograd falls back on
+BACKENDS = {"aten", "cpu", "triton"}  # reference is also the oracle, which autograd falls back on
 
 
 def parsed(path: Path) -> ast.Module:
@@ -102,7 +103,8 @@ def test_the_library_is_named_where_it_is_loaded_and_called(path: Path, needle: 
 def test_kernels_import_torch_triton_and_each_other(path: Path) -> None:
     for name in imported(path, "fastlstm.kernels"):
         top = name.split(".")[0]
-        assert top in ("torch", "triton", "__future__") or name.startswith("fastlstm.kernels")
+        known = top in ("torch", "triton") or top in sys.stdlib_module_names
+        assert known or name.startswith("fastlstm.kernels")
 
 
 def test_build_imports_the_standard_library_only() -> None:

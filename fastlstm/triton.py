@@ -1,0 +1,287 @@
+"""The ``triton`` backend: the kernels of kernels/ under the layer contract.
+
+Kernels walk through the sequence. What is no part of the walk is a matrix product of torch's:
+the input's share of the gates before it, and what is summed over all rows (eq. 9) after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .contract import (
+    Gradients,
+    OutputGradients,
+    Outputs,
+    Requested,
+    Reserve,
+    Weights,
+)
+from .products import Products, first_rows, on_device
+
+if TYPE_CHECKING:
+    from .backends import Call
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What inference may take for the input's share of the gates: about this much at a time.
+_GATES_BYTES = 64 << 20
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def missing() -> str | None:
+    """Why this backend is not there, or None."""
+    if not _installed():
+        return "triton is not installed"
+    if _interpreted():
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are made for NVIDIA GPUs"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return None
+
+
+def unsupported(call: Call) -> str | None:
+    """The device and the dtype matter to these kernels."""
+    device = call.x.device
+    if device.type != ("cpu" if _interpreted() else "cuda"):
+        return f"it runs on {'cpu' if _interpreted() else 'cuda'} tensors, got one on {device}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more"
+    if call.x.dtype not in _DTYPES:
+        return f"it takes {', '.join(map(str, _DTYPES))}, got {call.x.dtype}"
+    return None
+
+
+def check(device: torch.device) -> None:
+    """Raise RuntimeError if a kernel on ``device`` has reported a fault; does not wait for it."""
+    from .kernels import launch
+
+    launch.check(device)
+
+
+class _Walk(NamedTuple):
+    """The rows of a walk. Steps without rows are left out."""
+
+    steps: int
+    rows_per_step: int  # of the longest step
+    starts: list[int] | None  # (steps + 1) first row of each step; None where all are as long
+    device_starts: Tensor | None  # the same
+
+    def first_row(self, step: int) -> int:
+        return step * self.rows_per_step if self.starts is None else self.starts[step]
+
+
+def _walk(batch_sizes: Tensor, device: torch.device) -> _Walk:
+    """``batch_sizes`` as the kernels take them; equal sizes need nothing on the device."""
+    steps = int((batch_sizes > 0).sum())
+    longest = int(batch_sizes[0])
+    if int(batch_sizes[steps - 1]) == longest:
+        return _Walk(steps, longest, None, None)
+    sizes = batch_sizes[:steps]
+    starts = [0, *itertools.accumulate(sizes.tolist())]
+    return _Walk(steps, longest, starts, first_rows(on_device(sizes, device)))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch's own products are."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor for all directions, or None; a copy only where there are two."""
+    present = [t for t in tensors if t is not None]
+    if not present:
+        return None
+    return torch.stack(present) if len(present) == 2 else present[0].contiguous().unsqueeze(0)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def layer_forward(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    need_reserve: bool,
+    need_cells: bool,
+) -> Outputs:
+    """One layer; shapes as in ``contract.Outputs``.
+
+    Raises:
+        RuntimeError: an earlier launch on the same device has failed since; see ``check``.
+    """
+    check(x.device)
+    (directions, _, output), hidden, rows = h0.shape, c0.size(-1), x.size(0)
+    keep_cells, projected = need_reserve or need_cells, weights[0].w_hr is not None
+    y = x.new_empty(rows, directions * output)
+    c_all = x.new_empty(rows, directions * hidden, dtype=torch.float32) if keep_cells else None
+    gates = x.new_empty(rows, directions, 4 * hidden) if need_reserve else None
+    m = x.new_empty(rows, directions * hidden) if need_reserve and projected else None
+    h_n = h0.clone(memory_format=torch.contiguous_format)
+    c_carry = c0.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    if rows > 0:
+        with torch.cuda.device_of(x):
+            _walk_forward(x, batch_sizes, h0, weights, reset, y, c_all, gates, m, h_n, c_carry)
+    return Outputs(y, c_all, h_n, c_carry.to(x.dtype), gates, m)
+
+
+def _walk_forward(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    y: Tensor,
+    c_all: Tensor | None,
+    gates: Tensor | None,
+    m: Tensor | None,
+    h_n: Tensor,
+    c_carry: Tensor,
+) -> None:
+    """Fill the outputs; ``c_carry`` (D, B, H) float32 goes from c0 to c_n."""
+    from .kernels import config, forward, launch
+
+    (directions, batch, output), hidden = h0.shape, c_carry.size(-1)
+    walk = _walk(batch_sizes, x.device)
+    reserve = gates is not None
+    chosen = config.choose(
+        config.FORWARD, hidden, output, x.itemsize, walk.rows_per_step, launch.limits(x.device)
+    )
+    teams = directions * -(-walk.rows_per_step // chosen.batch_tile)
+    step_bytes = walk.rows_per_step * directions * 4 * hidden * x.itemsize
+    positions = walk.steps if reserve else max(1, _GATES_BYTES // step_bytes)
+    if gates is None:
+        gates = x.new_empty(min(walk.steps, positions) * walk.rows_per_step, directions, 4 * hidden)
+    if m is None and weights[0].w_hr is not None:
+        m = x.new_empty(batch, directions * hidden)
+    arguments: dict[str, Any] = dict(
+        gates=gates, y=y, c_all=c_all, m=m, h_n=h_n, c_carry=c_carry, h0=h0.contiguous(),
+        w_hh=_stacked([w.w_hh for w in weights]), w_hr=_stacked([w.w_hr for w in weights]),
+        reset=_contiguous(reset), starts=walk.device_starts,
+        counters=x.new_zeros(teams, dtype=torch.int64),
+        steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
+        D=directions, H=hidden, P=output, RESERVE=reserve, PRECISION=_precision(x.dtype),
+    )  # fmt: skip
+    exchanges = 1 if arguments["w_hr"] is None else 2
+    for begin in range(0, walk.steps, positions):
+        end = min(begin + positions, walk.steps)
+        spans = [(begin, end), (walk.steps - end, walk.steps - begin)][:directions]
+        origins = [walk.first_row(first) for first, _ in spans]
+        for d, (w, (first, last)) in enumerate(zip(weights, spans, strict=True)):
+            part = x[walk.first_row(first) : walk.first_row(last)]
+            if w.bias is None:
+                torch.mm(part, w.w_ih.T, out=gates[: len(part), d])
+            else:
+                torch.addmm(w.bias, part, w.w_ih.T, out=gates[: len(part), d])
+        arguments.update(origin_forward=origins[0], origin_reverse=origins[-1])
+        launch.run(
+            forward.lstm_forward, arguments, chosen, begin * exchanges, end * exchanges, teams,
+            chosen.tiles(hidden, output), x.device,
+        )  # fmt: skip
+
+
+def layer_backward(
+    grads: OutputGradients,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Reserve,
+    need: Requested,
+) -> Gradients:
+    """Gradients of the inputs asked for.
+
+    da is kept and multiplied in storage dtype, as tensor cores want it.
+
+    Raises:
+        RuntimeError: an earlier launch on the same device has failed since; see ``check``.
+    """
+    check(x.device)
+    (directions, _, output), hidden, rows = h0.shape, c0.size(-1), x.size(0)
+    da = x.new_empty(rows, directions, 4 * hidden)
+    projected = weights[0].w_hr is not None
+    dh_all = x.new_empty(rows, directions * output) if projected else None
+    dh0 = _copied(grads.h_n, h0, x.dtype) if need.h0 else None
+    dc_carry = _copied(grads.c_n, c0, torch.float32)
+    with torch.cuda.device_of(x):
+        if rows > 0:
+            walk = _walk(batch_sizes, x.device)
+            positions = walk.steps + (need.h0 or need.c0)
+            _walk_backward(
+                grads, walk, positions, c0, weights, reset, saved, da, dh_all, dh0, dc_carry
+            )
+        products = Products(x, batch_sizes, h0, weights, reset, saved, need._replace(x=False))
+        dbias = da.sum(0, dtype=torch.float32) if need.bias else None
+        for d in range(directions):
+            products.add(d, slice(0, rows), da[:, d], dh_all, dbias)
+        dx = da.flatten(1) @ torch.cat([w.w_ih for w in weights]) if need.x else None
+    dc0 = dc_carry.to(x.dtype) if need.c0 else None
+    return products.gradients(dh0, dc0)._replace(x=dx)
+
+
+def _copied(gradient: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if gradient is None:
+        return torch.zeros(like.shape, dtype=dtype, device=like.device)
+    return gradient.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _walk_backward(
+    grads: OutputGradients,
+    walk: _Walk,
+    positions: int,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Reserve,
+    da: Tensor,
+    dh_all: Tensor | None,
+    dh0: Tensor | None,
+    dc_carry: Tensor,
+) -> None:
+    """Fill da, dh_all and dh0; ``dc_carry`` (D, B, H) float32 goes from dc_n to dc0."""
+    from .kernels import backward, config, launch
+
+    (directions, batch, hidden), output = c0.shape, weights[0].w_hh.size(1)
+    chosen = config.choose(
+        config.BACKWARD, hidden, output, da.itemsize, walk.rows_per_step, launch.limits(da.device)
+    )
+    teams = directions * -(-walk.rows_per_step // chosen.batch_tile)
+    arguments: dict[str, Any] = dict(
+        da=da, dh_all=dh_all, dh0=dh0, dc_carry=dc_carry,
+        dy=_contiguous(grads.y), dc_all=_contiguous(grads.c_all), dh_n=_contiguous(grads.h_n),
+        gates=saved.gates.contiguous(), c_all=saved.c_all.contiguous(), c0=c0.contiguous(),
+        w_hh=_stacked([w.w_hh for w in weights]), w_hr=_stacked([w.w_hr for w in weights]),
+        reset=_contiguous(reset), starts=walk.device_starts,
+        counters=da.new_zeros(teams, dtype=torch.int64),
+        steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
+        D=directions, H=hidden, P=output, PRECISION=_precision(da.dtype),
+    )  # fmt: skip
+    exchanges = 1 if arguments["w_hr"] is None else 2
+    launch.run(
+        backward.lstm_backward, arguments, chosen, 0, positions * exchanges, teams,
+        chosen.tiles(hidden, output), da.device,
+    )  # fmt: skip
