@@ -73,7 +73,7 @@ def check(device: torch.device) -> None:
     """Raise RuntimeError if a kernel on ``device`` has reported a fault; does not wait for it."""
     from .kernels import launch
 
-    launch.check(device)
+    launch.check(torch.empty(0, device=device).device)  # with its index
 
 
 class _Walk(NamedTuple):
@@ -105,16 +105,20 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if tf32 else "ieee"
 
 
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, and at a multiple of 16 bytes: else Triton compiles for the odd address."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """One tensor for all directions, or None; a copy only where there are two."""
     present = [t for t in tensors if t is not None]
     if not present:
         return None
-    return torch.stack(present) if len(present) == 2 else present[0].contiguous().unsqueeze(0)
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    return torch.stack(present) if len(present) == 2 else _aligned(present[0].unsqueeze(0))
 
 
 def layer_forward(
@@ -177,9 +181,9 @@ def _walk_forward(
     if m is None and weights[0].w_hr is not None:
         m = x.new_empty(batch, directions * hidden)
     arguments: dict[str, Any] = dict(
-        gates=gates, y=y, c_all=c_all, m=m, h_n=h_n, c_carry=c_carry, h0=h0.contiguous(),
+        gates=gates, y=y, c_all=c_all, m=m, h_n=h_n, c_carry=c_carry, h0=_aligned(h0),
         w_hh=_stacked([w.w_hh for w in weights]), w_hr=_stacked([w.w_hr for w in weights]),
-        reset=_contiguous(reset), starts=walk.device_starts,
+        reset=_aligned(reset), starts=walk.device_starts,
         counters=x.new_zeros(teams, dtype=torch.int64),
         steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
         D=directions, H=hidden, P=output, RESERVE=reserve, PRECISION=_precision(x.dtype),
@@ -272,10 +276,10 @@ def _walk_backward(
     teams = directions * -(-walk.rows_per_step // chosen.batch_tile)
     arguments: dict[str, Any] = dict(
         da=da, dh_all=dh_all, dh0=dh0, dc_carry=dc_carry,
-        dy=_contiguous(grads.y), dc_all=_contiguous(grads.c_all), dh_n=_contiguous(grads.h_n),
-        gates=saved.gates.contiguous(), c_all=saved.c_all.contiguous(), c0=c0.contiguous(),
+        dy=_aligned(grads.y), dc_all=_aligned(grads.c_all), dh_n=_aligned(grads.h_n),
+        gates=_aligned(saved.gates), c_all=_aligned(saved.c_all), c0=_aligned(c0),
         w_hh=_stacked([w.w_hh for w in weights]), w_hr=_stacked([w.w_hr for w in weights]),
-        reset=_contiguous(reset), starts=walk.device_starts,
+        reset=_aligned(reset), starts=walk.device_starts,
         counters=da.new_zeros(teams, dtype=torch.int64),
         steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
         D=directions, H=hidden, P=output, PRECISION=_precision(da.dtype),

@@ -1,0 +1,177 @@
+"""Compile the Triton kernels for GPUs that are not there, and print what came out as JSON.
+
+A program of its own: it needs Triton's compiler, and the tests' process has the interpreter.
+
+    python tests/compile_ahead.py all|some
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastlstm.kernels import config
+from fastlstm.kernels.backward import lstm_backward
+from fastlstm.kernels.forward import lstm_forward
+
+# Multiprocessors and shared memory for a program: A100, H100 and H200, B200.
+LIMITS = {
+    80: config.Limits(108, 166912),
+    90: config.Limits(132, 232448),
+    100: config.Limits(148, 232448),
+}
+KERNELS = {config.FORWARD: lstm_forward, config.BACKWARD: lstm_backward}
+DTYPES = {"bf16": 2, "fp16": 2, "tf32": 4, "ieee": 4}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    arch: int
+    kind: str
+    dtype: str
+    hidden: int
+    output: int
+    sequences: int
+    features: bool = False  # packed, reset, all gradients; a projection where output != hidden
+
+
+def cases(everything: bool) -> Iterator[Case]:
+    """What dispatch can choose: each tile, in each dtype and class of batch sizes."""
+    for arch in LIMITS:
+        for kind in KERNELS:
+            for hidden in (128, 256, 512, 1024):
+                for sequences in (16, 64):
+                    yield Case(arch, kind, "bf16", hidden, hidden, sequences)
+                    if everything:
+                        yield Case(arch, kind, "fp16", hidden, hidden, sequences)
+                        yield Case(arch, kind, "tf32", hidden, hidden, sequences)
+                        yield Case(arch, kind, "ieee", hidden, hidden, sequences)
+            for hidden in (10, 20, 40, 100, 333) if everything else (40,):
+                yield Case(arch, kind, "bf16", hidden, hidden, 64, features=True)
+            yield Case(arch, kind, "fp16", 512, 512, 16, features=True)
+            yield Case(arch, kind, "bf16", 512, 128, 64, features=True)
+            yield Case(arch, kind, "bf16", 2048, 2048, 256)
+        if everything or arch == 90:
+            yield Case(arch, config.FORWARD, "tf32", 1024, 1024, 16)
+            yield Case(arch, config.FORWARD, "ieee", 256, 256, 64)
+            yield Case(arch, config.BACKWARD, "tf32", 1024, 1024, 16)
+            yield Case(arch, config.BACKWARD, "ieee", 256, 256, 64)
+
+
+def source(case: Case, chosen: config.Config) -> ASTSource:
+    """The kernel with its arguments' types, as a launch on aligned tensors would have them."""
+    kernel, storage = KERNELS[case.kind], "fp32" if DTYPES[case.dtype] == 4 else case.dtype
+    constants: dict[str, Any] = dict(
+        D=2 if case.features else 1, H=case.hidden, P=case.output, RESERVE=True,
+        BATCH_TILE=chosen.batch_tile, HIDDEN_TILE=chosen.hidden_tile, CHUNK=chosen.chunk,
+        RESIDENT=chosen.resident, PRECISION="tf32" if case.dtype == "tf32" else "ieee",
+    )  # fmt: skip
+    absent = set() if case.features else {"reset", "starts", "dc_all", "dh_n"}
+    if case.output == case.hidden:
+        absent |= {"m", "w_hr", "dh_all"}
+    pointers = dict.fromkeys(("c_all", "c_carry", "dc_carry", "dc_all"), "*fp32")
+    pointers |= dict.fromkeys(("counters", "fault", "starts"), "*i64") | {"reset": "*u8"}
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in absent:
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        elif parameter.annotation_type:  # a run-time value
+            assert parameter.do_not_specialize, name
+            signature[name] = parameter.annotation_type
+        else:
+            signature[name] = pointers.get(name, f"*{storage}")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    known = {
+        (kernel.arg_names.index(name),): value
+        for name, value in constants.items()
+        if name in kernel.arg_names
+    }
+    return ASTSource(kernel, signature, constexprs=known, attrs=attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of local memory: what was spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return dict(registers=found["REG"], local=found["STACK"] + found["LOCAL"])
+
+
+def residence(ttgir: str) -> dict[str, int]:
+    """Where weights are read and put into shared memory: before the time loop, or inside it."""
+    lines = ttgir[ttgir.index("tt.func") :].splitlines()
+    # The function's body is indented by four; the time loop is the only loop at that level.
+    loop = next(n for n, line in enumerate(lines) if re.match(r" {4}%\S+ = scf\.while", line))
+
+    def count(pattern: str, part: list[str]) -> int:
+        return sum(bool(re.match(rf" +%{pattern}", line)) for line in part)
+
+    found = {}
+    for place, part in (("before", lines[:loop]), ("inside", lines[loop:])):
+        found[f"chunks_{place}"] = count(r"chunks\w* = tt\.load", part)
+        found[f"allocs_{place}"] = count(r"chunks\w* = ttg\.local_alloc", part)
+        found[f"loads_{place}"] = count(r"weights\w* = .*(tt\.load|async_copy)", part)
+    return found
+
+
+def order(ttgir: str) -> list[str]:
+    """What the exchange consists of, in the order of the program."""
+    steps = {
+        r"tt\.atomic_rmw add, acquire": "acquire",
+        r"tt\.atomic_rmw add, release": "release",
+        r"(tt\.load|async_copy_global_to_local) .*cacheModifier = cg": "exchanged load",
+        r"tt\.store": "store",
+        r"gpu\.barrier|ttg\.barrier": "barrier",
+    }
+    lines = ttgir.splitlines()
+    return [name for line in lines for step, name in steps.items() if re.search(step, line)]
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    chosen = config.choose(
+        case.kind, case.hidden, case.output, DTYPES[case.dtype], case.sequences, LIMITS[case.arch]
+    )
+    compiled = triton.compile(
+        source(case, chosen),
+        target=GPUTarget("cuda", case.arch, 32),
+        options=dict(chosen.options(), launch_cooperative_grid=True),
+    )
+    return dict(
+        case=case._asdict(),
+        config=chosen._asdict(),
+        tiles=chosen.tiles(case.hidden, case.output),
+        limit=LIMITS[case.arch].shared,
+        shared=compiled.metadata.shared,
+        **resources(compiled.asm["cubin"]),
+        **residence(compiled.asm["ttgir"]),
+        order=order(compiled.asm["ttgir"]),
+        incoherent_loads=compiled.asm["ptx"].count("ld.global.nc"),
+        acquires=len(re.findall(r"ld\.global\.gpu\.acquire", compiled.asm["ptx"])),
+        releases=len(re.findall(r"atom\.global\.gpu\.release", compiled.asm["ptx"])),
+    )
+
+
+if __name__ == "__main__":
+    unique = dict.fromkeys(cases(sys.argv[1:] == ["all"]))
+    for each in unique:
+        print(json.dumps(compile_case(each)), flush=True)

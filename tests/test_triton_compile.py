@@ -1,0 +1,89 @@
+"""The Triton kernels compiled for GPUs that are not there: what is resident, spilled and ordered.
+
+By default a selection of what dispatch can choose, about a minute and a half on one core when
+Triton's cache is empty; FASTLSTM_COMPILE=all compiles everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent / "compile_ahead.py"
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    which = os.environ.get("FASTLSTM_COMPILE", "some")
+    done = subprocess.run(
+        [sys.executable, SCRIPT, which], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["case"]["arch"] for r in results} == {80, 90, 100}
+    return results
+
+
+def of(result: dict[str, Any]) -> str:
+    return f"{result['case']} {result['config']}"
+
+
+def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
+    for result in compiled:
+        assert result["shared"] <= result["limit"], of(result)
+
+
+def test_weights_are_read_before_the_time_loop(compiled: list[dict[str, Any]]) -> None:
+    """A resident slice is put into shared memory before the loop, and not read inside it."""
+    for result in compiled:
+        case, config = result["case"], result["config"]
+        if not config["resident"]:
+            assert result["chunks_before"] == 0 and result["loads_inside"] > 0, of(result)
+            continue
+        forward = case["kind"] == "forward"
+        depth = case["output"] if forward else 4 * case["hidden"]
+        chunks = -(-depth // config["chunk"])
+        assert result["chunks_before"] == result["allocs_before"] == chunks, of(result)
+        assert result["chunks_inside"] == result["allocs_inside"] == 0, of(result)
+        # A projection's own weights are read at every step.
+        assert (result["loads_inside"] > 0) == (case["output"] != case["hidden"]), of(result)
+
+
+def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
+    """With half-precision weights; packed rows with resets and projections spill a few bytes."""
+    checked = 0
+    for result in compiled:
+        case = result["case"]
+        if case["dtype"] in ("bf16", "fp16"):
+            allowed = 32 if case["features"] else 0
+            assert result["local"] <= allowed, f"{of(result)}: {result['local']} bytes"
+            checked += case["hidden"] in (128, 256, 512, 1024)
+    assert checked >= 48
+
+
+def test_exchange_is_ordered(compiled: list[dict[str, Any]]) -> None:
+    """Reads of exchanged values come after an acquire, writes before a release."""
+    for result in compiled:
+        order = result["order"]
+        assert result["incoherent_loads"] == 0, of(result)
+        if result["tiles"] == 1:  # nobody else: the program's threads wait for each other
+            assert "acquire" not in order and "release" not in order and "barrier" in order
+            continue
+        assert result["acquires"] > 0 and result["releases"] > 0, of(result)
+        first = order.index("exchanged load")
+        assert "acquire" in order[:first] and order[first - 1] == "barrier", of(result)
+        release = order.index("release")
+        assert order[release - 1] == "barrier" and "store" in order[:release], of(result)
+        assert "exchanged load" not in order[release:], of(result)
+
+
+def test_what_does_not_fit_is_streamed(compiled: list[dict[str, Any]]) -> None:
+    large = [r for r in compiled if r["case"]["hidden"] == 2048]
+    assert large and not any(r["config"]["resident"] for r in large)
