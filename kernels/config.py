@@ -52,8 +52,14 @@ _TEAM_TILES = (16, 8)
 # their operands by descriptors, and those of a whole slice are more than the registers hold.
 _BATCH_TILES = ((16, 16), (None, 32))
 _STREAMED_BATCH_TILES = ((16, 16), (32, 32), (None, 64))
-# Of the depth, by kind and bytes of a weight: as long as operands leave registers to spare.
-_CHUNKS = {(FORWARD, 2): 128, (FORWARD, 4): 64, (BACKWARD, 2): 256, (BACKWARD, 4): 64}
+# Of the depth, by kind, bytes of a weight and batch tile. The rows of a chunk travel together and
+# chunks one after the other, so the longest that leave registers to spare.
+_CHUNKS = {
+    (FORWARD, 2): {16: 512, 32: 256},
+    (FORWARD, 4): {16: 256, 32: 128},
+    (BACKWARD, 2): {16: 256, 32: 256},
+    (BACKWARD, 4): {16: 64, 32: 64},
+}
 _STREAMED_TILE, _STREAMED_CHUNKS = 32, {2: 64, 4: 32}
 _WARPS = 8
 
@@ -70,12 +76,12 @@ def choose(
         sequences: rows of the longest step.
     """
     depth = output if kind == FORWARD else 4 * hidden
-    chunk = _chunk(depth, _CHUNKS[kind, itemsize])
     batch_tile = _by_class(_BATCH_TILES, sequences)
     alone = [tile for tile in _ALONE_TILES if tile >= max(hidden, output)][:1]
     candidates = [(tile, _ALONE_BATCH_TILE) for tile in alone]
     candidates += [(tile, batch_tile) for tile in _TEAM_TILES]
     for tile, rows in candidates:
+        chunk = _chunk(depth, _CHUNKS[kind, itemsize][rows])
         config = Config(rows, tile, chunk, _WARPS, resident=True)
         fits = shared_bytes(kind, config, depth, itemsize) <= limits.shared
         if fits and config.tiles(hidden, output) <= limits.multiprocessors:
@@ -99,8 +105,11 @@ def shared_bytes(kind: str, config: Config, depth: int, itemsize: int) -> int:
 
 
 def _chunk(depth: int, most: int) -> int:
-    """The smallest power of two that holds ``depth``, within what a dot takes and ``most``."""
-    return min(most, max(16, 1 << (depth - 1).bit_length()))
+    """A power of two within what a dot takes and ``most``; of a great depth it wastes little."""
+    chunk = min(most, max(16, 1 << (depth - 1).bit_length()))
+    while depth > 256 and -depth % chunk > depth // 8:
+        chunk //= 2
+    return chunk
 
 
 def _by_class(classes: tuple[tuple[int | None, int], ...], sequences: int) -> int:

@@ -59,7 +59,7 @@ def cases(everything: bool) -> Iterator[Case]:
                         yield Case(arch, kind, "fp16", hidden, hidden, sequences)
                         yield Case(arch, kind, "tf32", hidden, hidden, sequences)
                         yield Case(arch, kind, "ieee", hidden, hidden, sequences)
-            for hidden in (10, 20, 40, 100, 333) if everything else (40,):
+            for hidden in (10, 20, 40, 100, 333, 1000) if everything else (40,):
                 yield Case(arch, kind, "bf16", hidden, hidden, 64, features=True)
             yield Case(arch, kind, "fp16", 512, 512, 16, features=True)
             yield Case(arch, kind, "bf16", 512, 128, 64, features=True)
