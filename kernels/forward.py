@@ -125,6 +125,14 @@ def lstm_forward(
             i, f, g, o = activate(a_i + r_i, a_f + r_f, a_g + r_g, a_o + r_o)
             c_t, m_t = cell_forward(i, f, g, o, tl.where(entered[:, None], c, 0.0))
             c = tl.where(here, c_t, c)
+            # What others wait for goes first, and the rest after the arrival.
+            if w_hr is None:
+                tl.store(outputs, m_t, mask=out)
+            else:
+                tl.store(m_rows[:, None] + j[None, :], m_t, mask=here)
+            arrive(counters + team, ALONE)
+            if w_hr is None:
+                tl.store(finals, m_t, mask=last)
             if RESERVE:
                 tl.store(gate, i, mask=here)
                 tl.store(gate + H, f, mask=here)
@@ -132,18 +140,13 @@ def lstm_forward(
                 tl.store(gate + 3 * H, o, mask=here)
             if c_all is not None:
                 tl.store(c_all + (row * D + d)[:, None] * H + j[None, :], c_t, mask=here)
-            if w_hr is None:
-                tl.store(outputs, m_t, mask=out)
-                tl.store(finals, m_t, mask=last)
-            else:
-                tl.store(m_rows[:, None] + j[None, :], m_t, mask=here)
         elif w_hr is not None:
             wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
             h_t = tl.zeros((BATCH_TILE, HIDDEN_TILE), tl.float32)
             w_rows = w_hr + (d * P + j) * H
             h_t = streamed_product(m_rows, live, w_rows, j < P, h_t, 1, H, CHUNK, PRECISION)
             tl.store(outputs, h_t, mask=out)
+            arrive(counters + team, ALONE)
             tl.store(finals, h_t, mask=last)
-        arrive(counters + team, ALONE)
         exchange += 1
     tl.store(c_carry + states, c, mask=in_states)
