@@ -56,7 +56,7 @@ _STREAMED_BATCH_TILES = ((16, 16), (32, 32), (None, 64))
 # chunks one after the other, so the longest that leave registers to spare.
 _CHUNKS = {
     (FORWARD, 2): {16: 512, 32: 256},
-    (FORWARD, 4): {16: 256, 32: 128},
+    (FORWARD, 4): {16: 128, 32: 64},
     (BACKWARD, 2): {16: 256, 32: 256},
     (BACKWARD, 4): {16: 64, 32: 64},
 }

@@ -93,6 +93,7 @@ def streamed_product(
     """``acc + rows @ slice``, reading the slice."""
     for k0 in tl.range(0, depth, CHUNK, num_stages=2):
         part = _row_chunk(rows, rows_live, depth, k0, CHUNK)
-        weights = _weight_chunk(columns, columns_live, stride, depth, k0, CHUNK)
+        far = tl.full((), 0, tl.int64) + k0  # a matrix may have more than 2^31 elements
+        weights = _weight_chunk(columns, columns_live, stride, depth, far, CHUNK)
         acc = _multiply(part, weights, acc, PRECISION)
     return acc

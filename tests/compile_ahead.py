@@ -66,7 +66,7 @@ def cases(everything: bool) -> Iterator[Case]:
             yield Case(arch, kind, "bf16", 2048, 2048, 256)
         if everything or arch == 90:
             yield Case(arch, config.FORWARD, "tf32", 1024, 1024, 16)
-            yield Case(arch, config.FORWARD, "ieee", 256, 256, 64)
+            yield Case(arch, config.FORWARD, "ieee", 512, 512, 64)
             yield Case(arch, config.BACKWARD, "tf32", 1024, 1024, 16)
             yield Case(arch, config.BACKWARD, "ieee", 256, 256, 64)
 
