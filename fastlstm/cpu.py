@@ -24,7 +24,7 @@ from .contract import (
     Weights,
     state_dtype,
 )
-from .products import Products
+from .products import Products, torch_multiply
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -121,12 +121,26 @@ def layer_backward(
         saved.gates.contiguous(),
     )
     for chunk in chunks:
-        torch.ops.fastlstm_C.cpu_backward(
+        ours = torch.ops.fastlstm_C.cpu_backward(
             *given, chunk.begin, chunk.end, da, dh_all, dbias, dh0, dc0, da_carry, dc_carry
         )
+        multiply = _multiply if ours else torch_multiply
         for d in range(directions):
-            products.add(d, chunk.rows[d], da[:, d], dh_all, dbias)
+            products.add(d, chunk.rows[d], da[:, d], dh_all, dbias, multiply)
     return products.gradients(dh0, dc0)
+
+
+# Below these sizes of the result, and of K, packing costs our own product more than it gains.
+_LEAST_SIDE, _LEAST_DEPTH = 48, 192
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: bool) -> None:
+    """By the library where it is faster and can, else by torch."""
+    depth = right.size(0)
+    if min(out.shape) < _LEAST_SIDE or depth < _LEAST_DEPTH:
+        torch_multiply(left, right, out, transposed, add)
+    elif not torch.ops.fastlstm_C.cpu_product(left, right, out, transposed, add):
+        torch_multiply(left, right, out, transposed, add)
 
 
 class _Chunk(NamedTuple):
