@@ -96,6 +96,7 @@ class TileShape {
       config.row_bytes[k] = 64;
       config.rows[k] = uint8_t(above ? upper : below ? (lower > 0 ? lower : 1) : 16);
     }
+    asm volatile("" : : "r"(&config) : "memory");  // gcc takes the next line to read 8 bytes
     _tile_loadconfig(&config);
     current_ = shape;
   }
@@ -226,7 +227,7 @@ struct AmxTiles {
   }
 
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
-                       const Segments& segments, bool, float* c, int64_t ldc) {
+                       const Segments& segments, bool, float* c, int64_t ldc, bool add = false) {
     int64_t blocks = 0;
     for (int64_t s = 0; s < segments.count; ++s)
       blocks += blocks_of(segments.size[s], block_columns);
@@ -236,10 +237,19 @@ struct AmxTiles {
     using Product = AmxProduct<terms, weight_terms>;
     TileShape::set(upper, lower);
     asm volatile("" ::: "memory");  // what was stored is read below, by asm that does not say so
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (add) {
+      _tile_loadd(0, c, stride);
+      _tile_loadd(1, c + L, stride);
+      if (lower > 0) {
+        _tile_loadd(2, below, stride);
+        _tile_loadd(3, below + L, stride);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
     if (lower > 0) {
       Product::template run<true>(tile, height, upper, panel, blocks);
       _tile_stored(2, below, stride);
@@ -256,6 +266,9 @@ struct AmxTiles {
     return n.I >= 128 && weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
   }
   static constexpr int64_t ahead_rows = 256;
+
+  // Can multiply add to what is there?
+  static constexpr bool adds = true;
 
   // Panels stream well enough by themselves.
   static bool worth_prefetching(int64_t, int64_t) { return false; }

@@ -39,6 +39,8 @@ class Backward {
         output_blocks_(Operand::count(n_.P)),
         unit_panels_(blocks_of(n_.H, width)),
         output_panels_(blocks_of(n_.P, width)),
+        gate_by_gate_(Tiles::adds && 4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
+                                         l2_cache_bytes() / 2),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
         recurrent_(n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)),
@@ -46,6 +48,7 @@ class Backward {
         da_(n_.D * 2 * da_size_),
         dh_(n_.D * dh_size_),
         dbias_(n_.D * 4 * n_.H),
+        sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
     std::memset(dbias_, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
     // What no group of columns fills of a block is multiplied all the same.
@@ -79,6 +82,9 @@ class Backward {
     const bool to_initial_state =
         a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr);
     for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
+      if (gate_by_gate_)
+        for (int gate = 0; gate < 3; ++gate)
+          for (int64_t item = outputs.begin; item < outputs.end; ++item) add_gate(item, s, gate);
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
         carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
@@ -216,18 +222,37 @@ class Backward {
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
     const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
+    if (gate_by_gate_) add_gate(item, s, 3);
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
-      Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
-                      recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
-                      width);
-      finish_tile(step, first, last, column, sums);
+      if (!gate_by_gate_)
+        Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
+                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance,
+                        sums, width);
+      finish_tile(step, first, last, column, gate_by_gate_ ? sums_of(item, tile) : sums);
     }
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
       std::memset(sums, 0, sizeof sums);
       const int64_t left = step.rows - first;
       finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column, sums);
     }
+  }
+
+  // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass by.
+  void add_gate(int64_t item, int64_t s, int gate) {
+    if constexpr (Tiles::adds) {
+      const Step step = this->step(int(item / output_panels_), s);
+      const Element* panel = recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H);
+      const Operand operand = da(step.d, s - 1);
+      for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
+        Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
+                        tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
+                        panel, {1, {n_.H}}, false, sums_of(item, tile), width, gate > 0);
+    }
+  }
+
+  T* sums_of(int64_t item, int64_t tile) const {
+    return sums_ + (item * tiles_.count(rows_) + tile) * tiles_.height * width;
   }
 
   // Rows [first, last) of one panel: all of them carried from the step undone before, or none.
@@ -379,12 +404,14 @@ class Backward {
   const int64_t output_blocks_;  // of outputs
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
+  const bool gate_by_gate_;      // see add_gate
   const int64_t da_size_, dh_size_;
   Scratch<Element> recurrent_;   // (D, output_panels) panels of 4 segments of H rows
   Scratch<Element> projection_;  // (D, unit_panels) panels of P rows
   Scratch<Element> da_;          // (D, 2) Blocked (rows, 4 * gate_blocks)
   Scratch<Element> dh_;          // (D) Blocked (rows, output_blocks)
   Scratch<T> dbias_;       // (D, 4H), of these sequences
+  Scratch<T> sums_;              // (D, output_panels, rows, panel_width), gate by gate
   Scratch<T> dc_;          // (D, unit_panels * 2, rows, L)
   bool beyond_ = false;          // Elements' range
 };

@@ -9,7 +9,8 @@
 //   panel_size(k)       Elements of k rows of a panel, which is panel_width<T> columns wide
 //   put                 writes L values into a blocked matrix
 //   pack_transposed, pack_rows                          write a panel
-//   multiply            a tile times a panel
+//   multiply, adds      a tile times a panel, and whether that may be added to what is there
+//   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns whether any value could not be represented (nonzero if so).
 #pragma once

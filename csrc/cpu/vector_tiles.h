@@ -59,6 +59,8 @@ struct VectorTiles {
     tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc);
   }
 
+  static constexpr bool adds = false;
+
   // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
   static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
   static constexpr int64_t ahead_rows = 96;
