@@ -265,7 +265,8 @@ bool cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh
 
 // A matrix whose rows are contiguous; returns the distance between them.
 int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
-  if (tensor.dim() != 2 || tensor.scalar_type() != dtype || (tensor.size(1) > 1 && tensor.stride(1) != 1))
+  if (tensor.dim() != 2 || tensor.scalar_type() != dtype ||
+      (tensor.size(1) > 1 && tensor.stride(1) != 1))
     fail(std::string(name) + ": expected a matrix of the right dtype with contiguous rows");
   return tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1);
 }

@@ -73,7 +73,8 @@ struct BackwardArgs {
   void* dc_carry;  // (D, B, H), state; likewise
 };
 
-// C (M, N) = or += op(A) B, rows ld elements apart: one of the products that follow a walk, (eq. 9).
+// C (M, N) = or += op(A) B, rows ld elements apart: one of the products that follow a walk, (eq.
+// 9).
 struct ProductArgs {
   int64_t M, N, K;
   Storage storage;  // of B

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .contract import Gradients, Requested, Reserve, Weights
 
-
 # multiply(left, right, out, transposed, add): out (M, N) = or += op(left) right, op(left) being
 # left^T if transposed.  left and out are in state dtype, right in storage dtype.
 Multiply = Callable[[Tensor, Tensor, Tensor, bool, bool], None]

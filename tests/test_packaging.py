@@ -205,9 +205,7 @@ def test_only_auto_installs_without_what_is_missing(
         build.build_for_install(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "isa", [isa for isa in build.find_toolchain().isa if isa != "baseline"]
-)
+@pytest.mark.parametrize("isa", [isa for isa in build.find_toolchain().isa if isa != "baseline"])
 def test_no_symbol_of_a_newer_instruction_set_can_replace_a_common_one(
     wheel: Path, isa: str
 ) -> None:

@@ -17,16 +17,16 @@ namespace {
 // Below this many rows a step, the unit waits for weights, which take more bytes than as floats.
 constexpr int64_t least_rows = 6;
 
-bool worth_it(const Shape& shape, Storage storage) {
-  return storage != Storage::f64 && shape.T > 0 && shape.N >= least_rows * shape.T;
-}
-
 template <template <class> class Pass, class S, bool state, class Args>
 bool run_as(const Args& args) {
-  return run_pass<Pass<AmxTiles<S, state ? terms_of<float> : terms_of<S>>>>(args);
+  using Run = Pass<AmxTiles<S, state ? terms_of<float> : terms_of<S>>>;
+  const Split split = split_work(args.shape, args.threads, Run::work(args));
+  const int64_t walks = args.shape.T * (split.by_sequence ? split.threads : 1);
+  return args.shape.N >= least_rows * walks && run_pass<Run>(args);
 }
 
-// False if the results don't count. `state`: are states multiplied, or values of storage type?
+// False if it is not worth it, or the results don't count. `state`: are states multiplied, or
+// values of storage type?
 template <template <class> class Pass, bool state, class Args>
 bool run(const Args& args) {
   switch (args.storage) {
@@ -43,15 +43,13 @@ bool run(const Args& args) {
 }
 
 void forward(const ForwardArgs& args) {
-  if (!worth_it(args.shape, args.storage) || !run<Forward, false>(args))
-    kernels_avx512.forward(args);
+  if (!run<Forward, false>(args)) kernels_avx512.forward(args);
 }
 
 // A carry is read and written by the same call: another attempt needs it as it was.
 class Kept {
  public:
-  Kept(void* place, int64_t bytes)
-      : place_(place), bytes_(place ? bytes : 0), copy_(bytes_) {
+  Kept(void* place, int64_t bytes) : place_(place), bytes_(place ? bytes : 0), copy_(bytes_) {
     if (bytes_ > 0) std::memcpy(copy_, place_, size_t(bytes_));
   }
   void restore() const {
@@ -65,14 +63,12 @@ class Kept {
 };
 
 bool backward(const BackwardArgs& args) {
-  if (worth_it(args.shape, args.storage)) {
-    const int64_t cells = args.shape.D * args.shape.B * args.shape.H * int64_t(sizeof(float));
-    const Kept da(args.begin > 0 ? args.da_carry : nullptr, 4 * cells);
-    const Kept dc(args.begin > 0 ? args.dc_carry : nullptr, cells);
-    if (run<Backward, true>(args)) return true;
-    da.restore();
-    dc.restore();
-  }
+  const int64_t cells = args.shape.D * args.shape.B * args.shape.H * int64_t(sizeof(float));
+  const Kept da(args.begin > 0 ? args.da_carry : nullptr, 4 * cells);
+  const Kept dc(args.begin > 0 ? args.dc_carry : nullptr, cells);
+  if (run<Backward, true>(args)) return true;
+  da.restore();
+  dc.restore();
   return kernels_avx512.backward(args);
 }
 

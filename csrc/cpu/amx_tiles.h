@@ -51,8 +51,8 @@ struct Terms {
   // The next term of both: 32 bfloat16 as the unit wants them.
   Vec<float> next() {
     typedef Vector<float>::bits Bits;
-    __m512i term = bit_cast<__m512i>(
-        _mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
+    __m512i term =
+        bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
     Bits low, high;
     if (pair) {
       term = _mm512_permutexvar_epi16(interleaving(), term);
@@ -119,16 +119,16 @@ struct AmxProduct {
   // The terms of A that meet term j of B.
   static constexpr int met(int j) { return left < 3 - j ? left : 3 - j; }
 
-#define FASTLSTM_LOAD_LEFT(i)                                                           \
-  do {                                                                                  \
-    _tile_loadd(4, a + (i) * term_stride, 64);                                          \
-    if (two) _tile_loadd(5, a + (i) * term_stride + lower_offset, 64);                  \
-    _tile_dpbf16ps(0, 4, 6);                                                            \
-    _tile_dpbf16ps(1, 4, 7);                                                            \
-    if (two) {                                                                          \
-      _tile_dpbf16ps(2, 5, 6);                                                          \
-      _tile_dpbf16ps(3, 5, 7);                                                          \
-    }                                                                                   \
+#define FASTLSTM_LOAD_LEFT(i)                                          \
+  do {                                                                 \
+    _tile_loadd(4, a + (i) * term_stride, 64);                         \
+    if (two) _tile_loadd(5, a + (i) * term_stride + lower_offset, 64); \
+    _tile_dpbf16ps(0, 4, 6);                                           \
+    _tile_dpbf16ps(1, 4, 7);                                           \
+    if (two) {                                                         \
+      _tile_dpbf16ps(2, 5, 6);                                         \
+      _tile_dpbf16ps(3, 5, 7);                                         \
+    }                                                                  \
   } while (0)
 
   template <bool two>
@@ -204,8 +204,8 @@ struct AmxTiles {
     unsigned infinite = 0;
     for (int64_t k = 0; k < k_size; k += 32, panel += panel_size(32))
       for (int64_t pair = 0; pair < 16; ++pair)
-        infinite |= pack_pair(w + (k + 2 * pair) * ld, ld, k_size - k - 2 * pair, count,
-                              panel + pair * 32);
+        infinite |=
+            pack_pair(w + (k + 2 * pair) * ld, ld, k_size - k - 2 * pair, count, panel + pair * 32);
     return infinite;
   }
 
@@ -263,7 +263,8 @@ struct AmxTiles {
 
   // Where a thread's weights would not stay in its L2 cache.
   static bool ahead(const Shape& n, int64_t, int threads) {
-    return n.I >= 128 && weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
+    return n.I >= 128 &&
+           weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
   }
   static constexpr int64_t ahead_rows = 256;
 

@@ -48,7 +48,8 @@ class Backward {
         da_(n_.D * 2 * da_size_),
         dh_(n_.D * dh_size_),
         dbias_(n_.D * 4 * n_.H),
-        sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width : 0),
+        sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width
+                            : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
     std::memset(dbias_, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
     // What no group of columns fills of a block is multiplied all the same.
@@ -205,8 +206,8 @@ class Backward {
     const int64_t column = item % panels * width, size = Tiles::panel_size(k.size[0]);
     const S* w = static_cast<const S*>(weights[item / panels]) + column;
     for (int64_t segment = 0; segment < k.count; ++segment)
-      note(Tiles::pack_rows(w + segment * k.size[0] * columns, columns, k.size[0],
-                            columns - column, packed + (item * k.count + segment) * size));
+      note(Tiles::pack_rows(w + segment * k.size[0] * columns, columns, k.size[0], columns - column,
+                            packed + (item * k.count + segment) * size));
   }
 
   // Blocked da, gate by gate, of the s-th step undone in direction d.
@@ -227,18 +228,20 @@ class Backward {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
       if (!gate_by_gate_)
         Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
-                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance,
-                        sums, width);
+                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
+                        width);
       finish_tile(step, first, last, column, gate_by_gate_ ? sums_of(item, tile) : sums);
     }
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
       std::memset(sums, 0, sizeof sums);
       const int64_t left = step.rows - first;
-      finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column, sums);
+      finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column,
+                  sums);
     }
   }
 
-  // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass by.
+  // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
+  // by.
   void add_gate(int64_t item, int64_t s, int gate) {
     if constexpr (Tiles::adds) {
       const Step step = this->step(int(item / output_panels_), s);
@@ -246,8 +249,8 @@ class Backward {
       const Operand operand = da(step.d, s - 1);
       for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
         Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
-                        tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
-                        panel, {1, {n_.H}}, false, sums_of(item, tile), width, gate > 0);
+                        tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height, panel,
+                        {1, {n_.H}}, false, sums_of(item, tile), width, gate > 0);
     }
   }
 
@@ -410,9 +413,9 @@ class Backward {
   Scratch<Element> projection_;  // (D, unit_panels) panels of P rows
   Scratch<Element> da_;          // (D, 2) Blocked (rows, 4 * gate_blocks)
   Scratch<Element> dh_;          // (D) Blocked (rows, output_blocks)
-  Scratch<T> dbias_;       // (D, 4H), of these sequences
+  Scratch<T> dbias_;             // (D, 4H), of these sequences
   Scratch<T> sums_;              // (D, output_panels, rows, panel_width), gate by gate
-  Scratch<T> dc_;          // (D, unit_panels * 2, rows, L)
+  Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
   bool beyond_ = false;          // Elements' range
 };
 

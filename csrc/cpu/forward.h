@@ -120,9 +120,9 @@ class Forward {
   };
   // What one direction does at its s-th step.
   struct Step {
-    int64_t t, rows, start;    // time, sequences, first packed row
-    int64_t next, next_rows;   // the step after it, which is given the state of so many
-    Operand reads, hidden;  // what it multiplies; where it leaves h for the step after it
+    int64_t t, rows, start;   // time, sequences, first packed row
+    int64_t next, next_rows;  // the step after it, which is given the state of so many
+    Operand reads, hidden;    // what it multiplies; where it leaves h for the step after it
   };
 
   int64_t panel_size() const { return Tiles::panel_size(n_.I) + Tiles::panel_size(n_.P); }
@@ -367,12 +367,12 @@ class Forward {
   const int64_t state_blocks_;  // of what a step reads
   const int64_t state_size_, inputs_size_, unprojected_size_;
   Scratch<Element> panels_;       // (items, 2) panels of I and P rows
-  Scratch<T> bias_;                // (items, 4, L)
+  Scratch<T> bias_;               // (items, 4, L)
   Scratch<Element> out_weights_;  // (D, out_panels) panels of H rows
   Scratch<Element> state_;        // (D, 2) Blocked (rows, state_blocks)
-  Scratch<T> cells_;        // (items, rows, L)
+  Scratch<T> cells_;              // (items, rows, L)
   Scratch<Element> inputs_;       // (D) Blocked (chunk * rows, input_blocks)
-  Scratch<T> ahead_gates_;  // (items, chunk * rows, 4L)
+  Scratch<T> ahead_gates_;        // (items, chunk * rows, 4L)
   Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
   bool beyond_ = false;           // Elements' range
 };

@@ -76,7 +76,7 @@ void probe(const GateProbe& p, Storage storage) {
 }  // namespace
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
-const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
-    FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe, nullptr};
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe,
+                                              nullptr};
 
 }  // namespace fastlstm

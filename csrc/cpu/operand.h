@@ -69,8 +69,8 @@ struct Blocked {
   int64_t block_size() const { return Tiles::terms * height * columns; }
   // Where the columns from `column` on of the segment that begins with `block` are.
   Element* at(int64_t row, int64_t block, int64_t column) const {
-    return tile(row / height) + (block + column / columns) * block_size() +
-           row % height * columns + column % columns;
+    return tile(row / height) + (block + column / columns) * block_size() + row % height * columns +
+           column % columns;
   }
 
   template <class V>
@@ -86,7 +86,8 @@ struct Blocked {
     for (int64_t k = 0; k < size; k += L) {
       const int64_t offset = k / columns * block_size() + k % columns;
       const int some = int(size - k < L ? size - k : L);
-      beyond |= put(place + offset, values ? load_some(values + k, some) : Vec<typename Tiles::T>{});
+      beyond |=
+          put(place + offset, values ? load_some(values + k, some) : Vec<typename Tiles::T>{});
     }
     return beyond;
   }

@@ -80,8 +80,8 @@ class Product {
   // A slab that is not full leaves the ends of its tiles and panels unused.
   void multiply_group(const Group& group, int rank, int64_t k, int64_t depth) {
     const bool add = p_.add || k > 0;
-    bf16* buffer = transposed ? right_ + rank * group_ * panel_size_
-                              : left_ + rank * group_ * tile_size_;
+    bf16* buffer =
+        transposed ? right_ + rank * group_ * panel_size_ : left_ + rank * group_ * tile_size_;
     if constexpr (transposed) {
       pack_panels(buffer, group, k, depth);
       for (int64_t tile = 0; tile < all_tiles_; ++tile)
@@ -140,8 +140,7 @@ class Product {
     for (int64_t pair = 0; pair < L; ++pair) {
       Vec<float> even{}, odd{};
       if (2 * pair < depth) even = load_some(from + 2 * pair * p_.ldb, int(count));
-      if (2 * pair + 1 < depth)
-        odd = load_some(from + (2 * pair + 1) * p_.ldb, int(count));
+      if (2 * pair + 1 < depth) odd = load_some(from + (2 * pair + 1) * p_.ldb, int(count));
       Terms<true> terms{even, odd};
       for (int term = 0; term < terms_of<Left>; ++term) square[term][pair] = terms.next();
     }
