@@ -212,7 +212,7 @@ int64_t rows_of_steps(const fastlstm::Shape& shape, int d, int64_t begin, int64_
   return rows;
 }
 
-void cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+bool cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
                   const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
                   const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
                   const Tensor& c_all, const Tensor& gates, int64_t begin, int64_t end,
@@ -260,7 +260,40 @@ void cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh
   args.dc0 = result("dc0", dc0, {D, B, H}, dtype, fresh);
   args.da_carry = result("da_carry", da_carry, {D, B, 4 * H}, state, fresh);
   args.dc_carry = result("dc_carry", dc_carry, {D, B, H}, state, fresh);
-  fastlstm::kernels().backward(args);
+  return fastlstm::kernels().backward(args);
+}
+
+// A matrix whose rows are contiguous; returns the distance between them.
+int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
+  if (tensor.dim() != 2 || tensor.scalar_type() != dtype ||
+      (tensor.size(1) > 1 && tensor.stride(1) != 1))
+    fail(std::string(name) + ": expected a matrix of the right dtype with contiguous rows");
+  return tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1);
+}
+
+// out = or += op(left) right; false, and nothing done, if the kernels in use do not multiply.
+bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, bool transposed,
+                 bool add) {
+  fastlstm::ProductArgs args{};
+  const ScalarType dtype = right.scalar_type();
+  if (state_of(dtype) != ScalarType::Float || fastlstm::kernels().product == nullptr) return false;
+  args.M = left.size(transposed ? 1 : 0);
+  args.K = left.size(transposed ? 0 : 1);
+  args.lda = matrix("left", left, ScalarType::Float);
+  args.ldb = matrix("right", right, dtype);
+  args.ldc = matrix("out", out, ScalarType::Float);
+  args.N = right.size(1);
+  if (right.size(0) != args.K || out.size(0) != args.M || out.size(1) != args.N)
+    fail("left, right, out: their shapes do not make a product");
+  args.storage = storage_of(dtype);
+  args.threads = threads();
+  args.transposed = transposed;
+  args.add = add;
+  args.a = left.const_data_ptr();
+  args.b = right.const_data_ptr();
+  args.c = static_cast<float*>(out.mutable_data_ptr());
+  if (args.K == 0 || args.M == 0 || args.N == 0) return false;
+  return fastlstm::kernels().product(args);
 }
 
 using ProbeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -322,10 +355,12 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
       " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
       " int begin, int end, Tensor(a!) da, Tensor(b!)? dh_all, Tensor(c!)? dbias, Tensor(d!)? dh0,"
-      " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> ()");
+      " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> bool");
   m.def(
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");
+  m.def(
+      "cpu_product(Tensor left, Tensor right, Tensor(a!) out, bool transposed, bool add) -> bool");
   m.def("cpu_instruction_sets() -> str");
   m.def("cpu_use_instruction_set(str name) -> str");
   m.def("poison(bool on) -> ()");
@@ -334,6 +369,7 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+  m.impl("cpu_product", TORCH_BOX(&cpu_product));
   m.impl("cpu_gate_math", TORCH_BOX(&cpu_gate_math));
 }
 

@@ -73,4 +73,20 @@ struct BackwardArgs {
   void* dc_carry;  // (D, B, H), state; likewise
 };
 
+// C (M, N) = or += op(A) B, rows ld elements apart: one of the products that follow a walk, (eq.
+// 9).
+struct ProductArgs {
+  int64_t M, N, K;
+  Storage storage;  // of B
+  int threads;
+  bool transposed;  // op(A) is A^T, A then being (K, M)
+  bool add;
+  const void* a;  // (M, K), or (K, M); state
+  int64_t lda;
+  const void* b;  // (K, N)
+  int64_t ldb;
+  float* c;  // (M, N)
+  int64_t ldc;
+};
+
 }  // namespace fastlstm

@@ -53,9 +53,7 @@ TORCH_FLAGS = ("-DTORCH_TARGET_VERSION=0x020a000000000000ULL",)
 # loader matches libraries by that name.
 LINK_FLAGS = ("-shared", "-fopenmp", "-Wl,--no-undefined", "-Wl,--as-needed", "-ltorch_cpu")
 
-# Compiled once per instruction set, each time with FASTLSTM_ISA naming the namespace its
-# symbols live in.
-PER_ISA_SOURCES = ("cpu/isa.cpp",)
+# One object per instruction set, each compiled with FASTLSTM_ISA naming its table of kernels.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 # gcc 12's own AVX-512 header starts a variable with itself, on purpose, and warns of it.
 _GCC_NOISE = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
@@ -64,6 +62,8 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = _AVX2
     ISA_FLAGS["avx512"] = (*_AVX512, *_AVX2, "-mprefer-vector-width=512", *_GCC_NOISE)
+    ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+ISA_SOURCES = {isa: "cpu/amx.cpp" if isa == "amx" else "cpu/isa.cpp" for isa in ISA_FLAGS}
 
 _STAMP = b"fastlstm-build:"  # what stands before the stamp inside a library
 
@@ -81,6 +81,7 @@ class Toolchain(NamedTuple):
 
     compiler: tuple[str, ...]
     compiler_version: str
+    isa: tuple[str, ...]  # the instruction sets that the compiler knows
     ninja: str
     torch_dir: Path
     torch_version: str
@@ -178,7 +179,8 @@ def find_toolchain() -> Toolchain:
         raise MissingError(f"the CPU library is built on Linux only, this is {sys.platform}")
     compiler, version = _find_compiler()
     torch_dir, torch_version = _find_torch()
-    return Toolchain(compiler, version, _find_ninja(), torch_dir, torch_version)
+    isa = tuple(name for name in ISA_FLAGS if name != "amx" or _takes(compiler, ISA_FLAGS[name]))
+    return Toolchain(compiler, version, isa, _find_ninja(), torch_dir, torch_version)
 
 
 def _find_compiler() -> tuple[tuple[str, ...], str]:
@@ -192,6 +194,12 @@ def _find_compiler() -> tuple[tuple[str, ...], str]:
                 return words, answer.stdout.partition("\n")[0]
     looked = f"CXX={named} does not run" if named else "no g++, c++ or clang++ on PATH"
     raise MissingError(f"no C++ compiler: {looked}; install one, or name it in CXX")
+
+
+def _takes(compiler: Sequence[str], flags: Sequence[str]) -> bool:
+    """Does the compiler know these flags?  gcc has AMX since 11, clang since 12."""
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _find_ninja() -> str:
@@ -238,18 +246,18 @@ def _steps(tools: Toolchain, build_dir: Path, sanitize: bool) -> list[Step]:
         f"-I{root}",
         f"-ffile-prefix-map={root}=csrc",
         f"-ffile-prefix-map={include}=include",
+        *(("-DFASTLSTM_AMX",) if "amx" in tools.isa else ()),
     )
     with_torch = (*common, *TORCH_FLAGS, "-isystem", str(include))
     steps = [Step("stamp.o", build_dir / "stamp.cpp", common)]
     for source in sorted(root.glob("*.cpp")):  # the bindings; only they may include torch
         steps.append(Step(f"{source.stem}.o", source, with_torch))
     for source in sorted(root.glob("cpu/*.cpp")):
-        if source.relative_to(root).as_posix() not in PER_ISA_SOURCES:
+        if source.relative_to(root).as_posix() not in ISA_SOURCES.values():
             steps.append(Step(f"cpu.{source.stem}.o", source, common))
-            continue
-        for isa, flags in ISA_FLAGS.items():
-            named = (*common, *flags, f"-DFASTLSTM_ISA={isa}")
-            steps.append(Step(f"cpu.{source.stem}.{isa}.o", source, named))
+    for isa in tools.isa if (root / "cpu").is_dir() else ():
+        named = (*common, *ISA_FLAGS[isa], f"-DFASTLSTM_ISA={isa}")
+        steps.append(Step(f"cpu.isa.{isa}.o", root / ISA_SOURCES[isa], named))
     return steps
 
 
@@ -288,7 +296,7 @@ def _stamp_source(tools: Toolchain, sanitize: bool) -> str:
         "sources": sources_digest(),
         "compiler": tools.compiler_version,
         "torch": tools.torch_version,
-        "isa": list(ISA_FLAGS),
+        "isa": list(tools.isa),
         "flags": shlex.join(COMPILE_FLAGS + (SANITIZE_FLAGS if sanitize else ())),
     }
     text = f"{_STAMP.decode()}{json.dumps(info)}"

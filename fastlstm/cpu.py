@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ from .contract import (
     Weights,
     state_dtype,
 )
-from .products import Products
+from .products import Products, torch_multiply
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -102,7 +103,7 @@ def layer_backward(
     products = Products(x, batch_sizes, h0, weights, reset, saved, need)
     empty = functools.partial(x.new_empty, dtype=state)
     rows = max(chunk.rows[d].stop - chunk.rows[d].start for chunk in chunks for d in (0, 1))
-    da = empty(rows, directions, 4 * hidden_size)
+    da = _dgates(rows, directions, 4 * hidden_size, dtype=state)
     dh_all = empty(rows, directions * output_size) if need.w_hr else None
     dbias = empty(directions, 4 * hidden_size) if need.bias else None
     several = len(chunks) > 1
@@ -121,12 +122,37 @@ def layer_backward(
         saved.gates.contiguous(),
     )
     for chunk in chunks:
-        torch.ops.fastlstm_C.cpu_backward(
+        ours = torch.ops.fastlstm_C.cpu_backward(
             *given, chunk.begin, chunk.end, da, dh_all, dbias, dh0, dc0, da_carry, dc_carry
         )
+        multiply = _multiply if ours else torch_multiply
         for d in range(directions):
-            products.add(d, chunk.rows[d], da[:, d], dh_all, dbias)
+            products.add(d, chunk.rows[d], da[:, d], dh_all, dbias, multiply)
     return products.gradients(dh0, dc0)
+
+
+# Below these sizes of the result, and of K, packing costs our own product more than it gains.
+_LEAST_SIDE, _LEAST_DEPTH = 48, 192
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: bool) -> None:
+    """By the library where it is faster and can, else by torch."""
+    ours = min(out.shape) >= _LEAST_SIDE and right.size(0) >= _LEAST_DEPTH
+    ours = ours and torch.ops.fastlstm_C.cpu_product(left, right, out, transposed, add)
+    if not ours:
+        torch_multiply(left, right, out, transposed, add)
+
+
+_kept = threading.local()
+
+
+def _dgates(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory for one chunk; each thread keeps its last one, since fresh pages cost a fault each."""
+    kept: Tensor | None = getattr(_kept, "dgates", None)
+    if kept is None or kept.shape != shape or kept.dtype != dtype:
+        kept = torch.empty(shape, dtype=dtype)
+        _kept.dgates = kept if kept.nbytes <= 2 * _CHUNK_BYTES else None
+    return kept
 
 
 class _Chunk(NamedTuple):

@@ -6,12 +6,26 @@ each gradient asked for, in state dtype and in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .contract import Gradients, Requested, Reserve, Weights
+
+# multiply(left, right, out, transposed, add): out (M, N) = or += op(left) right, op(left) being
+# left^T if transposed.  left and out are in state dtype, right in storage dtype.
+Multiply = Callable[[Tensor, Tensor, Tensor, bool, bool], None]
+
+
+def torch_multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: bool) -> None:
+    """By torch's BLAS."""
+    left = left.T if transposed else left
+    right = right.to(left.dtype)
+    if add:
+        out.addmm_(left, right)
+    else:
+        torch.mm(left, right, out=out)
 
 
 def on_device(batch_sizes: Tensor, device: torch.device) -> Tensor:
@@ -58,7 +72,13 @@ class Products:
             )
 
     def add(
-        self, d: int, rows: slice, da: Tensor, dh_all: Tensor | None, dbias: Tensor | None
+        self,
+        d: int,
+        rows: slice,
+        da: Tensor,
+        dh_all: Tensor | None,
+        dbias: Tensor | None,
+        multiply: Multiply = torch_multiply,
     ) -> None:
         """Add what ``rows`` of direction ``d`` contribute.
 
@@ -67,18 +87,15 @@ class Products:
             dh_all: (.., D*P), gradients of their h; needed for w_hr only.
             dbias: (D, 4H), da summed over them, or None.
         """
-        count, state = rows.stop - rows.start, da.dtype
+        count = rows.stop - rows.start
         da, need, w = da[:count], self._need, self._weights[d]
         if self._dx is not None:
-            if len(self._weights) == 2:
-                self._dx[rows].addmm_(da, w.w_ih.to(state))
-            else:
-                torch.mm(da, w.w_ih.to(state), out=self._dx[rows])
+            multiply(da, w.w_ih, self._dx[rows], False, len(self._weights) == 2)
         if need.w_ih:
-            self._add_product("w_ih", d, da, self._x[rows])
+            self._add_product("w_ih", d, da, self._x[rows], multiply)
         if need.w_hh:
             for da_part, h in self._previous_h(d, rows, da):
-                self._add_product("w_hh", d, da_part, h)
+                self._add_product("w_hh", d, da_part, h, multiply)
         if need.bias and dbias is not None:
             known = self._sums.get(("bias", d))
             self._sums["bias", d] = dbias[d].clone() if known is None else known.add_(dbias[d])
@@ -88,7 +105,7 @@ class Products:
             output_size, hidden_size = self._h0.size(-1), da.size(-1) // 4
             dh = dh_all[:count, d * output_size : (d + 1) * output_size]
             m = self._saved.m[rows, d * hidden_size : (d + 1) * hidden_size]
-            self._add_product("w_hr", d, dh, m)
+            self._add_product("w_hr", d, dh, m, multiply)
 
     def gradients(self, dh0: Tensor | None, dc0: Tensor | None) -> Gradients:
         """Everything asked for, in storage dtype; the states' gradients come finished."""
@@ -109,11 +126,14 @@ class Products:
             w_hr=each("w_hr"),
         )
 
-    def _add_product(self, kind: str, d: int, left: Tensor, right: Tensor) -> None:
+    def _add_product(
+        self, kind: str, d: int, left: Tensor, right: Tensor, multiply: Multiply
+    ) -> None:
         """sum += left^T right, over rows; ``right`` in storage dtype."""
-        right = right.to(left.dtype)
         known = self._sums.get((kind, d))
-        self._sums[kind, d] = left.T @ right if known is None else known.addmm_(left.T, right)
+        if known is None:
+            self._sums[kind, d] = left.new_empty(left.size(1), right.size(1))
+        multiply(left, right, self._sums[kind, d], True, known is not None)
 
     def _previous_h(self, d: int, rows: slice, da: Tensor) -> list[tuple[Tensor, Tensor]]:
         """``da``'s rows beside the h that entered their steps, in one piece or two."""

@@ -109,6 +109,10 @@ LAYERS = (
     Layer((3, 3), 4, 5, projection=37),  # wider than the cell
     Layer((4, 2, 0, 0), 4, 5, batch=6, directions=2, reset=0.3),
     Layer((4, 2, 0), 4, 5, projection=3, batch=6, directions=2),
+    Layer((7, 7, 6), 33, 49),  # rows enough for the matrix unit, blocks of it half full
+    Layer((18, 18), 40, 31, projection=17),
+    Layer((40, 39, 20, 6), 17, 33, projection=35, directions=2, reset=0.3),
+    Layer((70, 70), 130, 120, bias=False),  # the input part ahead, in the caches of some machines
     Layer((), 4, 5, batch=2),  # no steps at all
     Layer((0, 0), 4, 5, batch=0),  # no sequences
     Layer((2, 2), 0, 3),  # no inputs

@@ -190,12 +190,95 @@ def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values_stay_in_their_sequence(value: float, instruction_set: str) -> None:
     """A NaN or an infinity in one sequence reaches exactly what it reaches in the reference."""
-    layer = make_layer(Layer((5, 5, 5, 3), 4, 18, directions=2), torch.float32)
-    layer.x[7, 2] = value
+    layer = make_layer(Layer((9, 9, 9, 7), 4, 18, directions=2), torch.float32)
+    layer.x[11, 2] = value
     want = reference.layer_forward(*layer, True, True)
     got = cpu.layer_forward(*layer, True, True)
     for a, b in zip(got[:4], want[:4], strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+
+
+# Not 3.4e38 in dy: whether a sum with it overflows depends on the order of the terms.
+BEYOND = [(name, value) for name in ("x", "h0", "w_ih", "w_hh", "dy")
+          for value in (float("nan"), float("inf"), 3.4e38)][:-1]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BEYOND)
+@pytest.mark.parametrize("projection", [0, 5])
+def test_values_without_terms_give_the_same_as_ever(
+    name: str, value: float, projection: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The matrix unit's bfloat16 terms do not reach to the ends of float: vectors take over.
+
+    Chunks of one step, so that what a first attempt did to the carries must be undone.
+    """
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu, "_CHUNK_ROWS", 9)
+    layer = make_layer(Layer((9, 9, 9, 7), 6, 18, projection), torch.float32)
+    dy = torch.randn(34, projection or 18)
+    tensors = {
+        "x": layer.x, "h0": layer.h0, "dy": dy,
+        "w_ih": layer.weights[0].w_ih, "w_hh": layer.weights[0].w_hh,
+    }  # fmt: skip
+    tensors[name].view(-1)[tensors[name].numel() // 2] = value
+    saved = reference.layer_forward(*layer, True, True)
+    results = []
+    for instruction_set in (INSTRUCTION_SETS[0], "baseline"):
+        before = _C.cpu_use_instruction_set(instruction_set)
+        out = cpu.layer_forward(*layer, True, True)
+        need = need_of(Layer((), 6, 18, projection))
+        grads = cpu.layer_backward(
+            OutputGradients(dy, None, None, None), *layer, saved.reserve(), need
+        )
+        _C.cpu_use_instruction_set(before)
+        results.append([*out[:4], *grads[:3], *(t for kind in grads[3:] for t in kind or [])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+
+
+PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("depth", "rows", "columns"), PRODUCTS)
+def test_products_are_as_exact_as_torch(
+    depth: int, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    """Of dgates and inputs (transposed) and of dgates and weights, added to what is there."""
+    if "amx" not in INSTRUCTION_SETS:
+        assert not _C.cpu_product(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), True, True)
+        return
+    for transposed in (True, False):
+        wide = torch.randn(depth, 2, rows)[:, 1] if transposed else torch.randn(rows, depth)
+        left, right = wide, torch.randn(depth, 2, columns)[:, 0].to(dtype)
+        op = left.T if transposed else left
+        out = torch.randn(rows, columns)
+        start = out.clone()
+        exact = start.double() + op.double() @ right.double()
+        assert _C.cpu_product(left, right, out, transposed, True)
+        error, ours = (start + op @ right.float() - exact).norm(), (out - exact).norm()
+        assert ours < 1.5 * error
+        assert _C.cpu_product(left, right, out, transposed, False)
+        torch.testing.assert_close(
+            out.double(), exact - start.double(), rtol=1e-5, atol=1e-5 * depth**0.5
+        )
+        right[depth // 2, 3] = float("inf")
+        before = out.clone()
+        assert not _C.cpu_product(left, right, out, transposed, False)
+        assert torch.equal(out, before)
+
+
+def test_product_refuses_bad_arguments() -> None:
+    good = dict(left=torch.ones(4, 3), right=torch.ones(4, 2), out=torch.ones(3, 2))
+    changes = [
+        dict(left=torch.ones(5, 3)), dict(left=torch.ones(4, 3).double()),
+        dict(out=torch.ones(3, 3)), dict(out=torch.ones(2, 3).T), dict(right=torch.ones(4)),
+    ]  # fmt: skip
+    if "amx" not in INSTRUCTION_SETS:
+        return
+    for change in changes:
+        with pytest.raises(RuntimeError, match=r"left|right|out"):
+            _C.cpu_product(*{**good, **change}.values(), True, False)
 
 
 def bad_calls():

@@ -9,15 +9,18 @@
 // gradient of h is exchanged too and multiplied by W_hr: two barriers a step.
 #pragma once
 
-#include "pack.h"
+#include "operand.h"
 #include "split.h"
 
 namespace fastlstm {
 namespace {
 
-template <class S>
+template <class Tiles>
 class Backward {
-  using T = typename StateOf<S>::type;
+  using S = typename Tiles::S;
+  using T = typename Tiles::T;
+  using Element = typename Tiles::Element;
+  using Operand = Blocked<Tiles>;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
   static constexpr int64_t L = lanes<T>;
@@ -30,47 +33,59 @@ class Backward {
         n_(args.shape),
         walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
-        tiles_(rows_),
+        tiles_(rows_, Tiles::max_rows),
         projected_(args.w_hr[0] != nullptr),
-        groups_(blocks_of(n_.H, L)),
-        output_blocks_(blocks_of(n_.P, L)),
+        gate_blocks_(Operand::count(n_.H)),
+        output_blocks_(Operand::count(n_.P)),
         unit_panels_(blocks_of(n_.H, width)),
         output_panels_(blocks_of(n_.P, width)),
-        da_size_(Blocked<T>::size(4 * groups_, rows_)),
-        dh_size_(projected_ ? Blocked<T>::size(output_blocks_, rows_) : 0),
-        recurrent_(n_.D * output_panels_ * 4 * n_.H * width),
-        projection_(projected_ ? n_.D * unit_panels_ * n_.P * width : 0),
+        gate_by_gate_(Tiles::adds && 4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
+                                         l2_cache_bytes() / 2),
+        da_size_(Operand::size(4 * gate_blocks_, rows_)),
+        dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
+        recurrent_(n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)),
+        projection_(projected_ ? n_.D * unit_panels_ * Tiles::panel_size(n_.P) : 0),
         da_(n_.D * 2 * da_size_),
         dh_(n_.D * dh_size_),
         dbias_(n_.D * 4 * n_.H),
+        sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width
+                            : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
     std::memset(dbias_, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
+    // What no group of columns fills of a block is multiplied all the same.
+    if (Operand::columns > L) {
+      std::memset(da_, 0, size_t(n_.D * 2 * da_size_) * sizeof(Element));
+      std::memset(dh_, 0, size_t(n_.D * dh_size_) * sizeof(Element));
+    }
   }
 
   static Work work(const BackwardArgs& args) {
     const Shape& n = args.shape;
     const int64_t weights = 4 * n.H * n.P * n.D;
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
-    return {n.D * blocks_of(n.P, width), rows * weights, weights * int64_t(sizeof(T))};
+    return {n.D * blocks_of(n.P, width), rows * weights, Tiles::weight_bytes(weights)};
   }
 
   void walk(const Team& team) {
+    [[maybe_unused]] const typename Tiles::Session session;
     const Range outputs = team.share(n_.D * output_panels_);
     const Range units = projected_ ? team.share(n_.D * unit_panels_) : Range{0, 0};
     for (int64_t item = outputs.begin; item < outputs.end; ++item)
-      pack_panel(a_.w_hh, n_.P, 4 * n_.H, output_panels_, item, recurrent_);
+      pack_panel(a_.w_hh, n_.P, {4, {n_.H, n_.H, n_.H, n_.H}}, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
-      pack_panel(a_.w_hr, n_.H, n_.P, unit_panels_, item, projection_);
-    const bool in_advance =
-        worth_prefetching<T>(rows_, (outputs.end - outputs.begin) * 4 * n_.H * width);
+      pack_panel(a_.w_hr, n_.H, {1, {n_.P}}, unit_panels_, item, projection_);
+    const bool in_advance = Tiles::worth_prefetching(
+        rows_, (outputs.end - outputs.begin) * 4 * Tiles::panel_size(n_.H));
     if (a_.begin > 0) {
-      for_carried(team, a_.begin,
-                  [](T* place, T* value, int count) { store(place, load_some(value, count)); });
+      receive_carry(team);
       team.barrier.wait();
     }
     const bool to_initial_state =
         a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr);
     for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
+      if (gate_by_gate_)
+        for (int gate = 0; gate < 3; ++gate)
+          for (int64_t item = outputs.begin; item < outputs.end; ++item) add_gate(item, s, gate);
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
         carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
@@ -79,10 +94,11 @@ class Backward {
       for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
       team.barrier.wait();
     }
-    if (a_.end < walk_.all_steps())
-      for_carried(team, a_.end,
-                  [](T* place, T* value, int count) { store_some(value, load(place), count); });
+    if (a_.begin < a_.end && a_.end < walk_.all_steps()) leave_carry(team);
   }
+
+  // Did any value not fit the Elements? Then nothing that was written counts.
+  bool beyond() const { return beyond_; }
 
   // Sequences without steps: what comes in for their final state goes out for their initial one.
   // The bias gradients of the parts add up, in their order.
@@ -129,25 +145,44 @@ class Backward {
     return step;
   }
 
-  // What step s is given by the step undone before it, when that belonged to another call: for
-  // each vector of it, its place here and its place in da_carry or dc_carry.
-  template <class Move>
-  void for_carried(const Team& team, int64_t s, const Move& move) {
+  // What the first step of this call is given by the step undone before it, in another call.
+  void receive_carry(const Team& team) {
     for (int d = 0; d < n_.D; ++d) {
-      const Blocked<T> blocked = da(d, s - 1);
-      const Range share = team.share(walk_.rows(time(d, s - 1)));
+      const Operand blocked = da(d, a_.begin - 1);
+      const Range share = team.share(walk_.rows(time(d, a_.begin - 1)));
       for (int64_t r = share.begin; r < share.end; ++r) {
+        const T* da = static_cast<const T*>(a_.da_carry) + state_at(d, r, 4 * n_.H);
+        const T* dc = static_cast<const T*>(a_.dc_carry) + state_at(d, r, n_.H);
         for (int64_t unit = 0; unit < n_.H; unit += L) {
           const int count = int(n_.H - unit < L ? n_.H - unit : L);
           for (int gate = 0; gate < 4; ++gate)
-            move(blocked.at(r, gate * groups_ + unit / L),
-                 static_cast<T*>(a_.da_carry) + state_at(d, r, 4 * n_.H) + gate * n_.H + unit,
-                 count);
-          move(carried_cell(d, r, unit), static_cast<T*>(a_.dc_carry) + state_at(d, r, n_.H) + unit,
-               count);
+            note(blocked.put(blocked.at(r, gate * gate_blocks_, unit),
+                             load_some(da + gate * n_.H + unit, count)));
+          store(carried_cell(d, r, unit), load_some(dc + unit, count));
         }
       }
     }
+  }
+
+  // What the last step of this call leaves for the next one.
+  void leave_carry(const Team& team) {
+    for (int d = 0; d < n_.D; ++d) {
+      const int64_t t = time(d, a_.end - 1);
+      const Range share = team.share(walk_.rows(t));
+      for (int64_t r = share.begin; r < share.end; ++r) {
+        const int64_t row = (walk_.start(t) + r - a_.first_row[d]) * n_.D + d;
+        std::memcpy(static_cast<T*>(a_.da_carry) + state_at(d, r, 4 * n_.H),
+                    static_cast<const T*>(a_.da) + row * 4 * n_.H, size_t(4 * n_.H) * sizeof(T));
+        T* dc = static_cast<T*>(a_.dc_carry) + state_at(d, r, n_.H);
+        for (int64_t unit = 0; unit < n_.H; unit += L)
+          store_some(dc + unit, load(carried_cell(d, r, unit)),
+                     int(n_.H - unit < L ? n_.H - unit : L));
+      }
+    }
+  }
+
+  void note(unsigned beyond) {
+    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
   }
 
   // The place of sequence r's state in a (D, B, size) tensor.
@@ -165,39 +200,62 @@ class Backward {
     }
   }
 
-  // Columns of a row-major (k_size, columns) weight matrix into the panel of an item.
-  void pack_panel(const void* const* weights, int64_t columns, int64_t k_size, int64_t panels,
-                  int64_t item, T* packed) {
-    const int64_t column = item % panels * width;
-    pack_rows(static_cast<const S*>(weights[item / panels]) + column, columns, k_size,
-              columns - column, packed + item * k_size * width);
+  // Columns of a row-major (K, columns) weight matrix into the panel of an item.
+  void pack_panel(const void* const* weights, int64_t columns, const Segments& k, int64_t panels,
+                  int64_t item, Element* packed) {
+    const int64_t column = item % panels * width, size = Tiles::panel_size(k.size[0]);
+    const S* w = static_cast<const S*>(weights[item / panels]) + column;
+    for (int64_t segment = 0; segment < k.count; ++segment)
+      note(Tiles::pack_rows(w + segment * k.size[0] * columns, columns, k.size[0], columns - column,
+                            packed + (item * k.count + segment) * size));
   }
 
-  // Blocked (rows, 4 * groups) da, gate by gate, of the s-th step undone in direction d.
-  Blocked<T> da(int d, int64_t s) const {
-    return {da_ + (d * 2 + (s & 1)) * da_size_, 4 * groups_, tiles_.height};
+  // Blocked da, gate by gate, of the s-th step undone in direction d.
+  Operand da(int d, int64_t s) const {
+    return {da_ + (d * 2 + (s & 1)) * da_size_, 4 * gate_blocks_, tiles_.height};
   }
-  Blocked<T> dh(int d) const { return {dh_ + d * dh_size_, output_blocks_, tiles_.height}; }
+  Operand dh(int d) const { return {dh_ + d * dh_size_, output_blocks_, tiles_.height}; }
 
   // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
   // tile by tile, and then for the sequences that end at this step.
   void carry(int64_t item, int64_t s, bool in_advance) {
-    alignas(64) T sums[max_tile_rows * width];  // (rows of the tile, width)
+    alignas(64) T sums[Tiles::max_rows * width];  // (rows of the tile, width)
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
     const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
+    if (gate_by_gate_) add_gate(item, s, 3);
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
-      tile_function<T>(last - first, in_advance)(da(step.d, s - 1).tile(tile), tiles_.height,
-                                                 recurrent_ + item * 4 * n_.H * width, segments,
-                                                 sums, width);
-      finish_tile(step, first, last, column, sums);
+      if (!gate_by_gate_)
+        Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
+                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
+                        width);
+      finish_tile(step, first, last, column, gate_by_gate_ ? sums_of(item, tile) : sums);
     }
-    for (int64_t first = step.carried; first < step.rows; first += max_tile_rows) {
+    for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
       std::memset(sums, 0, sizeof sums);
       const int64_t left = step.rows - first;
-      finish_tile(step, first, first + (left < max_tile_rows ? left : max_tile_rows), column, sums);
+      finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column,
+                  sums);
     }
+  }
+
+  // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
+  // by.
+  void add_gate(int64_t item, int64_t s, int gate) {
+    if constexpr (Tiles::adds) {
+      const Step step = this->step(int(item / output_panels_), s);
+      const Element* panel = recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H);
+      const Operand operand = da(step.d, s - 1);
+      for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
+        Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
+                        tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height, panel,
+                        {1, {n_.H}}, false, sums_of(item, tile), width, gate > 0);
+    }
+  }
+
+  T* sums_of(int64_t item, int64_t tile) const {
+    return sums_ + (item * tiles_.count(rows_) + tile) * tiles_.height * width;
   }
 
   // Rows [first, last) of one panel: all of them carried from the step undone before, or none.
@@ -231,21 +289,20 @@ class Backward {
       if (!projected_) continue;
       if (a_.dh_all)
         store_some(static_cast<T*>(a_.dh_all) + here - a_.first_row[d] * D * P, dh, count);
-      store(this->dh(step.d).at(r, column / L), dh);
+      note(this->dh(step.d).put(this->dh(step.d).at(r, 0, column), dh));
     }
   }
 
   // (eq. 8) dm = dh W_hr for one panel of units, and their cells.
   void unproject(int64_t item, int64_t s) {
-    alignas(64) T sums[max_tile_rows * width];
+    alignas(64) T sums[Tiles::max_rows * width];
     const Step step = this->step(int(item / unit_panels_), s);
     const int64_t unit = item % unit_panels_ * width;
     const Segments segments{1, {n_.P}};
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
-      tile_function<T>(last - first, false)(dh(step.d).tile(tile), tiles_.height,
-                                            projection_ + item * n_.P * width, segments, sums,
-                                            width);
+      Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
+                      projection_ + item * Tiles::panel_size(n_.P), segments, false, sums, width);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried
@@ -281,7 +338,6 @@ class Backward {
     const int d = step.d, count = int(n_.H - unit < L ? n_.H - unit : L);
     const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
     const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
-    const int64_t gate_stride = groups_ * tiles_.height * L;
     const int64_t state = state_at(d, first, H) + unit;
     const int64_t before = Walk::previous(d, step.t), rows_before = walk_.rows(before);
     const T* c_all = static_cast<const T*>(a_.c_all);
@@ -292,8 +348,10 @@ class Backward {
     const S* dc_n = a_.dc_n ? static_cast<const S*>(a_.dc_n) + state : nullptr;
     const T* dc_all = a_.dc_all ? static_cast<const T*>(a_.dc_all) + row * H + unit : nullptr;
     const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
-    const Blocked<T> blocked = da(d, step.index);
-    T* exchanged = nullptr;
+    const Operand blocked = da(d, step.index);
+    const int64_t gate_stride = gate_blocks_ * blocked.block_size();
+    Element* exchanged = nullptr;
+    unsigned beyond = 0;
     T* out = static_cast<T*>(a_.da) + (row - a_.first_row[d] * D) * 4 * H + unit;
     T* carried = carried_cell(d, first, unit);
     Gates<V> sum{};
@@ -318,12 +376,12 @@ class Backward {
                               c_prev, load_some(c + k * D * H, count), load(dm), dc);
       store(carried, gradient.dc_prev);
       const Gates<V>& da = gradient.da;
-      if (exchanged == nullptr || r % tiles_.height == 0) exchanged = blocked.at(r, unit / L);
-      store(exchanged, da.i);
-      store(exchanged + gate_stride, da.f);
-      store(exchanged + 2 * gate_stride, da.g);
-      store(exchanged + 3 * gate_stride, da.o);
-      exchanged += L;
+      if (exchanged == nullptr || r % tiles_.height == 0) exchanged = blocked.at(r, 0, unit);
+      beyond |= blocked.put(exchanged, da.i);
+      beyond |= blocked.put(exchanged + gate_stride, da.f);
+      beyond |= blocked.put(exchanged + 2 * gate_stride, da.g);
+      beyond |= blocked.put(exchanged + 3 * gate_stride, da.o);
+      exchanged += Operand::columns;
       T* da_out = out + k * D * 4 * H;
       store_some(da_out, da.i, count);
       store_some(da_out + H, da.f, count);
@@ -331,6 +389,7 @@ class Backward {
       store_some(da_out + 3 * H, da.o, count);
       sum.i += da.i, sum.f += da.f, sum.g += da.g, sum.o += da.o;
     }
+    note(beyond);
     T* dbias = dbias_ + d * 4 * H + unit;  // this thread's own units
     store_some(dbias, load_some(dbias, count) + sum.i, count);
     store_some(dbias + H, load_some(dbias + H, count) + sum.f, count);
@@ -344,17 +403,20 @@ class Backward {
   const int64_t rows_;  // of the widest step
   const RowTiles tiles_;
   const bool projected_;
-  const int64_t groups_;         // of L hidden units, the last one padded
-  const int64_t output_blocks_;  // of L outputs
+  const int64_t gate_blocks_;    // of hidden units
+  const int64_t output_blocks_;  // of outputs
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
+  const bool gate_by_gate_;      // see add_gate
   const int64_t da_size_, dh_size_;
-  Scratch<T> recurrent_;   // (D, output_panels, 4H, panel_width)
-  Scratch<T> projection_;  // (D, unit_panels, P, panel_width)
-  Scratch<T> da_;          // (D, 2) Blocked (rows, 4 * groups)
-  Scratch<T> dh_;          // (D) Blocked (rows, output_blocks)
-  Scratch<T> dbias_;       // (D, 4H), of these sequences
-  Scratch<T> dc_;          // (D, unit_panels * 2, rows, L)
+  Scratch<Element> recurrent_;   // (D, output_panels) panels of 4 segments of H rows
+  Scratch<Element> projection_;  // (D, unit_panels) panels of P rows
+  Scratch<Element> da_;          // (D, 2) Blocked (rows, 4 * gate_blocks)
+  Scratch<Element> dh_;          // (D) Blocked (rows, output_blocks)
+  Scratch<T> dbias_;             // (D, 4H), of these sequences
+  Scratch<T> sums_;              // (D, output_panels, rows, panel_width), gate by gate
+  Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
+  bool beyond_ = false;          // Elements' range
 };
 
 }  // namespace

@@ -1,6 +1,11 @@
 #include "dispatch.h"
 
 #include <cstring>
+#if defined(FASTLSTM_AMX) && defined(__linux__)
+#  include <cpuid.h>
+#  include <sys/syscall.h>
+#  include <unistd.h>
+#endif
 
 namespace fastlstm {
 
@@ -8,6 +13,23 @@ extern const Kernels kernels_baseline;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+#endif
+
+#if defined(FASTLSTM_AMX) && defined(__linux__)
+extern const Kernels kernels_amx;
+
+// The processor has the matrix unit, and the system lets this process use its registers: they are
+// so large that Linux saves them only for those who ask.
+static bool amx_permitted() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles = d >> 24 & 1, bf16_tiles = d >> 22 & 1;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
+  const bool bf16_vectors = a >> 5 & 1;
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return tiles && bf16_tiles && bf16_vectors &&
+         syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
 #endif
 
 int available_kernels(const Kernels** out, int capacity) {
@@ -20,6 +42,9 @@ int available_kernels(const Kernels** out, int capacity) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#  if defined(FASTLSTM_AMX) && defined(__linux__)
+  offer(avx2 && avx512 && amx_permitted(), kernels_amx);
+#  endif
   offer(avx2 && avx512, kernels_avx512);
   offer(avx2, kernels_avx2);  // every processor with AVX2 and FMA has F16C
 #endif
@@ -43,8 +68,8 @@ const Kernels& kernels() {
 }
 
 bool use_kernels(const char* name) {
-  const Kernels* tables[3];
-  const int count = available_kernels(tables, 3);
+  const Kernels* tables[4];
+  const int count = available_kernels(tables, 4);
   for (int k = 0; k < count; ++k) {
     if (std::strcmp(tables[k]->name, name) == 0) {
       chosen() = tables[k];

@@ -11,19 +11,18 @@
 // arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead").
 #pragma once
 
-#include "pack.h"
+#include "operand.h"
 #include "split.h"
 
 namespace fastlstm {
 namespace {
 
-// Below this many rows a step, the input part is computed ahead; see docs/performance.md.
-constexpr int64_t ahead_below_rows = 6;
-constexpr int64_t ahead_rows = 96;  // how many rows are computed ahead, about
-
-template <class S>
+template <class Tiles>
 class Forward {
-  using T = typename StateOf<S>::type;
+  using S = typename Tiles::S;
+  using T = typename Tiles::T;
+  using Element = typename Tiles::Element;
+  using Operand = Blocked<Tiles>;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
   static constexpr int64_t L = lanes<T>;
@@ -36,38 +35,46 @@ class Forward {
         n_(args.shape),
         walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
-        tiles_(rows_),
+        tiles_(rows_, Tiles::max_rows),
         groups_(blocks_of(n_.H, L)),
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
-        ahead_(rows_ < ahead_below_rows),
-        chunk_(ahead_ ? ahead_rows / (rows_ > 0 ? rows_ : 1) : 1),
-        chunk_tiles_(chunk_ * rows_),
-        input_blocks_(blocks_of(n_.I, L)),
-        state_blocks_((ahead_ ? 0 : input_blocks_) + blocks_of(n_.P, L)),
-        state_size_(Blocked<T>::size(state_blocks_, rows_)),
-        inputs_size_(ahead_ ? Blocked<T>::size(input_blocks_, chunk_ * rows_) : 0),
-        unprojected_size_(out_panels_ > 0 ? Blocked<T>::size(groups_, rows_) : 0),
+        ahead_(Tiles::ahead(n_, rows_, args.threads)),
+        chunk_(ahead_ && rows_ > 0 && rows_ < Tiles::ahead_rows ? Tiles::ahead_rows / rows_ : 1),
+        chunk_tiles_(chunk_ * rows_, Tiles::max_rows),
+        input_blocks_(Operand::count(n_.I)),
+        state_blocks_((ahead_ ? 0 : input_blocks_) + Operand::count(n_.P)),
+        state_size_(Operand::size(state_blocks_, rows_)),
+        inputs_size_(ahead_ ? Operand::size(input_blocks_, chunk_ * rows_) : 0),
+        unprojected_size_(out_panels_ > 0 ? Operand::size(Operand::count(n_.H), rows_) : 0),
         panels_(items_ * 2 * panel_size()),
         bias_(items_ * 4 * L),
-        out_weights_(n_.D * out_panels_ * n_.H * width),
+        out_weights_(n_.D * out_panels_ * Tiles::panel_size(n_.H)),
         state_(n_.D * 2 * state_size_),
         cells_(items_ * rows_ * L),
         inputs_(n_.D * inputs_size_),
         ahead_gates_(ahead_ ? items_ * chunk_ * rows_ * 4 * L : 0),
-        unprojected_(n_.D * unprojected_size_) {}
+        unprojected_(n_.D * unprojected_size_) {
+    // What no group of units fills of a block is multiplied all the same.
+    if (Operand::columns > L) {
+      std::memset(state_, 0, size_t(n_.D * 2 * state_size_) * sizeof(Element));
+      std::memset(inputs_, 0, size_t(n_.D * inputs_size_) * sizeof(Element));
+      std::memset(unprojected_, 0, size_t(n_.D * unprojected_size_) * sizeof(Element));
+    }
+  }
 
   static Work work(const ForwardArgs& args) {
     const Shape& n = args.shape;
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
-    const int64_t weights = 4 * n.H * (n.P + (rows < ahead_below_rows ? 0 : n.I)) * n.D;
-    return {n.D * blocks_of(n.H, L), rows * weights, weights * int64_t(sizeof(T))};
+    const int64_t weights = 4 * n.H * (n.P + (Tiles::ahead(n, rows, args.threads) ? 0 : n.I)) * n.D;
+    return {n.D * blocks_of(n.H, L), rows * weights, Tiles::weight_bytes(weights)};
   }
 
   void walk(const Team& team) {
+    [[maybe_unused]] const typename Tiles::Session session;
     const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
-    const int64_t per_step = 2 * ((ahead_ ? 0 : n_.I) + n_.P) * width;
-    const bool in_advance = worth_prefetching<T>(rows_, (mine.end - mine.begin) * per_step);
+    const int64_t per_step = 2 * (Tiles::panel_size(ahead_ ? 0 : n_.I) + Tiles::panel_size(n_.P));
+    const bool in_advance = Tiles::worth_prefetching(rows_, (mine.end - mine.begin) * per_step);
     for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);
@@ -85,6 +92,9 @@ class Forward {
       }
     }
   }
+
+  // Did any value not fit the Elements? Then nothing that was written counts.
+  bool beyond() const { return beyond_; }
 
   // Sequences without steps keep their initial state.
   static void finish(const ForwardArgs& args, Forward* const*, int) {
@@ -110,12 +120,12 @@ class Forward {
   };
   // What one direction does at its s-th step.
   struct Step {
-    int64_t t, rows, start;    // time, sequences, first packed row
-    int64_t next, next_rows;   // the step after it, which is given the state of so many
-    Blocked<T> reads, hidden;  // what it multiplies; where it leaves h for the step after it
+    int64_t t, rows, start;   // time, sequences, first packed row
+    int64_t next, next_rows;  // the step after it, which is given the state of so many
+    Operand reads, hidden;    // what it multiplies; where it leaves h for the step after it
   };
 
-  int64_t panel_size() const { return (n_.I + n_.P) * width; }
+  int64_t panel_size() const { return Tiles::panel_size(n_.I) + Tiles::panel_size(n_.P); }
   int64_t steps() const { return walk_.steps(); }
 
   Item item(int64_t index) const {
@@ -124,15 +134,15 @@ class Forward {
   }
 
   // Blocked [x_t | h_{t-1}], or h_{t-1} alone, that step s of direction d reads.
-  Blocked<T> state(int d, int64_t s) const {
+  Operand state(int d, int64_t s) const {
     return {state_ + (d * 2 + (s & 1)) * state_size_, state_blocks_, tiles_.height};
   }
   int64_t hidden_block() const { return ahead_ ? 0 : input_blocks_; }
-  Blocked<T> inputs(int d) const {
+  Operand inputs(int d) const {
     return {inputs_ + d * inputs_size_, input_blocks_, chunk_tiles_.height};
   }
-  Blocked<T> unprojected(int d) const {
-    return {unprojected_ + d * unprojected_size_, groups_, tiles_.height};
+  Operand unprojected(int d) const {
+    return {unprojected_ + d * unprojected_size_, Operand::count(n_.H), tiles_.height};
   }
 
   Step step(int d, int64_t s) const {
@@ -153,9 +163,10 @@ class Forward {
     const S* bias = static_cast<const S*>(a_.bias[item.d]);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t row = gate * n_.H + item.unit;
-      T* panel = panels_ + (item.index * 2 + gate / 2) * panel_size() + gate % 2 * L;
-      pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, panel);
-      pack_transposed(w_hh + row * n_.P, n_.P, n_.P, item.count, panel + n_.I * width);
+      Element* panel = panels_ + (item.index * 2 + gate / 2) * panel_size();
+      note(Tiles::pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, gate % 2, panel));
+      note(Tiles::pack_transposed(w_hh + row * n_.P, n_.P, n_.P, item.count, gate % 2,
+                                  panel + Tiles::panel_size(n_.I)));
       store(bias_ + (item.index * 4 + gate) * L, bias ? load_some(bias + row, item.count) : V{});
     }
     const S* c0 = static_cast<const S*>(a_.c0) + state_at(item.d, 0, n_.H) + item.unit;
@@ -169,13 +180,11 @@ class Forward {
   void pack_projection(int64_t panel) {
     const int64_t column = panel % out_panels_ * width;
     const S* w_hr = static_cast<const S*>(a_.w_hr[panel / out_panels_]);
-    for (int64_t part = 0; part < width; part += L) {
-      const int64_t left = n_.P - column - part;
-      pack_transposed(w_hr + (column + part) * n_.H, n_.H, n_.H,
-                      left < 0   ? 0
-                      : left < L ? left
-                                 : L,
-                      out_weights_ + panel * n_.H * width + part);
+    for (int half = 0; half < panel_vectors; ++half) {
+      const int64_t left = n_.P - column - half * L;
+      const int64_t count = left < 0 ? 0 : left < L ? left : L;
+      note(Tiles::pack_transposed(w_hr + (column + half * L) * n_.H, n_.H, n_.H, count, half,
+                                  out_weights_ + panel * Tiles::panel_size(n_.H)));
     }
   }
 
@@ -186,19 +195,14 @@ class Forward {
     if (s >= steps()) return;
     for (int d = 0; d < n_.D; ++d) {
       const int64_t t = walk_.time(d, s), known = s == 0 ? 0 : walk_.rows(walk_.time(d, s - 1));
-      const Blocked<T> reads = state(d, s);
+      const Operand reads = state(d, s);
       const Range share = team.share(walk_.rows(t));
       for (int64_t r = share.begin; r < share.end; ++r) {
-        if (!ahead_)
-          block_row(x_row(walk_.start(t) + r), n_.I, reads.at(r, 0), reads.block_stride());
+        if (!ahead_) note(reads.put_row(r, 0, x_row(walk_.start(t) + r), n_.I));
         if (r < known) continue;
-        T* hidden = reads.at(r, hidden_block());
         const S* h0 = static_cast<const S*>(a_.h0) + state_at(d, r, n_.P);
-        if (d == 0 && walk_.cut_before(d, t, r)) {
-          clear_row(n_.P, hidden, reads.block_stride());
-        } else {
-          block_row(h0, n_.P, hidden, reads.block_stride());
-        }
+        const bool cut = d == 0 && walk_.cut_before(d, t, r);
+        note(reads.put_row(r, hidden_block(), cut ? nullptr : h0, n_.P));
       }
     }
   }
@@ -214,13 +218,12 @@ class Forward {
   // W_ih x for the steps of a chunk, into ahead_gates_ (item, row of the chunk, 4L).
   void compute_ahead(const Team& team, const Range& mine, int64_t s) {
     for (int d = 0; d < n_.D; ++d) {
-      const Blocked<T> blocked = inputs(d);
+      const Operand blocked = inputs(d);
       const Range times = chunk_times(d, s), share = team.share(times.end - times.begin);
       for (int64_t t = times.begin + share.begin; t < times.begin + share.end; ++t) {
         const int64_t row = walk_.rows_before(t) - walk_.rows_before(times.begin);
         for (int64_t r = 0; r < walk_.rows(t); ++r)
-          block_row(x_row(walk_.start(t) + r), n_.I, blocked.at(row + r, 0),
-                    blocked.block_stride());
+          note(blocked.put_row(row + r, 0, x_row(walk_.start(t) + r), n_.I));
       }
     }
     team.barrier.wait();
@@ -238,19 +241,22 @@ class Forward {
   }
 
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
-  void multiply(int64_t item, int64_t k, const Segments& segments, const Blocked<T>& blocked,
+  void multiply(int64_t item, int64_t k, const Segments& segments, const Operand& blocked,
                 int64_t tile, int64_t rows, bool in_advance, T* pre) {
-    const TileFunction<T> function = tile_function<T>(rows, in_advance);
-    const T* panel = panels_ + item * 2 * panel_size() + k * width;
-    function(blocked.tile(tile), blocked.height, panel, segments, pre, 4 * L);
-    function(blocked.tile(tile), blocked.height, panel + panel_size(), segments, pre + 2 * L,
-             4 * L);
+    const Element* panel = panels_ + item * 2 * panel_size() + Tiles::panel_size(k);
+    for (int half = 0; half < 2; ++half)
+      Tiles::multiply(blocked.tile(tile), blocked.height, rows, panel + half * panel_size(),
+                      segments, in_advance, pre + half * width, 4 * L);
+  }
+
+  void note(unsigned beyond) {
+    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
   }
 
   // ---- one step ----------------------------------------------------------------------------
 
   void step_item(const Item& item, int64_t s, bool in_advance) {
-    alignas(64) T pre[max_tile_rows * 4 * L];  // (rows of the tile, 4L)
+    alignas(64) T pre[Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
     const Step step = this->step(item.d, s);
     const Segments segments = ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}};
     const T* ahead = nullptr;
@@ -263,7 +269,7 @@ class Forward {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
                pre);
-      finish_cells(item, step, tile, first, last, pre, ahead ? ahead + first * 4 * L : nullptr);
+      finish_cells(item, step, first, last, pre, ahead ? ahead + first * 4 * L : nullptr);
     }
   }
 
@@ -272,20 +278,21 @@ class Forward {
   }
 
   // The cells of one item and the sequences of one tile, from their pre-activations. What does
-  // not change from row to row is held in locals: stores may alias everything that is not.
-  void finish_cells(const Item item, const Step step, int64_t tile, int64_t first, int64_t last,
-                    const T* pre, const T* ahead) {
+  // not change from row to row is held in locals: stores may alias everything that is not. (m is
+  // at most 1: there is nothing to note.)
+  void finish_cells(const Item item, const Step step, int64_t first, int64_t last, const T* pre,
+                    const T* ahead) {
     const int d = item.d, count = item.count;
     const bool projected = out_panels_ > 0, resets = a_.reset != nullptr;
     const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
     const T* bias = bias_ + item.index * 4 * L;
     T* cell = cells_ + (item.index * rows_ + first) * L;
-    T* hidden = step.hidden.tile(tile) + (hidden_block() + item.group) * step.hidden.block_stride();
+    Element* hidden = step.hidden.at(first, hidden_block(), item.unit);
     S* y = static_cast<S*>(a_.y) + row * H + item.unit;
     S* gates = a_.gates ? static_cast<S*>(a_.gates) + row * 4 * H + item.unit : nullptr;
     T* c_all = a_.c_all ? static_cast<T*>(a_.c_all) + row * H + item.unit : nullptr;
     S* m_all = a_.m ? static_cast<S*>(a_.m) + row * H + item.unit : nullptr;
-    T* m_out = projected ? unprojected(d).tile(tile) + item.group * tiles_.height * L : nullptr;
+    Element* m_out = projected ? unprojected(d).at(first, 0, item.unit) : nullptr;
 
     for (int64_t r = first; r < last; ++r, pre += 4 * L, cell += L) {
       Gates<V> sum{load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L)};
@@ -307,27 +314,26 @@ class Forward {
       store(cell, cut ? V{} : c);
       if (final) store_some(static_cast<S*>(a_.c_n) + state_at(d, r, H) + item.unit, c, count);
       if (projected) {
-        store(m_out, m), m_out += L;
+        step.hidden.put(m_out, m), m_out += Operand::columns;
         if (m_all) store_some(m_all, m, count), m_all += D * H;
         continue;
       }
       store_some(y, m, count), y += D * H;
       if (final) store_some(static_cast<S*>(a_.h_n) + state_at(d, r, H) + item.unit, m, count);
-      store(hidden, cut ? V{} : m), hidden += L;
+      step.hidden.put(hidden, cut ? V{} : m), hidden += Operand::columns;
     }
   }
 
   // (eq. 4) h_t = W_hr m_t for one panel of columns.
   void project(int64_t panel, int64_t s) {
-    alignas(64) T sums[max_tile_rows * width];
+    alignas(64) T sums[Tiles::max_rows * width];
     const int d = int(panel / out_panels_);
     const Step step = this->step(d, s);
     const Segments segments{1, {n_.H}};
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
-      tile_function<T>(last - first, false)(unprojected(d).tile(tile), tiles_.height,
-                                            out_weights_ + panel * n_.H * width, segments, sums,
-                                            width);
+      Tiles::multiply(unprojected(d).tile(tile), tiles_.height, last - first,
+                      out_weights_ + panel * Tiles::panel_size(n_.H), segments, false, sums, width);
       for (int64_t r = first; r < last; ++r) {
         const bool final = r >= step.next_rows;
         const bool cut = !final && walk_.cut_before(d, step.next, r);
@@ -340,7 +346,7 @@ class Forward {
           if (final)
             store_some(static_cast<S*>(a_.h_n) + state_at(d, r, n_.P) + unit, h, count);
           else
-            store(step.hidden.at(r, hidden_block() + unit / L), cut ? V{} : h);
+            note(step.hidden.put(step.hidden.at(r, hidden_block(), unit), cut ? V{} : h));
         }
       }
     }
@@ -357,17 +363,18 @@ class Forward {
   const bool ahead_;            // is the input part computed ahead?
   const int64_t chunk_;         // how many steps ahead
   const RowTiles chunk_tiles_;  // of the rows of a chunk
-  const int64_t input_blocks_;  // of L inputs
+  const int64_t input_blocks_;  // of inputs
   const int64_t state_blocks_;  // of what a step reads
   const int64_t state_size_, inputs_size_, unprojected_size_;
-  Scratch<T> panels_;       // (items, 2, I + P, width)
-  Scratch<T> bias_;         // (items, 4, L)
-  Scratch<T> out_weights_;  // (D, out_panels, H, width)
-  Scratch<T> state_;        // (D, 2) Blocked (rows, state_blocks)
-  Scratch<T> cells_;        // (items, rows, L)
-  Scratch<T> inputs_;       // (D) Blocked (chunk * rows, input_blocks)
-  Scratch<T> ahead_gates_;  // (items, chunk * rows, 4L)
-  Scratch<T> unprojected_;  // (D) Blocked (rows, groups)
+  Scratch<Element> panels_;       // (items, 2) panels of I and P rows
+  Scratch<T> bias_;               // (items, 4, L)
+  Scratch<Element> out_weights_;  // (D, out_panels) panels of H rows
+  Scratch<Element> state_;        // (D, 2) Blocked (rows, state_blocks)
+  Scratch<T> cells_;              // (items, rows, L)
+  Scratch<Element> inputs_;       // (D) Blocked (chunk * rows, input_blocks)
+  Scratch<T> ahead_gates_;        // (items, chunk * rows, 4L)
+  Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
+  bool beyond_ = false;           // Elements' range
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x
 #define FASTLSTM_NAME(x) FASTLSTM_STRING(x)
@@ -19,14 +20,23 @@ template <template <class> class Pass, class Args>
 void run(const Args& args) {
   switch (args.storage) {
     case Storage::f32:
-      return run_pass<Pass<float>>(args);
+      return void(run_pass<Pass<VectorTiles<float>>>(args));
     case Storage::f64:
-      return run_pass<Pass<double>>(args);
+      return void(run_pass<Pass<VectorTiles<double>>>(args));
     case Storage::f16:
-      return run_pass<Pass<fp16>>(args);
+      return void(run_pass<Pass<VectorTiles<fp16>>>(args));
     case Storage::bf16:
-      return run_pass<Pass<bf16>>(args);
+      return void(run_pass<Pass<VectorTiles<bf16>>>(args));
   }
+}
+
+void forward(const ForwardArgs& args) {
+  run<Forward>(args);
+}
+
+bool backward(const BackwardArgs& args) {
+  run<Backward>(args);
+  return false;
 }
 
 template <class T>
@@ -66,7 +76,7 @@ void probe(const GateProbe& p, Storage storage) {
 }  // namespace
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
-const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
-    FASTLSTM_NAME(FASTLSTM_ISA), run<Forward, ForwardArgs>, run<Backward, BackwardArgs>, probe};
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe,
+                                              nullptr};
 
 }  // namespace fastlstm

@@ -16,8 +16,11 @@ struct GateProbe {
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardArgs&);
-  void (*backward)(const BackwardArgs&);
+  // Whether `product` may be given the da and dh_all that it wrote.
+  bool (*backward)(const BackwardArgs&);
   void (*probe)(const GateProbe&, Storage);  // f32 or f64
+  // Null where there is none; false, and nothing done, if it can't multiply the values of B.
+  bool (*product)(const ProductArgs&);
 };
 
 }  // namespace fastlstm

@@ -83,9 +83,10 @@ inline Split split_work(const Shape& shape, int threads, const Work& work) {
 }
 
 // Runs Pass, forward or backward, on its arguments, divided as split_work says. Everything is
-// allocated before the threads start: an exception must not leave a parallel region.
+// allocated before the threads start: an exception must not leave a parallel region. Returns
+// whether the results count (see Pass::beyond).
 template <class Pass, class Args>
-void run_pass(const Args& args) {
+bool run_pass(const Args& args) {
   const Split split = split_work(args.shape, args.threads, Pass::work(args));
   struct Parts {
     Pass* pass[max_parts] = {};
@@ -104,7 +105,10 @@ void run_pass(const Args& args) {
       parts.pass[k]->walk(Team{1, 0, alone});
     }
   });
+  for (int k = 0; k < count; ++k)
+    if (parts.pass[k]->beyond()) return false;
   Pass::finish(args, parts.pass, count);
+  return true;
 }
 
 }  // namespace

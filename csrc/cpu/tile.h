@@ -6,32 +6,13 @@
 // K may consist of several segments (the inputs and the hidden state, or the four gates).
 #pragma once
 
-#include "vec.h"
+#include "operand.h"
 
 namespace fastlstm {
 namespace {
 
-constexpr int panel_vectors = 2;
-template <class T>
-constexpr int panel_width = panel_vectors * lanes<T>;
-
 // Two accumulators per row, two vectors of B and one value of A must fit in the registers.
 constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 14 : 6;
-
-constexpr int64_t blocks_of(int64_t size, int64_t block) {
-  return (size + block - 1) / block;
-}
-
-struct Segments {
-  int64_t count;
-  int64_t size[4];
-
-  int64_t total() const {
-    int64_t sum = 0;
-    for (int s = 0; s < count; ++s) sum += size[s];
-    return sum;
-  }
-};
 
 template <class T>
 FASTLSTM_INLINE void prefetch_row(const T* b) {
@@ -110,38 +91,6 @@ template <class T>
 TileFunction<T> tile_function(int64_t rows, bool in_advance) {
   return in_advance ? tile_function<T, true>(rows) : tile_function<T, false>(rows);
 }
-
-// How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin
-// last tile would waste the pipelines.
-struct RowTiles {
-  int64_t height;
-
-  explicit RowTiles(int64_t rows)
-      : height(rows > 0 ? blocks_of(rows, blocks_of(rows, max_tile_rows)) : 1) {}
-  int64_t count(int64_t rows) const { return blocks_of(rows, height); }
-  int64_t end(int64_t tile, int64_t rows) const {
-    return (tile + 1) * height < rows ? (tile + 1) * height : rows;
-  }
-};
-
-// A matrix in the order in which tiles read it: tile by tile, within a tile block by block of
-// `lanes` columns, within a block row by row. A tile is one run of memory, every address in it a
-// constant away from one pointer, and no two rows alias in the cache whatever the sizes.
-template <class T>
-struct Blocked {
-  T* data;
-  int64_t blocks, height;
-
-  static int64_t size(int64_t blocks, int64_t rows) {
-    const RowTiles tiles(rows);
-    return tiles.count(rows) * tiles.height * blocks * lanes<T>;
-  }
-  T* tile(int64_t tile) const { return data + tile * blocks * height * lanes<T>; }
-  T* at(int64_t row, int64_t block) const {
-    return tile(row / height) + (block * height + row % height) * lanes<T>;
-  }
-  int64_t block_stride() const { return height * lanes<T>; }
-};
 
 }  // namespace
 }  // namespace fastlstm

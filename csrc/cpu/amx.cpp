@@ -1,0 +1,98 @@
+// The kernels for processors with AMX: float state on the matrix unit (amx_tiles.h), everything
+// else by the AVX-512 kernels. As in isa.cpp, all but the table is internal to this object.
+#include <cstring>
+
+#include "amx_tiles.h"
+#include "backward.h"
+#include "forward.h"
+#include "isa.h"
+#include "product.h"
+
+namespace fastlstm {
+
+extern const Kernels kernels_avx512;
+
+namespace {
+
+// Below this many rows a step, the unit waits for weights, which take more bytes than as floats.
+constexpr int64_t least_rows = 6;
+
+template <template <class> class Pass, class S, bool state, class Args>
+bool run_as(const Args& args) {
+  using Run = Pass<AmxTiles<S, state ? terms_of<float> : terms_of<S>>>;
+  const Split split = split_work(args.shape, args.threads, Run::work(args));
+  const int64_t walks = args.shape.T * (split.by_sequence ? split.threads : 1);
+  return args.shape.N >= least_rows * walks && run_pass<Run>(args);
+}
+
+// False if it is not worth it, or the results don't count. `state`: are states multiplied, or
+// values of storage type?
+template <template <class> class Pass, bool state, class Args>
+bool run(const Args& args) {
+  switch (args.storage) {
+    case Storage::f32:
+      return run_as<Pass, float, state>(args);
+    case Storage::f16:
+      return run_as<Pass, fp16, state>(args);
+    case Storage::bf16:
+      return run_as<Pass, bf16, state>(args);
+    case Storage::f64:
+      break;
+  }
+  return false;
+}
+
+void forward(const ForwardArgs& args) {
+  if (!run<Forward, false>(args)) kernels_avx512.forward(args);
+}
+
+// A carry is read and written by the same call: another attempt needs it as it was.
+class Kept {
+ public:
+  Kept(void* place, int64_t bytes) : place_(place), bytes_(place ? bytes : 0), copy_(bytes_) {
+    if (bytes_ > 0) std::memcpy(copy_, place_, size_t(bytes_));
+  }
+  void restore() const {
+    if (bytes_ > 0) std::memcpy(place_, copy_, size_t(bytes_));
+  }
+
+ private:
+  void* const place_;
+  const int64_t bytes_;
+  const Scratch<char> copy_;
+};
+
+bool backward(const BackwardArgs& args) {
+  const int64_t cells = args.shape.D * args.shape.B * args.shape.H * int64_t(sizeof(float));
+  const Kept da(args.begin > 0 ? args.da_carry : nullptr, 4 * cells);
+  const Kept dc(args.begin > 0 ? args.dc_carry : nullptr, cells);
+  if (run<Backward, true>(args)) return true;
+  da.restore();
+  dc.restore();
+  return kernels_avx512.backward(args);
+}
+
+void probe(const GateProbe& args, Storage storage) {
+  kernels_avx512.probe(args, storage);
+}
+
+bool product(const ProductArgs& args) {
+  switch (args.storage) {
+    case Storage::f32:
+      return args.transposed ? run_product<float, true>(args) : run_product<float, false>(args);
+    case Storage::f16:
+      return args.transposed ? run_product<fp16, true>(args) : run_product<fp16, false>(args);
+    case Storage::bf16:
+      return args.transposed ? run_product<bf16, true>(args) : run_product<bf16, false>(args);
+    case Storage::f64:
+      break;
+  }
+  return false;
+}
+
+}  // namespace
+
+extern const Kernels kernels_amx;
+const Kernels kernels_amx = {"amx", forward, backward, probe, product};
+
+}  // namespace fastlstm

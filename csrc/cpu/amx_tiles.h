@@ -1,0 +1,288 @@
+// The products of a walk by the matrix unit of AMX processors: Tiles for float state.
+//
+// The unit multiplies bfloat16 and adds in float. A float is the sum of three bfloat16, each the
+// nearest to what the ones before it leave: 24 bits in all, as many as it has. So a product of
+// floats is six products of these *terms*; the three left out are below 2^-26 of it, less than
+// half of what rounding the product itself to float may cost. Storage types need fewer: bfloat16
+// is one term, and float16 two.
+//
+// Infinities have no terms (inf - inf), nor do floats that round to them; NaNs do. What writes
+// Elements reports them, and the caller starts again with vectors.
+#pragma once
+
+#include "../layer.h"
+#include "operand.h"
+#include "scratch.h"
+#include "transpose.h"
+
+namespace fastlstm {
+namespace {
+
+template <class S>
+constexpr int terms_of = 3;
+template <>
+constexpr int terms_of<bf16> = 1;
+template <>
+constexpr int terms_of<fp16> = 2;
+
+FASTLSTM_INLINE Vector<float>::bits widened(HalfVec half) {
+  return bit_cast<Vector<float>::bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)));
+}
+
+// The nearest bfloat16 of each value, as floats and packed.
+struct Nearest {
+  Vec<float> value;
+  HalfVec bits;
+
+  explicit Nearest(Vec<float> v)
+      : bits(bit_cast<HalfVec>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)))) {
+    value = bit_cast<Vec<float>>(widened(bits) << 16);
+  }
+  unsigned infinite() const { return _mm512_fpclass_ps_mask(bit_cast<__m512>(value), 0x18); }
+};
+
+// One term after the other of two vectors, which lie side by side in a block (`second` after
+// `first`) or belong to a pair of rows of K (value by value).
+template <bool pair>
+struct Terms {
+  Vec<float> first, second;
+  unsigned infinite = 0;
+
+  // The next term of both: 32 bfloat16 as the unit wants them.
+  Vec<float> next() {
+    typedef Vector<float>::bits Bits;
+    __m512i term =
+        bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
+    Bits low, high;
+    if (pair) {
+      term = _mm512_permutexvar_epi16(interleaving(), term);
+      low = bit_cast<Bits>(term) << 16;
+      high = bit_cast<Bits>(term) & 0xffff0000;
+    } else {
+      low = widened(bit_cast<HalfVec>(_mm512_castsi512_si256(term))) << 16;
+      high = widened(bit_cast<HalfVec>(_mm512_extracti64x4_epi64(term, 1))) << 16;
+    }
+    const __m512 a = bit_cast<__m512>(low), b = bit_cast<__m512>(high);
+    infinite |= _mm512_fpclass_ps_mask(a, 0x18) | _mm512_fpclass_ps_mask(b, 0x18);
+    first -= bit_cast<Vec<float>>(a);
+    second -= bit_cast<Vec<float>>(b);
+    return bit_cast<Vec<float>>(term);
+  }
+
+ private:
+  // 0 16 1 17 2 18 ...
+  static __m512i interleaving() {
+    typedef uint16_t Indices __attribute__((vector_size(64)));
+    Indices indices{};
+    for (int k = 0; k < 32; ++k) indices[k] = uint16_t(k / 2 + k % 2 * 16);
+    return bit_cast<__m512i>(indices);
+  }
+};
+
+// The shape of the unit's registers, which belongs to the thread that set it: accumulators and
+// left operands of `upper` rows (registers 0, 1, 4) and of `lower` rows (2, 3, 5).
+class TileShape {
+ public:
+  static void set(int64_t upper, int64_t lower) {
+    const int64_t shape = upper << 8 | lower;
+    if (shape == current_) return;
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    for (int k = 0; k < 8; ++k) {
+      const bool above = k < 2 || k == 4, below = k == 2 || k == 3 || k == 5;
+      config.row_bytes[k] = 64;
+      config.rows[k] = uint8_t(above ? upper : below ? (lower > 0 ? lower : 1) : 16);
+    }
+    asm volatile("" : : "r"(&config) : "memory");  // gcc takes the next line to read 8 bytes
+    _tile_loadconfig(&config);
+    current_ = shape;
+  }
+  static void release() {
+    _tile_release();
+    current_ = 0;
+  }
+
+ private:
+  static thread_local int64_t current_;
+};
+thread_local int64_t TileShape::current_ = 0;
+
+// C (upper + lower rows, 32) = or += A B over `blocks` blocks of 32 rows of K: A is blocked with
+// `left` terms, B a panel with `right` terms, see AmxTiles. Small products are added first.
+template <int left, int right>
+struct AmxProduct {
+  static constexpr int64_t register_size = 512;  // Elements: 16 rows of 64 bytes
+
+  // The terms of A that meet term j of B.
+  static constexpr int met(int j) { return left < 3 - j ? left : 3 - j; }
+
+#define FASTLSTM_LOAD_LEFT(i)                                          \
+  do {                                                                 \
+    _tile_loadd(4, a + (i) * term_stride, 64);                         \
+    if (two) _tile_loadd(5, a + (i) * term_stride + lower_offset, 64); \
+    _tile_dpbf16ps(0, 4, 6);                                           \
+    _tile_dpbf16ps(1, 4, 7);                                           \
+    if (two) {                                                         \
+      _tile_dpbf16ps(2, 5, 6);                                         \
+      _tile_dpbf16ps(3, 5, 7);                                         \
+    }                                                                  \
+  } while (0)
+
+  template <bool two>
+  static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks) {
+    const int64_t term_stride = height * 32, lower_offset = upper * 32;
+    for (; blocks > 0; --blocks, a += left * term_stride) {
+      for (int j = right - 1; j >= 0; --j) {
+        const bf16* panel = b + j * register_size;
+        _tile_loadd(6, panel, 64);
+        _tile_loadd(7, panel + right * register_size, 64);
+        for (int i = met(j) - 1; i >= 0; --i) FASTLSTM_LOAD_LEFT(i);
+      }
+      b += 2 * right * register_size;
+    }
+  }
+#undef FASTLSTM_LOAD_LEFT
+};
+
+template <class Storage, int left_terms>
+struct AmxTiles {
+  using S = Storage;
+  using T = float;
+  using Element = bf16;
+  static constexpr int64_t L = lanes<float>, width = panel_width<float>;
+  static constexpr int64_t max_rows = 32, block_columns = 32;
+  static constexpr int terms = left_terms, weight_terms = terms_of<S>;
+  static constexpr int64_t register_size = AmxProduct<1, 1>::register_size;
+
+  // panel[block of 32 k][half][term][pair of k][lane][k of the pair]
+  static int64_t panel_size(int64_t k) {
+    return blocks_of(k, block_columns) * panel_vectors * weight_terms * register_size;
+  }
+  static int64_t weight_bytes(int64_t weights) {
+    return weights * weight_terms * int64_t(sizeof(Element));
+  }
+
+  static unsigned put(bf16* place, int64_t term_stride, Vec<float> values) {
+    unsigned infinite = 0;
+    for (int term = 0; term < terms; ++term) {
+      const Nearest nearest(values);
+      std::memcpy(place + term * term_stride, &nearest.bits, sizeof nearest.bits);
+      if (term == 0) infinite = nearest.infinite();
+      values -= nearest.value;
+    }
+    return infinite;
+  }
+
+  static unsigned pack_transposed(const S* w, int64_t ld, int64_t k_size, int64_t count, int half,
+                                  bf16* panel) {
+    unsigned infinite = 0;
+    panel += half * weight_terms * register_size;
+    for (int64_t k = 0; k < k_size; k += 32, panel += 2 * weight_terms * register_size) {
+      Vec<float> square[weight_terms][L];  // (term, lane) of pairs of k
+      for (int lane = 0; lane < L; ++lane) {
+        Vec<float> low{}, high{};
+        if (lane < count) {
+          low = load_up_to(w + lane * ld + k, k_size - k);
+          high = load_up_to(w + lane * ld + k + L, k_size - k - L);
+        }
+        Terms<false> terms{low, high};
+        for (int term = 0; term < weight_terms; ++term) square[term][lane] = terms.next();
+        infinite |= terms.infinite;
+      }
+      for (int term = 0; term < weight_terms; ++term) {
+        transpose<float>(square[term]);
+        std::memcpy(panel + term * register_size, square[term], sizeof square[term]);
+      }
+    }
+    return infinite;
+  }
+
+  static unsigned pack_rows(const S* w, int64_t ld, int64_t k_size, int64_t count, bf16* panel) {
+    unsigned infinite = 0;
+    for (int64_t k = 0; k < k_size; k += 32, panel += panel_size(32))
+      for (int64_t pair = 0; pair < 16; ++pair)
+        infinite |=
+            pack_pair(w + (k + 2 * pair) * ld, ld, k_size - k - 2 * pair, count, panel + pair * 32);
+    return infinite;
+  }
+
+  // One pair of rows of K, of which the first `k_size` are there.
+  static unsigned pack_pair(const S* row, int64_t ld, int64_t k_size, int64_t count, bf16* panel) {
+    unsigned infinite = 0;
+    for (int64_t column = 0; column < width; column += L, panel += weight_terms * register_size) {
+      Vec<float> even{}, odd{};
+      if (k_size > 0) even = load_up_to(row + column, count - column);
+      if (k_size > 1) odd = load_up_to(row + ld + column, count - column);
+      Terms<true> terms{even, odd};
+      for (int term = 0; term < weight_terms; ++term) {
+        const Vec<float> both = terms.next();
+        std::memcpy(panel + term * register_size, &both, sizeof both);
+      }
+      infinite |= terms.infinite;
+    }
+    return infinite;
+  }
+
+  static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
+                       const Segments& segments, bool, float* c, int64_t ldc, bool add = false) {
+    int64_t blocks = 0;
+    for (int64_t s = 0; s < segments.count; ++s)
+      blocks += blocks_of(segments.size[s], block_columns);
+    const int64_t upper = rows > 16 ? (rows + 1) / 2 : rows, lower = rows - upper;
+    const int64_t stride = ldc * int64_t(sizeof(float));
+    float* below = c + upper * ldc;
+    using Product = AmxProduct<terms, weight_terms>;
+    TileShape::set(upper, lower);
+    asm volatile("" ::: "memory");  // what was stored is read below, by asm that does not say so
+    if (add) {
+      _tile_loadd(0, c, stride);
+      _tile_loadd(1, c + L, stride);
+      if (lower > 0) {
+        _tile_loadd(2, below, stride);
+        _tile_loadd(3, below + L, stride);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    if (lower > 0) {
+      Product::template run<true>(tile, height, upper, panel, blocks);
+      _tile_stored(2, below, stride);
+      _tile_stored(3, below + L, stride);
+    } else {
+      Product::template run<false>(tile, height, upper, panel, blocks);
+    }
+    _tile_stored(0, c, stride);
+    _tile_stored(1, c + L, stride);
+  }
+
+  // Where a thread's weights would not stay in its L2 cache.
+  static bool ahead(const Shape& n, int64_t, int threads) {
+    return n.I >= 128 &&
+           weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
+  }
+  static constexpr int64_t ahead_rows = 256;
+
+  // Can multiply add to what is there?
+  static constexpr bool adds = true;
+
+  // Panels stream well enough by themselves.
+  static bool worth_prefetching(int64_t, int64_t) { return false; }
+
+  struct Session {
+    ~Session() { TileShape::release(); }
+  };
+
+  // Up to L values from p on, zeros for the others.
+  static Vec<float> load_up_to(const S* p, int64_t count) {
+    return count > 0 ? load_some(p, count < L ? int(count) : int(L)) : Vec<float>{};
+  }
+};
+
+}  // namespace
+}  // namespace fastlstm

@@ -1,0 +1,97 @@
+// How matrices are laid out and cut for the products of a walk, whoever multiplies them.
+//
+// A pass multiplies a *blocked* matrix of activations by *panels* of weights, a tile of rows at a
+// time, through a `Tiles`: VectorTiles (vector_tiles.h) or AmxTiles (amx_tiles.h). Both have
+//   S, T, Element       storage type, state type, and what blocks and panels are made of
+//   max_rows            of a tile
+//   block_columns       of a block, a multiple of L
+//   terms               how many matrices of Elements stand for one blocked matrix
+//   panel_size(k)       Elements of k rows of a panel, which is panel_width<T> columns wide
+//   put                 writes L values into a blocked matrix
+//   pack_transposed, pack_rows                          write a panel
+//   multiply, adds      a tile times a panel, and whether that may be added to what is there
+//   ahead, ahead_rows   see forward.h
+//   Session             held by a thread while it multiplies
+// What writes Elements returns whether any value could not be represented (nonzero if so).
+#pragma once
+
+#include "vec.h"
+
+namespace fastlstm {
+namespace {
+
+constexpr int panel_vectors = 2;
+template <class T>
+constexpr int panel_width = panel_vectors * lanes<T>;
+
+constexpr int64_t blocks_of(int64_t size, int64_t block) {
+  return (size + block - 1) / block;
+}
+
+// K in several parts (the inputs and the hidden state, or the four gates), each in blocks of its
+// own.
+struct Segments {
+  int64_t count;
+  int64_t size[4];
+};
+
+// How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin
+// last tile would waste the pipelines.
+struct RowTiles {
+  int64_t height;
+
+  RowTiles(int64_t rows, int64_t max_rows)
+      : height(rows > 0 ? blocks_of(rows, blocks_of(rows, max_rows)) : 1) {}
+  int64_t count(int64_t rows) const { return blocks_of(rows, height); }
+  int64_t end(int64_t tile, int64_t rows) const {
+    return (tile + 1) * height < rows ? (tile + 1) * height : rows;
+  }
+};
+
+// A matrix in the order in which tiles read it: tile by tile, within a tile block by block of
+// columns, within a block term by term and row by row. A tile is one run of memory, every address
+// in it a constant away from one pointer, and no two rows alias in the cache whatever the sizes.
+template <class Tiles>
+struct Blocked {
+  using Element = typename Tiles::Element;
+  static constexpr int64_t columns = Tiles::block_columns;
+
+  Element* data;
+  int64_t blocks, height;
+
+  // How many blocks a segment of `size` columns takes.
+  static int64_t count(int64_t size) { return blocks_of(size, columns); }
+  static int64_t size(int64_t blocks, int64_t rows) {
+    const RowTiles tiles(rows, Tiles::max_rows);
+    return tiles.count(rows) * tiles.height * blocks * Tiles::terms * columns;
+  }
+  Element* tile(int64_t tile) const { return data + tile * blocks * block_size(); }
+  int64_t block_size() const { return Tiles::terms * height * columns; }
+  // Where the columns from `column` on of the segment that begins with `block` are.
+  Element* at(int64_t row, int64_t block, int64_t column) const {
+    return tile(row / height) + (block + column / columns) * block_size() + row % height * columns +
+           column % columns;
+  }
+
+  template <class V>
+  unsigned put(Element* place, V values) const {
+    return Tiles::put(place, height * columns, values);
+  }
+  // One row of a segment, from `size` consecutive values, or zeros without any.
+  unsigned put_row(int64_t row, int64_t block, const typename Tiles::S* values,
+                   int64_t size) const {
+    constexpr int64_t L = lanes<typename Tiles::T>;
+    unsigned beyond = 0;
+    Element* place = at(row, block, 0);
+    for (int64_t k = 0; k < size; k += L) {
+      const int64_t offset = k / columns * block_size() + k % columns;
+      const int some = int(size - k < L ? size - k : L);
+      beyond |=
+          put(place + offset, values ? load_some(values + k, some) : Vec<typename Tiles::T>{});
+    }
+    return beyond;
+  }
+};
+
+}  // namespace
+}  // namespace fastlstm

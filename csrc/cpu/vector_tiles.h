@@ -1,0 +1,79 @@
+// The products of a walk by vectors of T: the Tiles of every instruction set (see operand.h).
+#pragma once
+
+#include "../layer.h"
+#include "scratch.h"
+#include "tile.h"
+#include "transpose.h"
+
+namespace fastlstm {
+namespace {
+
+template <class Storage>
+struct VectorTiles {
+  using S = Storage;
+  using T = typename StateOf<S>::type;
+  using Element = T;
+  static constexpr int64_t L = lanes<T>, width = panel_width<T>;
+  static constexpr int64_t max_rows = max_tile_rows, block_columns = L;
+  static constexpr int terms = 1;
+
+  // panel[k][column]
+  static int64_t panel_size(int64_t k) { return k * width; }
+  static int64_t weight_bytes(int64_t weights) { return weights * int64_t(sizeof(T)); }
+
+  static unsigned put(T* place, int64_t, Vec<T> values) {
+    store(place, values);
+    return 0;
+  }
+
+  // Half of a panel: panel[k][lane] = w[lane][k] for the first `count` lanes, zero for the others,
+  // which belong to no unit. w is row-major with row stride ld.
+  static unsigned pack_transposed(const S* w, int64_t ld, int64_t k_size, int64_t count, int half,
+                                  T* panel) {
+    panel += half * L;
+    for (int64_t k = 0; k < k_size; k += L) {
+      const int some = int(k_size - k < L ? k_size - k : L);
+      Vec<T> square[L];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < L; ++lane)
+        square[lane] = lane < count ? load_some(w + lane * ld + k, some) : Vec<T>{};
+      transpose<T>(square);
+      for (int j = 0; j < some; ++j, panel += width) store(panel, square[j]);
+    }
+    return 0;
+  }
+
+  // panel[k][lane] = w[k][lane] for the first `count` lanes of a row-major w, zero for the others.
+  static unsigned pack_rows(const S* w, int64_t ld, int64_t k_size, int64_t count, T* panel) {
+    for (int64_t k = 0; k < k_size; ++k, w += ld, panel += width)
+      for (int64_t column = 0; column < width; column += L)
+        store(panel + column,
+              count > column ? load_some(w + column, int(count - column)) : Vec<T>{});
+    return 0;
+  }
+
+  // C (rows, ldc) = the first rows of a tile of that height, times a panel.
+  static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
+                       const Segments& segments, bool in_advance, T* c, int64_t ldc) {
+    tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc);
+  }
+
+  static constexpr bool adds = false;
+
+  // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
+  static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
+  static constexpr int64_t ahead_rows = 96;
+
+  // Does a thread do well to ask in advance for the weights that it multiplies at each step? They
+  // do not stay in its L2 cache if they are many; with few rows the arithmetic is too short to
+  // hide it.
+  static bool worth_prefetching(int64_t rows, int64_t elements) {
+    return rows > 4 && elements * int64_t(sizeof(T)) > l2_cache_bytes() / 2;
+  }
+
+  struct Session {};
+};
+
+}  // namespace
+}  // namespace fastlstm
