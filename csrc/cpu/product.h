@@ -74,7 +74,7 @@ class Product {
   };
 
   static int64_t group(int64_t size) {
-    return l2_cache_bytes() / 3 / (size * int64_t(sizeof(bf16))) + 1;
+    return l2_cache_bytes() / 2 / (size * int64_t(sizeof(bf16))) + 1;
   }
 
   // A slab that is not full leaves the ends of its tiles and panels unused.
