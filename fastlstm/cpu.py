@@ -103,7 +103,7 @@ def layer_backward(
     products = Products(x, batch_sizes, h0, weights, reset, saved, need)
     empty = functools.partial(x.new_empty, dtype=state)
     rows = max(chunk.rows[d].stop - chunk.rows[d].start for chunk in chunks for d in (0, 1))
-    da = _dgates(rows, directions, 4 * hidden_size, dtype=state)
+    da = _taken_dgates(x, (rows, directions, 4 * hidden_size), state)
     dh_all = empty(rows, directions * output_size) if need.w_hr else None
     dbias = empty(directions, 4 * hidden_size) if need.bias else None
     several = len(chunks) > 1
@@ -128,6 +128,7 @@ def layer_backward(
         multiply = _multiply if ours else torch_multiply
         for d in range(directions):
             products.add(d, chunk.rows[d], da[:, d], dh_all, dbias, multiply)
+    _kept.dgates = da if da.nbytes <= 2 * _CHUNK_BYTES else None
     return products.gradients(dh0, dc0)
 
 
@@ -146,13 +147,15 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: b
 _kept = threading.local()
 
 
-def _dgates(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory for one chunk; each thread keeps its last one, since fresh pages cost a fault each."""
+def _taken_dgates(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for one chunk.  Each thread keeps its last, since fresh pages cost a fault each, but
+    not while it is in use: a signal handler may run another backward pass in between.
+    """
     kept: Tensor | None = getattr(_kept, "dgates", None)
-    if kept is None or kept.shape != shape or kept.dtype != dtype:
-        kept = torch.empty(shape, dtype=dtype)
-        _kept.dgates = kept if kept.nbytes <= 2 * _CHUNK_BYTES else None
-    return kept
+    _kept.dgates = None
+    if kept is not None and kept.shape == shape and kept.dtype == dtype:
+        return kept
+    return x.new_empty(shape, dtype=dtype)
 
 
 class _Chunk(NamedTuple):

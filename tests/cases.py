@@ -112,7 +112,6 @@ LAYERS = (
     Layer((7, 7, 6), 33, 49),  # rows enough for the matrix unit, blocks of it half full
     Layer((18, 18), 40, 31, projection=17),
     Layer((40, 39, 20, 6), 17, 33, projection=35, directions=2, reset=0.3),
-    Layer((70, 70), 130, 120, bias=False),  # the input part ahead, in the caches of some machines
     Layer((), 4, 5, batch=2),  # no steps at all
     Layer((0, 0), 4, 5, batch=0),  # no sequences
     Layer((2, 2), 0, 3),  # no inputs

@@ -9,6 +9,7 @@ from torch import Tensor
 from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
 from fastlstm.contract import OutputGradients, Outputs, Requested
+from fastlstm.products import torch_multiply
 
 assert native.missing() is None, native.missing()
 _C = torch.ops.fastlstm_C
@@ -73,6 +74,24 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set
         dtype,
         "backward",
     )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_beyond_the_caches(dtype: torch.dtype, threads: int, instruction_set: str) -> None:
+    """Weights and dgates larger than an L2 cache take other ways through it."""
+    case = Layer((200, 200, 90), 130, 403, reset=0.1)
+    layer = make_layer(case, dtype)
+    want = reference.layer_forward(*layer, True, True)
+    grads = random_gradients(want)
+    inputs = (*layer, want.reserve(), need_of(case))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    got = cpu.layer_forward(*layer, True, True)
+    got_back = cpu.layer_backward(grads, *inputs)
+    torch.set_num_threads(before)
+    compare(got, want, dtype, "forward")
+    compare(got_back, reference.layer_backward(grads, *inputs), dtype, "backward")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -208,7 +227,7 @@ BEYOND = [(name, value) for name in ("x", "h0", "w_ih", "w_hh", "dy")
 def test_values_without_terms_give_the_same_as_ever(
     name: str, value: float, projection: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The matrix unit's bfloat16 terms do not reach to the ends of float: vectors take over.
+    """The matrix unit's bfloat16 terms do not reach to the end of float: vectors take over.
 
     Chunks of one step, so that what a first attempt did to the carries must be undone.
     """
@@ -234,6 +253,38 @@ def test_values_without_terms_give_the_same_as_ever(
         results.append([*out[:4], *grads[:3], *(t for kind in grads[3:] for t in kind or [])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+
+
+def test_overflowing_products_saturate(instruction_set: str) -> None:
+    """Finite values whose products overflow: the gates saturate, and nothing becomes NaN."""
+    layer = make_layer(Layer((20,) * 4, 1, 18), torch.float32)
+    layer.x.mul_(1e25)
+    layer.weights[0].w_ih.mul_(1e20)
+    want = reference.layer_forward(*layer, True, True)
+    compare(cpu.layer_forward(*layer, True, True), want, torch.float32, "forward")
+
+
+def test_a_backward_pass_within_another() -> None:
+    """As from a signal handler, which runs wherever Python does: neither disturbs the other."""
+    layer = make_layer(Layer((9, 9, 8), 50, 60), torch.float32)
+    saved = reference.layer_forward(*layer, True, True)
+    rest = (*layer, saved.reserve(), need_of(Layer((), 50, 60)))
+    grads, others = random_gradients(saved), random_gradients(saved)
+    want = [cpu.layer_backward(g, *rest) for g in (grads, others)]
+    inner = []
+
+    def multiply(*args) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = cpu.layer_backward(others, *rest)
+        torch_multiply(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_multiply", multiply)
+        patch.setattr(cpu, "torch_multiply", multiply)
+        outer = cpu.layer_backward(grads, *rest)
+    compare(outer, want[0], torch.float32, "outer")
+    compare(inner[0], want[1], torch.float32, "inner")
 
 
 PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300)]

@@ -6,8 +6,10 @@
 // half of what rounding the product itself to float may cost. Storage types need fewer: bfloat16
 // is one term, and float16 two.
 //
-// Infinities have no terms (inf - inf), nor do floats that round to them; NaNs do. What writes
-// Elements reports them, and the caller starts again with vectors.
+// Infinities have no terms (inf - inf), and where a product overflows, its lower terms may do so
+// the other way round. What writes Elements reports values too large for that to be excluded, and
+// the caller starts again with vectors. NaNs do have terms. The unit takes subnormals for zeros, so
+// results below about 1e-32 lose digits.
 #pragma once
 
 #include "../layer.h"
@@ -29,6 +31,13 @@ FASTLSTM_INLINE Vector<float>::bits widened(HalfVec half) {
   return bit_cast<Vector<float>::bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)));
 }
 
+// Which values are 2^55 or more, infinities included and NaNs not: a sum of 2^17 products of
+// smaller ones does not overflow.
+FASTLSTM_INLINE unsigned too_large(Vec<float> values) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(bit_cast<__m512>(values)), _mm512_set1_ps(0x1p55f),
+                            _CMP_GE_OQ);
+}
+
 // The nearest bfloat16 of each value, as floats and packed.
 struct Nearest {
   Vec<float> value;
@@ -38,7 +47,6 @@ struct Nearest {
       : bits(bit_cast<HalfVec>(_mm512_cvtneps_pbh(bit_cast<__m512>(v)))) {
     value = bit_cast<Vec<float>>(widened(bits) << 16);
   }
-  unsigned infinite() const { return _mm512_fpclass_ps_mask(bit_cast<__m512>(value), 0x18); }
 };
 
 // One term after the other of two vectors, which lie side by side in a block (`second` after
@@ -46,7 +54,8 @@ struct Nearest {
 template <bool pair>
 struct Terms {
   Vec<float> first, second;
-  unsigned infinite = 0;
+
+  unsigned beyond() const { return too_large(first) | too_large(second); }
 
   // The next term of both: 32 bfloat16 as the unit wants them.
   Vec<float> next() {
@@ -63,7 +72,6 @@ struct Terms {
       high = widened(bit_cast<HalfVec>(_mm512_extracti64x4_epi64(term, 1))) << 16;
     }
     const __m512 a = bit_cast<__m512>(low), b = bit_cast<__m512>(high);
-    infinite |= _mm512_fpclass_ps_mask(a, 0x18) | _mm512_fpclass_ps_mask(b, 0x18);
     first -= bit_cast<Vec<float>>(a);
     second -= bit_cast<Vec<float>>(b);
     return bit_cast<Vec<float>>(term);
@@ -166,19 +174,18 @@ struct AmxTiles {
   }
 
   static unsigned put(bf16* place, int64_t term_stride, Vec<float> values) {
-    unsigned infinite = 0;
+    const unsigned beyond = too_large(values);
     for (int term = 0; term < terms; ++term) {
       const Nearest nearest(values);
       std::memcpy(place + term * term_stride, &nearest.bits, sizeof nearest.bits);
-      if (term == 0) infinite = nearest.infinite();
       values -= nearest.value;
     }
-    return infinite;
+    return beyond;
   }
 
   static unsigned pack_transposed(const S* w, int64_t ld, int64_t k_size, int64_t count, int half,
                                   bf16* panel) {
-    unsigned infinite = 0;
+    unsigned beyond = 0;
     panel += half * weight_terms * register_size;
     for (int64_t k = 0; k < k_size; k += 32, panel += 2 * weight_terms * register_size) {
       Vec<float> square[weight_terms][L];  // (term, lane) of pairs of k
@@ -189,41 +196,41 @@ struct AmxTiles {
           high = load_up_to(w + lane * ld + k + L, k_size - k - L);
         }
         Terms<false> terms{low, high};
+        beyond |= terms.beyond();
         for (int term = 0; term < weight_terms; ++term) square[term][lane] = terms.next();
-        infinite |= terms.infinite;
       }
       for (int term = 0; term < weight_terms; ++term) {
         transpose<float>(square[term]);
         std::memcpy(panel + term * register_size, square[term], sizeof square[term]);
       }
     }
-    return infinite;
+    return beyond;
   }
 
   static unsigned pack_rows(const S* w, int64_t ld, int64_t k_size, int64_t count, bf16* panel) {
-    unsigned infinite = 0;
+    unsigned beyond = 0;
     for (int64_t k = 0; k < k_size; k += 32, panel += panel_size(32))
       for (int64_t pair = 0; pair < 16; ++pair)
-        infinite |=
+        beyond |=
             pack_pair(w + (k + 2 * pair) * ld, ld, k_size - k - 2 * pair, count, panel + pair * 32);
-    return infinite;
+    return beyond;
   }
 
   // One pair of rows of K, of which the first `k_size` are there.
   static unsigned pack_pair(const S* row, int64_t ld, int64_t k_size, int64_t count, bf16* panel) {
-    unsigned infinite = 0;
+    unsigned beyond = 0;
     for (int64_t column = 0; column < width; column += L, panel += weight_terms * register_size) {
       Vec<float> even{}, odd{};
       if (k_size > 0) even = load_up_to(row + column, count - column);
       if (k_size > 1) odd = load_up_to(row + ld + column, count - column);
       Terms<true> terms{even, odd};
+      beyond |= terms.beyond();
       for (int term = 0; term < weight_terms; ++term) {
         const Vec<float> both = terms.next();
         std::memcpy(panel + term * register_size, &both, sizeof both);
       }
-      infinite |= terms.infinite;
     }
-    return infinite;
+    return beyond;
   }
 
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,

@@ -51,11 +51,11 @@ class Backward {
         sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width
                             : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
-    std::memset(dbias_, 0, size_t(n_.D * 4 * n_.H) * sizeof(T));
+    dbias_.clear();
     // What no group of columns fills of a block is multiplied all the same.
     if (Operand::columns > L) {
-      std::memset(da_, 0, size_t(n_.D * 2 * da_size_) * sizeof(Element));
-      std::memset(dh_, 0, size_t(n_.D * dh_size_) * sizeof(Element));
+      da_.clear();
+      dh_.clear();
     }
   }
 

@@ -57,9 +57,9 @@ class Forward {
         unprojected_(n_.D * unprojected_size_) {
     // What no group of units fills of a block is multiplied all the same.
     if (Operand::columns > L) {
-      std::memset(state_, 0, size_t(n_.D * 2 * state_size_) * sizeof(Element));
-      std::memset(inputs_, 0, size_t(n_.D * inputs_size_) * sizeof(Element));
-      std::memset(unprojected_, 0, size_t(n_.D * unprojected_size_) * sizeof(Element));
+      state_.clear();
+      inputs_.clear();
+      unprojected_.clear();
     }
   }
 

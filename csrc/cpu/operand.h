@@ -12,7 +12,7 @@
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
-// What writes Elements returns whether any value could not be represented (nonzero if so).
+// What writes Elements returns nonzero if a value was beyond what may be multiplied.
 #pragma once
 
 #include "vec.h"

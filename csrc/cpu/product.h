@@ -195,21 +195,21 @@ class Product {
   Scratch<bf16> left_, right_;
 };
 
-// Whether all values of a (rows, columns) matrix have terms (see amx_tiles.h).
+// Whether no value of a (rows, columns) matrix is too large (see amx_tiles.h).
 template <class S>
-bool all_have_terms(const S* values, int64_t rows, int64_t columns, int64_t ld) {
-  unsigned infinite = 0;
+bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld) {
+  unsigned beyond = 0;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < columns; k += lanes<float>) {
       const int some = int(columns - k < lanes<float> ? columns - k : lanes<float>);
-      infinite |= Nearest(load_some(values + r * ld + k, some)).infinite();
+      beyond |= too_large(load_some(values + r * ld + k, some));
     }
-  return infinite == 0;
+  return beyond == 0;
 }
 
 template <class S, bool transposed>
 bool run_product(const ProductArgs& p) {
-  if (!all_have_terms(static_cast<const S*>(p.b), p.K, p.N, p.ldb)) return false;
+  if (!none_too_large(static_cast<const S*>(p.b), p.K, p.N, p.ldb)) return false;
   using Left = typename std::conditional<transposed, S, float>::type;
   using Right = typename std::conditional<transposed, float, S>::type;
   const int64_t work = p.M * p.N * p.K / (int64_t(1) << 20) + 1;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace fastlstm {
 
@@ -31,6 +32,9 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator T*() const { return memory_; }
+  void clear() {
+    if (count_ > 0) std::memset(static_cast<void*>(memory_), 0, size_t(count_) * sizeof(T));
+  }
 
  private:
   const int64_t count_;
