@@ -145,10 +145,20 @@ class Products:
         if d == 0:
             if rows.start > 0:
                 return [(da, y[rows.start - batch : rows.stop - batch])]
-            return [(da[:batch], h0), (da[batch:], y[: rows.stop - batch])]
+            return self._edge((da[:batch], h0), (da[batch:], y[: rows.stop - batch]), da)
         if rows.stop < len(y):
             return [(da, y[rows.start + batch : rows.stop + batch])]
-        return [(da[len(da) - batch :], h0), (da[: len(da) - batch], y[rows.start + batch :])]
+        most = len(da) - batch
+        return self._edge((da[:most], y[rows.start + batch :]), (da[most:], h0), da)
+
+    @staticmethod
+    def _edge(
+        first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], da: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Two pieces, or one where copying h costs less than another pass over the result."""
+        if len(da) >= da.size(1):
+            return [first, second]
+        return [(da, torch.cat((first[1], second[1])))]
 
     def _gathered_h(self, d: int, rows: slice, y: Tensor) -> Tensor:
         """The h that entered each row's step, (rows, P): from y, from h0, or zero at a reset."""
