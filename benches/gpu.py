@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from gpu_cases import Case, DeviceContest, cases, dry_cases
-from gpu_common import arguments, device_of, synchronize
+from gpu_common import device_of, synchronize
 from gpu_report import plot, write_report
-from recording import now, stem, write_json
+from recording import arguments, now, stem, write_json
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -51,9 +51,12 @@ def kernel_names(contest: DeviceContest, mode: str) -> list[str]:
     cuda = contest.device.type == "cuda"
     contest.theirs.train(mode == "train")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as profiled:
-        getattr(contest, mode)(contest.theirs)
-        synchronize(contest.device)
+    try:
+        with profile(activities=activities) as profiled:
+            getattr(contest, mode)(contest.theirs)
+            synchronize(contest.device)
+    except RuntimeError as error:  # no reason to lose what was timed
+        return [f"unknown: {error}"[:120]]
     contest.clear()
     wanted = DeviceType.CUDA if cuda else DeviceType.CPU
     events = [e for e in profiled.key_averages() if e.device_type == wanted]

@@ -63,8 +63,12 @@ def dry_cases() -> list[Case]:
 def set_precision(name: str) -> torch.dtype:
     """Have both sides multiply so; the dtype."""
     dtype, products = PRECISIONS[name]
-    torch.backends.cuda.matmul.fp32_precision = products
-    torch.backends.cudnn.rnn.fp32_precision = products
+    # The switches that keep torch's older and newer ones in agreement.
+    torch.set_float32_matmul_precision("high" if products == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = products == "tf32"
+    found = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.rnn.fp32_precision
+    if [each == "tf32" for each in found] != [products == "tf32"] * 2:
+        raise RuntimeError(f"precision {name}: torch says {found}")
     return dtype
 
 
@@ -137,7 +141,27 @@ class DeviceContest(Contest):
         allowed = tolerance(torch.float16 if self.case.precision == "tf32" else self.x.dtype)
         differences = ((name, difference(ours[name], theirs[name], allowed)) for name in theirs)
         self.clear()
-        return next((f"{name} {text}" for name, text in differences if text), None)
+        found = next(((name, text) for name, text in differences if text), None)
+        if found is None:
+            return None
+        name, text = found
+        return f"{name} {text}{self._distances(name, ours[name], theirs[name])}"
+
+    def _distances(self, name: str, ours: Tensor | None, theirs: Tensor | None) -> str:
+        """How far both are from nn.LSTM in float32, for who looks into a problem."""
+        known = self.reset is None and ours is not None and theirs is not None
+        if not known or self.case.precision == "fp32":
+            return ""
+        exact = DeviceContest(self.case._replace(precision="fp32"), self.device)
+        wide = {k: v.float() for k, v in self.theirs.state_dict().items()}
+        exact.theirs.load_state_dict(wide)
+        for leaf in ("x", "dy"):
+            setattr(exact, leaf, getattr(self, leaf).detach().float())
+        exact.hx = tuple(state.float() for state in self.hx)
+        exact.x.requires_grad_()
+        want = exact.results(exact.theirs)[name]
+        far = [float((t.detach().float() - want.detach()).abs().max()) for t in (ours, theirs)]
+        return f"; from float32: ours by {far[0]:.2g}, nn.LSTM by {far[1]:.2g}"
 
 
 def fastlstm_lstm(*sizes: int, **config: object) -> nn.Module:

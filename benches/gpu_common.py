@@ -1,23 +1,8 @@
-"""What the steps of ``make gpu`` have in common."""
+"""A GPU or, in a dry run, the CPU: what the steps of ``make gpu`` have in common."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from time import monotonic
-
 import torch
-
-
-def arguments(description: str | None) -> argparse.Namespace:
-    """What benches/gpu_run.py hands to every step; ``deadline`` is by the monotonic clock."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--seconds", type=float, default=300.0, help="to come to an end in")
-    args = parser.parse_args()
-    args.deadline = monotonic() + args.seconds
-    return args
 
 
 def device_of(name: str) -> torch.device:

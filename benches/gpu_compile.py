@@ -9,13 +9,13 @@ import subprocess
 import sys
 from time import monotonic
 
-from gpu_common import arguments, device_of, synchronize
-from recording import SKIPPED, cpu_count
+from recording import SKIPPED, arguments, cpu_count
 
 
 def compile_share(index: int, count: int, deadline: float) -> int:
     """Every ``count``-th case from ``index`` on; 1 if one could not be run."""
     from gpu_cases import DeviceContest, cases
+    from gpu_common import device_of, synchronize
 
     failed = 0
     device = device_of("cuda")

@@ -9,16 +9,15 @@ import sys
 
 import torch
 import triton
-from gpu_common import arguments, device_of
-from recording import commit, cpu_count, now, write_json
+from gpu_common import device_of
+from recording import arguments, commit, cpu_count, now, write_json
 from run import cpu_model
 
 import fastlstm
 
 QUERIES = (
     *("name", "driver_version", "vbios_version", "clocks.max.sm", "clocks.max.mem"),
-    *("clocks.sm", "clocks.mem", "clocks.applications.graphics", "power.limit"),
-    *("temperature.gpu", "mig.mode.current", "persistence_mode", "compute_mode"),
+    *("clocks.sm", "clocks.mem", "power.limit", "temperature.gpu", "mig.mode.current"),
 )
 
 
@@ -26,12 +25,15 @@ def nvidia_smi() -> dict[str, str]:
     """What the driver says; why not, where it does not."""
     if shutil.which("nvidia-smi") is None:
         return {"error": "nvidia-smi is not installed"}
-    found = {}
-    for query in QUERIES:  # one at a time: drivers differ in what they know
-        words = ["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"]
-        done = subprocess.run(words, capture_output=True, text=True)
-        found[query] = (done.stdout if done.returncode == 0 else f"unknown: {done.stderr}").strip()
-    return found
+    words = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(QUERIES)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=8)
+    except subprocess.TimeoutExpired:
+        return {"error": "nvidia-smi does not answer"}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if done.returncode != 0 or len(values) != len(QUERIES):
+        return {"error": (done.stdout + done.stderr).strip()}
+    return dict(zip(QUERIES, values, strict=True))
 
 
 def properties(device: torch.device) -> dict[str, object]:

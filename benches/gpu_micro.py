@@ -10,8 +10,8 @@ import sys
 import torch
 import triton
 import triton.language as tl
-from gpu_common import arguments, device_of, synchronize
-from recording import write_json
+from gpu_common import device_of, synchronize
+from recording import arguments, write_json
 from timing import cuda_seconds_per_call, quartiles, seconds_per_call
 
 from fastlstm.kernels.barrier import arrive, wait
@@ -20,14 +20,14 @@ from fastlstm.kernels.launch import POLLS
 PROGRAMS = (8, 16, 32, 64, 128)
 
 
-@triton.jit(do_not_specialize=["exchanges", "polls"])
-def barriers(counter, fault, exchanges: tl.int32, polls: tl.int32):
+@triton.jit(do_not_specialize=["exchanges", "polls", "jitter"])
+def barriers(counter, fault, exchanges: tl.int32, polls: tl.int32, jitter: tl.int32):
     """``exchanges`` times, every program waits for all."""
     programs = tl.num_programs(0)
     exchange = exchanges * 0
     while exchange < exchanges:
         place = (exchange.to(tl.int64) << 24) | 1
-        wait(counter, exchange, programs, False, fault, place, polls, 0)
+        wait(counter, exchange, programs, False, fault, place, polls, jitter)
         arrive(counter, False)
         exchange += 1
 
@@ -40,7 +40,7 @@ def measure(programs: int, exchanges: int, device: torch.device) -> dict[str, ob
     cooperative = dict(launch_cooperative_grid=True) if cuda else {}
 
     def run() -> None:
-        barriers[(programs,)](counter, fault, exchanges, POLLS, num_warps=8, **cooperative)
+        barriers[(programs,)](counter, fault, exchanges, POLLS, 0, num_warps=8, **cooperative)
 
     clock = cuda_seconds_per_call if cuda else seconds_per_call
     seconds = [clock(run, counter.zero_, 1) for _ in range(8)][1:]  # the first compiles

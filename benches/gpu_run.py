@@ -39,9 +39,9 @@ def steps(device: str, out: Path) -> list[Step]:
     split = (
         ("describe", 20),
         ("build", 50),  # the library for the CPU, which some tests compare with
-        ("compile", 60),  # the kernels to be measured, many at a time
-        ("tests", 110),
-        ("stress", 70),
+        ("compile", 75),  # the kernels to be measured, many at a time
+        ("tests", 105),
+        ("stress", 60),
         ("micro", 20),
         ("measure", 150),
     )
@@ -135,6 +135,7 @@ def main() -> int:
         help="cpu: a dry run, tiny and in Triton's interpreter; its figures mean nothing",
     )  # fmt: skip
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step too
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     return run_all(steps(args.device, out), out, args.device)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 
-from gpu_common import arguments
-from recording import ROOT, SKIPPED, cpu_count, write_json
+from recording import ROOT, SKIPPED, arguments, cpu_count, write_json
 
 DEVICE_TESTS = ("test_triton_kernels.py", "test_gate_math.py", "test_triton_protocol.py")
 # Of the CPU's tensors, but with this machine's torch.
@@ -26,18 +27,21 @@ DRY = ("test_triton_kernels.py", "-k", "test_plan or test_jitter or test_rows_li
 def start(selected: list[str], out: Path, index: int, count: int, log: object) -> subprocess.Popen:
     """One pytest process."""
     words = [sys.executable, "-P", "-m", "pytest", "-v", "-p", "shard", "-p", "no:cacheprovider"]
+    words.append("--continue-on-collection-errors")
     tests = [f"tests/{word}" if word.endswith(".py") else word for word in selected]
     report = f"--junit-xml={out / f'tests-{index}.xml'}"
-    env = os.environ | {"SHARD": f"{index}/{count}"}
+    env = os.environ | {"SHARD": f"{index}/{count}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*words, report, *tests], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT
     )
 
 
 def counts(path: Path) -> dict[str, object]:
-    """What a junit file says."""
+    """What a junit file says, or the log of a process that was cut or crashed."""
     if not path.is_file():
-        return {"error": f"no {path.name}: cut or crashed, see its log"}
+        log = path.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+        ended = Counter(re.findall(r" (PASSED|FAILED|ERROR|SKIPPED) +\[", log))
+        return {"error": f"no {path.name}: cut or crashed", "until_then": dict(ended)}
     suites = list(ET.parse(path).getroot().iter("testsuite"))
     found: dict[str, object] = {
         name: sum(int(suite.get(name, 0)) for suite in suites)
@@ -59,7 +63,7 @@ def main() -> int:
         return SKIPPED
     dry = args.device == "cpu"
     selected = list(DRY if dry else (*DEVICE_TESTS, *OTHER_TESTS))
-    count = 1 if dry else max(1, min(10, cpu_count() - 2))
+    count = 1 if dry else max(1, min(14, cpu_count() - 2))
     for old in args.out.glob("tests-*.xml"):
         old.unlink()
     with ExitStack() as stack:

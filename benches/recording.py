@@ -1,13 +1,15 @@
-"""What names and keeps a recorded run. The standard library only."""
+"""What names and keeps a recorded run, and a step of one is told. The standard library only."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,3 +57,14 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """What gpu_run.py hands to every step; ``deadline`` is by the monotonic clock."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=300.0, help="to come to an end in")
+    args = parser.parse_args()
+    args.deadline = monotonic() + args.seconds
+    return args
