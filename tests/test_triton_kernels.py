@@ -15,7 +15,7 @@ from cases import LAYERS, Layer, LayerTensors, make_layer, tolerance
 from fastlstm import backends, reference
 from fastlstm import triton as backend
 from fastlstm.contract import OutputGradients, Outputs, Requested
-from fastlstm.kernels import config, exchange, launch
+from fastlstm.kernels import barrier, config, exchange, launch
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -267,6 +267,13 @@ def test_who_gives_up_waiting_is_reported(projection: int, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match=r"lstm_backward on .* team 0 at step"):
         backend.check(DEVICE)
     backend.check(DEVICE)
+
+
+def test_a_whole_team_may_give_up_at_once() -> None:
+    """The counter passes every epoch then, and does not overflow."""
+    epochs, programs = 2 * 2**31, 2**12  # exchanges of the longest walk
+    added = barrier._GIVEN_UP.value
+    assert epochs * programs < added and added * programs + epochs * programs < 2**63
 
 
 def test_module_trains_on_it() -> None:
