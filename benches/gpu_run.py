@@ -76,7 +76,9 @@ def environment(path: str, device: str) -> dict[str, str]:
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
     found.pop("TRITON_INTERPRET", None)
-    return found | ({"TRITON_INTERPRET": "1"} if device == "cpu" else {})
+    # A dry run leaves a GPU alone, should there be one.
+    dry = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return found | (dry if device == "cpu" else {})
 
 
 def run_step(step: Step, out: Path, seconds: float, env: dict[str, str]) -> dict[str, object]:
