@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12        the interpreter to make .venv with
 #   ARGS="-k gradcheck"      handed to what the target runs
+#   OUT=FOLDER               where `make gpu` writes
 #   TORCH_INDEX_URL=...      another index for torch alone, PIP_ARGS=... for every pip call
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
 NATIVE := fastlstm/build.py $(shell find csrc)
 
-.PHONY: help venv build demo test lint format sanitize bench wheel clean
+.PHONY: help venv build demo test lint format sanitize bench gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -60,6 +61,11 @@ sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
 
 bench: build ## time against nn.LSTM
 	$(BIN)/python benches/run.py $(ARGS)
+
+# On a machine with a GPU and a python that has torch and triton; no .venv and no network.
+gpu: ## test, stress and time the Triton kernels on a GPU, into OUT=FOLDER
+	@test -n "$(OUT)" || { echo 'make gpu: expected OUT=FOLDER' >&2; exit 2; }
+	$(PYTHON) benches/gpu_run.py --out "$(OUT)" $(ARGS)
 
 wheel: build ## build the wheel into dist
 	FASTLSTM_BUILD=cpu $(BIN)/python -m pip wheel --quiet $(PIP_ARGS) \

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +25,9 @@ import fastlstm
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
+from recording import ROOT, commit, cpu_count, now, stem, write_json
 from report import MODES, Parser, Result, Row, markdown
-from timing import best_matmul, copy_bandwidth, paired
+from timing import best_matmul, copy_bandwidth, paired, seconds_per_call
 
 from cases import SPEED, tolerance
 
@@ -38,7 +36,6 @@ try:
 except ImportError:  # a bar is a comfort only
     tqdm = None
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 # What changes the code torch runs, or the threads it runs on.
 VARIABLES = (
@@ -57,6 +54,8 @@ Shape = tuple[int, int, int, int]  # T, B, I, H
 
 class Contest:
     """One shape: two modules with the same weights, and what both are fed."""
+
+    clock = staticmethod(seconds_per_call)
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         steps, batch, inputs, hidden = shape
@@ -106,13 +105,16 @@ class Contest:
         for module in (self.ours, self.theirs):
             module.train(mode == "train")  # nn.LSTM keeps what a backward needs when training
         step = self.train if mode == "train" else self.infer
-        timed = paired(partial(step, self.ours), partial(step, self.theirs), self.clear, seconds)
+        calls = partial(step, self.ours), partial(step, self.theirs)
+        timed = paired(*calls, self.clear, seconds, self.clock)
         quartiles = {name: getattr(timed, name)._asdict() for name in ("ours", "theirs", "ratio")}
         return {"pairs": timed.pairs, "calls": timed.calls} | quartiles
 
 
-def difference(ours: Tensor | None, theirs: Tensor | None) -> str | None:
-    """How two results differ beyond the tolerance of their dtype, or None."""
+def difference(
+    ours: Tensor | None, theirs: Tensor | None, allowed: dict[str, float] | None = None
+) -> str | None:
+    """How two results differ beyond what is allowed, the tolerance of their dtype; or None."""
     if ours is None or theirs is None:
         return "is missing"
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -120,7 +122,7 @@ def difference(ours: Tensor | None, theirs: Tensor | None) -> str | None:
     # Sums over many rows grow; compare them on their own scale, as the tests do.
     scale = max(1.0, float(theirs.detach().abs().max()))
     a, b = ours.detach().double() / scale, theirs.detach().double() / scale
-    if torch.allclose(a, b, **tolerance(theirs.dtype)):
+    if torch.allclose(a, b, **(allowed or tolerance(theirs.dtype))):
         return None
     return f"differs by up to {float((a - b).abs().max()) * scale:.2g}"
 
@@ -176,36 +178,10 @@ def cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def slug(model: str) -> str:
-    """A CPU's name as part of a file name: ``amd-epyc-7763``."""
-    noise = r"\((r|tm)\)|\bcpu\b|@.*|\b(\d+-core )?processor\b"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(noise, " ", model.lower())).strip("-") or "unknown"
-
-
-def commit() -> str | None:
-    """The commit measured, ``+`` if files differ from it; None where git cannot say."""
-
-    def git(*command: str) -> str:
-        # Without optional locks: measuring changes nothing, not even .git.
-        words = ["git", "--no-optional-locks", *command]
-        return subprocess.check_output(words, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cpu_count() -> int:
-    """The CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe(args: argparse.Namespace) -> Result:
     """What the figures depend on."""
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "hardware": {"cpu": cpu_model(), "cpus": cpu_count(), "machine": platform.machine()},
         "versions": {
             "fastlstm": fastlstm.__version__,
@@ -286,9 +262,8 @@ def main() -> int:
     limit_dtype = torch.float64 if args.dtype == "float64" else torch.float32
     result["limit_dtype"] = str(limit_dtype).removeprefix("torch.")
     result["limits"], result["rows"] = measure(args, limit_dtype)
-    stamp = re.sub(r"[:T]", "-", result["date"].split("+")[0])
-    path = args.out / f"cpu-{stamp}-{slug(result['hardware']['cpu'])}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path = args.out / f"{stem('cpu', result['date'], result['hardware']['cpu'])}.json"
+    write_json(path, result)
     text = markdown(result, path.name)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)

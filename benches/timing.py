@@ -18,6 +18,7 @@ MIN_PAIRS = 5  # fewer have no quartiles worth the name
 LIMIT_SECONDS = 0.4
 
 Call = Callable[[], object]
+Clock = Callable[[Call, Call, int], float]  # run, before, calls: seconds per call
 
 
 class Quartiles(NamedTuple):
@@ -54,23 +55,40 @@ def seconds_per_call(run: Call, before: Call, calls: int) -> float:
     return total / calls
 
 
-def paired(ours: Call, theirs: Call, before: Call, seconds: float) -> Paired:
+def cuda_seconds_per_call(run: Call, before: Call, calls: int) -> float:
+    """The same on a GPU, between events; the host may run ahead, as it does in training."""
+    events = []
+    torch.cuda.synchronize()
+    for _ in range(calls):
+        before()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / 1e3 / calls
+
+
+def paired(
+    ours: Call, theirs: Call, before: Call, seconds: float, clock: Clock = seconds_per_call
+) -> Paired:
     """Time both in alternation, so that both meet the same machine, noise and all.
 
     The order is swapped in every other pair, because the second of a pair may profit or
     suffer from the first.
     """
-    once = max(seconds_per_call(run, before, 1) for run in (ours, theirs))
+    once = max(clock(run, before, 1) for run in (ours, theirs))
     calls = max(1, math.ceil(SAMPLE_SECONDS / once))
     samples: list[tuple[float, float]] = []
     deadline = perf_counter() + seconds
     while len(samples) < MIN_PAIRS or perf_counter() < deadline:
         if len(samples) % 2 == 0:
-            mine = seconds_per_call(ours, before, calls)
-            other = seconds_per_call(theirs, before, calls)
+            mine = clock(ours, before, calls)
+            other = clock(theirs, before, calls)
         else:
-            other = seconds_per_call(theirs, before, calls)
-            mine = seconds_per_call(ours, before, calls)
+            other = clock(theirs, before, calls)
+            mine = clock(ours, before, calls)
         samples.append((mine, other))
     return Paired(
         len(samples),

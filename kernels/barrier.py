@@ -12,8 +12,9 @@ the host raises when it next looks at the fault word.
 import triton
 import triton.language as tl
 
-# More than any number of arrivals.
-_GIVEN_UP = tl.constexpr(1 << 60)
+# More than any number of arrivals, and so little that a whole team may add it at once: programs
+# that began to wait together give up together, and an overflow would let them wait again.
+_GIVEN_UP = tl.constexpr(1 << 48)
 
 
 @triton.jit

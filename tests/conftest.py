@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Read when a kernel is defined. On a machine with a GPU the same tests run on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Without it torch refuses products on a GPU where deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from cases import LAYERS, Layer, LayerTensors, make_layer, tolerance
 from fastlstm import backends, reference
 from fastlstm import triton as backend
 from fastlstm.contract import OutputGradients, Outputs, Requested
-from fastlstm.kernels import config, exchange, launch
+from fastlstm.kernels import barrier, config, exchange, launch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALL = Requested(*[True] * 7)
 PACKED = Layer((7, 5, 5, 1), 6, 20, directions=2, reset=0.3)
@@ -36,6 +36,8 @@ def poison(monkeypatch):
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     launch.check(DEVICE)
 
 
@@ -244,10 +246,10 @@ def test_jitter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_gives_up_waiting_is_reported(projection: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk whose first step nobody takes: the next call says so, and the one after is served."""
     use(monkeypatch, TEAMS)
-    monkeypatch.setattr(launch, "POLLS", 3)
     layer = layer_of(Layer((3, 3), 4, 40, projection=projection), torch.float32)
     real = launch.plan
     with monkeypatch.context() as patch:
+        patch.setattr(launch, "POLLS", 3)
         patch.setattr(launch, "plan", lambda begin, *rest: real(begin + 1, *rest))
         backend.layer_forward(*layer, True, True)
         if DEVICE.type == "cuda":
@@ -256,6 +258,7 @@ def test_who_gives_up_waiting_is_reported(projection: int, monkeypatch: pytest.M
         backend.layer_forward(*layer, True, True)
     out = backend.layer_forward(*layer, True, True)
     with monkeypatch.context() as patch:
+        patch.setattr(launch, "POLLS", 3)
         patch.setattr(launch, "plan", lambda begin, *rest: real(begin + 1, *rest))
         gradients = OutputGradients(*out[:4])
         backend.layer_backward(gradients, *layer, out.reserve(), ALL._replace(w_hr=projection > 0))
@@ -264,6 +267,13 @@ def test_who_gives_up_waiting_is_reported(projection: int, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match=r"lstm_backward on .* team 0 at step"):
         backend.check(DEVICE)
     backend.check(DEVICE)
+
+
+def test_a_whole_team_may_give_up_at_once() -> None:
+    """The counter passes every epoch then, and does not overflow."""
+    epochs, programs = 2 * 2**31, 2**12  # exchanges of the longest walk
+    added = barrier._GIVEN_UP.value
+    assert epochs * programs < added and added * programs + epochs * programs < 2**63
 
 
 def test_module_trains_on_it() -> None:

@@ -1,0 +1,118 @@
+"""Markdown and a plot from a run of benches/gpu.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from pathlib import Path
+from typing import Any
+
+from report import table
+
+COLUMNS = (
+    *("mode", "B, H", "precision", "variant", "× rival (quartiles)"),
+    *("µs per step: ours / rival", "peak MiB: ours / rival", "kernels of the rival"),
+)
+MODES = {"train": "forward + backward", "infer": "forward"}
+
+
+def header(result: dict[str, Any]) -> list[str]:
+    """The hardware, the versions, and how to read the table."""
+    versions = result["machine"]["versions"]
+    driver = result["machine"].get("driver", {}).get("driver_version", "unknown")
+    lines = [
+        f"**{result['machine']['device']['name']}**, {result['date'][:10]}, driver {driver}: "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ".",
+        "T as recorded, I = H. Paired and interleaved in one process, same weights, same inputs."
+        " Ratios are medians over the pairs, with quartiles; above 1, fastlstm is faster. Memory is"
+        " beyond inputs, outputs and gradients. The rival is nn.LSTM; of resets, which it has not,"
+        " fastlstm without them.",
+    ]
+    if result["dry"]:
+        lines.insert(0, "A dry run in Triton's interpreter: the figures mean nothing.")
+    if result.get("not_reached"):
+        lines.append(f"Cut short: {len(result['not_reached'])} cases were not reached.")
+    return lines
+
+
+def pair(row: dict[str, Any], name: str, scale: float = 1.0) -> str:
+    """``ours / theirs`` in three digits."""
+    values = []
+    for who in ("ours", "theirs"):
+        value = row[name][who]
+        value = value["median"] if isinstance(value, dict) else value
+        values.append("" if value is None else f"{value * scale:.3g}")
+    return " / ".join(values)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One line of the table, for COLUMNS."""
+    lead = [MODES[row["mode"]], f"{row['batch']}, {row['hidden']}"]
+    lead += [row["precision"], row["variant"]]
+    if "error" in row:
+        error = row["error"].replace("\n", " ").replace("|", "/")
+        return [*lead, f"not timed: {error}", "", "", ""]
+    ratio = row["ratio"]
+    return [
+        *lead,
+        f"**{ratio['median']:.2f}** ({ratio['q1']:.2f}–{ratio['q3']:.2f})",
+        pair(row, "microseconds_per_step"),
+        pair(row, "peak_bytes", 2.0**-20),
+        "; ".join(name.replace("|", "/")[:60] for name in row["their_kernels"][:2]),
+    ]
+
+
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Geometric mean and minimum of the ratio by mode, precision and variant."""
+    lines = []
+    keys = dict.fromkeys((row["mode"], row["precision"], row["variant"]) for row in rows)
+    for key in keys:
+        group = [r for r in rows if (r["mode"], r["precision"], r["variant"]) == key]
+        ratios = [row["ratio"]["median"] for row in group if "error" not in row]
+        figures = (statistics.geometric_mean(ratios), min(ratios)) if ratios else ()
+        means = [f"{figure:.2f}" for figure in figures] or ["", ""]
+        lines.append([MODES[key[0]], *key[1:], *means, f"{len(ratios)} of {len(group)}"])
+    columns = ("mode", "precision", "variant", "geometric mean", "minimum", "rows timed")
+    return table(lines, columns)
+
+
+def write_report(path: Path, result: dict[str, Any]) -> None:
+    """The whole report, beside the recorded run."""
+    rows = result["rows"]
+    parts = (
+        [*header(result), f"Recorded as `{path.name}`."],
+        summary(rows),
+        table([cells(row) for row in rows], COLUMNS),
+    )
+    text = "\n\n".join("\n".join(part) for part in parts) + "\n"
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+def plot(path: Path, result: dict[str, Any]) -> None:
+    """The ratios as bars, beside the recorded run, where matplotlib is there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
+    rows = [row for row in result["rows"] if "error" not in row]
+    if not rows:
+        print("no plot: nothing was timed")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(14, 2 + 0.13 * len(rows)), sharex=True, layout="constrained"
+    )
+    for axis, mode in zip(axes, MODES, strict=True):
+        bars = [row for row in rows if row["mode"] == mode][::-1]
+        labels = [f"{r['precision']} {r['variant']} {r['batch']}, {r['hidden']}" for r in bars]
+        ratios = [row["ratio"]["median"] for row in bars]
+        axis.barh(labels, ratios, color=["C0" if ratio >= 1 else "C3" for ratio in ratios])
+        axis.axvline(1.0, color="black", linewidth=1)
+        axis.set(title=MODES[mode], xlabel="time of the rival / time of fastlstm")
+        axis.tick_params(axis="y", labelsize=7)
+    figure.suptitle(f"{result['machine']['device']['name']}, {result['date'][:10]}")
+    figure.savefig(path.with_suffix(".png"), dpi=120)

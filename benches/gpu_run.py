@@ -1,0 +1,147 @@
+"""``make gpu OUT=dir``: tests, stresses and measures the Triton kernels on a GPU.
+
+Needs python with torch, triton and nothing else: installs nothing, asks no network. Every step is
+a process with a time limit of its own, so that one that hangs or crashes leaves the others, and
+what is finished is in OUT at any time. The exit status is 1 if any step failed; all are run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
+
+from recording import ROOT, SKIPPED, write_json
+
+BENCHES = Path(__file__).resolve().parent
+BUDGET = 480  # seconds, all steps together
+GRACE = 8  # seconds before its limit that a step is told to come to its end
+
+
+class Step(NamedTuple):
+    """One process."""
+
+    name: str
+    limit: int  # seconds; the last step has all that others left
+    command: Sequence[str]
+
+
+def steps(device: str, out: Path) -> list[Step]:
+    """The split of BUDGET, and what is run in this order."""
+    split = (
+        ("describe", 20),
+        ("build", 50),  # the library for the CPU, which some tests compare with
+        ("compile", 75),  # the kernels to be measured, many at a time
+        ("tests", 105),
+        ("stress", 60),
+        ("micro", 20),
+        ("measure", 150),
+    )
+    return [Step(name, limit, command(name, device, out)) for name, limit in split]
+
+
+def command(name: str, device: str, out: Path) -> list[str]:
+    script = "gpu.py" if name == "measure" else f"gpu_{name}.py"
+    return [sys.executable, str(BENCHES / script), "--device", device, "--out", str(out)]
+
+
+@contextlib.contextmanager
+def checkout_path() -> Iterator[str]:
+    """A folder from which this checkout is imported as if it were installed.
+
+    ``fastlstm.kernels`` lies outside of fastlstm/ here; setup.py maps it, and so do these links.
+    """
+    with tempfile.TemporaryDirectory(prefix="fastlstm-") as folder:
+        package = Path(folder) / "fastlstm"
+        package.mkdir()
+        for source in (*(ROOT / "fastlstm").glob("*.py"), ROOT / "kernels", ROOT / "csrc"):
+            (package / source.name).symlink_to(source)
+        yield folder
+
+
+def environment(path: str, device: str) -> dict[str, str]:
+    """For every step: the checkout, repeatable products, and the interpreter without a GPU."""
+    given = os.environ.get("PYTHONPATH")
+    found = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([path, str(BENCHES), *([given] if given else [])]),
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    }
+    found.pop("TRITON_INTERPRET", None)
+    # A dry run leaves a GPU alone, should there be one.
+    dry = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return found | (dry if device == "cpu" else {})
+
+
+def run_step(step: Step, out: Path, seconds: float, env: dict[str, str]) -> dict[str, object]:
+    """Run it and say how it ended; its output is in OUT/NAME.log."""
+    begin, status = monotonic(), None
+    told = [*step.command, "--seconds", f"{max(1.0, seconds - GRACE):.0f}"]
+    with open(out / f"{step.name}.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            told, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            log.write(f"\ncut after {seconds:.0f} s\n")
+        finally:  # its own children too, however it ended
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    words = {None: "cut", 0: "ok", SKIPPED: "skipped"}
+    return {
+        "step": step.name,
+        "result": words.get(status, "failed"),
+        "status": status,
+        "seconds": round(monotonic() - begin, 1),
+        "limit": round(seconds, 1),
+    }
+
+
+def run_all(todo: Sequence[Step], out: Path, device: str, budget: float = BUDGET) -> int:
+    """Run all steps, keep OUT/steps.json up to date, and return the exit status."""
+    deadline, results = monotonic() + budget, []
+    with checkout_path() as path:
+        for step in todo:
+            left = deadline - monotonic()
+            seconds = left if step is todo[-1] else min(step.limit, left)
+            print(f"{step.name}: at most {seconds:.0f} s", flush=True)
+            results.append(run_step(step, out, max(seconds, 1.0), environment(path, device)))
+            write_json(out / "steps.json", results)
+            print(f"{step.name}: {results[-1]['result']}, {results[-1]['seconds']} s", flush=True)
+            if results[-1]["result"] != "ok":
+                print(tail(out / f"{step.name}.log"), flush=True)
+    return int(any(result["result"] not in ("ok", "skipped") for result in results))
+
+
+def tail(path: Path, lines: int = 15) -> str:
+    """The end of a log, indented."""
+    text = path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
+    return "\n".join(f"    {line}" for line in text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda",
+        help="cpu: a dry run, tiny and in Triton's interpreter; its figures mean nothing",
+    )  # fmt: skip
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the step too
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    return run_all(steps(args.device, out), out, args.device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

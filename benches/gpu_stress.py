@@ -1,0 +1,242 @@
+"""A step of ``make gpu``: the barriers under load, in OUT/stress.json.
+
+Long walks with random delays, two streams at once, captured graphs, offsets beyond 2^31, and a
+wait that is given up. Results are compared bit by bit wherever the same is computed twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from time import monotonic
+
+import torch
+from gpu_common import device_of, synchronize
+from recording import arguments, write_json
+from run import difference
+from torch import Tensor, nn
+
+import fastlstm
+from fastlstm import triton as backend
+from fastlstm.kernels import launch
+
+
+class Skipped(Exception):
+    """This device cannot show it; the message says why."""
+
+
+class Stress:
+    """A layer and its input, of a size for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.dry = device, device.type == "cpu"
+        self.dtype = torch.float32 if self.dry else torch.bfloat16
+        # (T, B, H): several programs in a team, also in a dry run.
+        self.steps, self.batch, self.hidden = (2, 3, 80) if self.dry else (10_000, 64, 512)
+
+    def cuda_only(self) -> None:
+        if self.dry:
+            raise Skipped("it needs a GPU")
+
+    def module(self, inputs: int | None = None, **config: object) -> nn.Module:
+        inputs = inputs or self.hidden
+        made = dict(device=self.device, dtype=self.dtype, **config)
+        return fastlstm.LSTM(inputs, self.hidden, **{"backend": "triton", **made})
+
+    def values(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def input(self, steps: int | None = None, batch: int | None = None) -> Tensor:
+        return self.values(steps or self.steps, batch or self.batch, self.hidden)
+
+
+def train(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Outputs, final states and all gradients."""
+    leaf = x.detach().requires_grad_()
+    y, (h_n, c_n) = module(leaf)
+    gradients = torch.autograd.grad(y, [leaf, *module.parameters()], dy)
+    return [y.detach(), h_n.detach(), c_n.detach(), *gradients]
+
+
+def expect_same(got: list[Tensor], want: list[Tensor], what: str) -> None:
+    """Raise unless all bits agree."""
+    for place, (a, b) in enumerate(zip(got, want, strict=True)):
+        if not torch.equal(a, b):
+            count = int((a != b).sum())
+            raise AssertionError(f"{what}: {count} of {a.numel()} values of result {place} differ")
+
+
+@contextlib.contextmanager
+def setting(name: str, value: object) -> Iterator[None]:
+    """``launch.NAME`` for a while."""
+    before = getattr(launch, name)
+    setattr(launch, name, value)
+    try:
+        yield
+    finally:
+        setattr(launch, name, before)
+
+
+def repeated(stress: Stress) -> str:
+    """The same bits every time, whatever the delays, forward and backward."""
+    module, x = stress.module(bidirectional=True), stress.input()
+    dy = torch.cat([stress.input(), stress.input()], -1)
+    want = train(module, x, dy)
+    if not all(t.isfinite().all() for t in want):
+        raise AssertionError("a result is not finite")
+    delays = (2,) if stress.dry else (0, 0, 1, 3, 10, 30, 100)
+    for jitter in delays:
+        with setting("JITTER", jitter):
+            got = train(module, x, dy)
+            synchronize(stress.device)
+        backend.check(stress.device)
+        expect_same(got, want, f"delays up to {jitter}")
+    return f"T={stress.steps}, {len(delays) + 1} runs"
+
+
+def near_stock(stress: Stress) -> str:
+    """A walk of all steps still agrees with nn.LSTM's."""
+    module, x = stress.module(), stress.input()
+    stock = nn.LSTM(stress.hidden, stress.hidden, device=stress.device, dtype=stress.dtype)
+    stock.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        text = difference(module(x)[0], stock(x)[0])
+    if text is not None:
+        raise AssertionError(f"output {text}")
+    return f"T={stress.steps}"
+
+
+def two_streams(stress: Stress) -> str:
+    """Two walks at once, beside products that keep the device busy."""
+    stress.cuda_only()
+    steps, rounds = 1000, 10
+    modules = [stress.module() for _ in range(2)]
+    inputs = [stress.input(steps) for _ in range(2)]
+    dy = stress.input(steps)
+    want = [train(module, x, dy) for module, x in zip(modules, inputs, strict=True)]
+    busy, filler = torch.cuda.Stream(), stress.values(4096, 4096)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    synchronize(stress.device)
+    for _ in range(rounds):
+        got = []
+        with torch.cuda.stream(busy):
+            for _ in range(20):
+                filler @ filler
+        for stream, module, x in zip(streams, modules, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(train(module, x, dy))
+        synchronize(stress.device)
+        backend.check(stress.device)
+        for a, b in zip(got, want, strict=True):
+            expect_same(a, b, "two streams")
+    return f"T={steps}, {rounds} rounds"
+
+
+def graph(stress: Stress) -> str:
+    """Captured once and replayed on new inputs: the bits of a plain call."""
+    stress.cuda_only()
+    steps, rounds = 500, 5
+    module, x, dy = stress.module(), stress.input(steps), stress.input(steps)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            train(module, x, dy)
+    torch.cuda.current_stream().wait_stream(side)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        results = train(module, x, dy)
+    for _ in range(rounds):
+        x.copy_(torch.randn_like(x))
+        captured.replay()
+        synchronize(stress.device)
+        backend.check(stress.device)
+        expect_same([t.clone() for t in results], train(module, x, dy), "replay")
+    return f"T={steps}, {rounds} replays"
+
+
+def large_offsets(stress: Stress) -> str:
+    """More than 2^31 gates: the same as two halves of the batch on their own."""
+    stress.cuda_only()
+    steps, batch, inputs = 1100, 1024, 64
+    gates = steps * batch * 4 * stress.hidden
+    if gates <= 2**31:
+        raise AssertionError(f"only {gates} gates")
+    free, wanted = torch.cuda.mem_get_info(stress.device)[0], 16 * gates
+    if free < wanted:
+        raise Skipped(f"{free >> 30} GiB are free, it takes up to {wanted >> 30}")
+    module = stress.module(inputs)
+    x, dy = stress.values(steps, batch, inputs), stress.input(steps, batch)
+    y, h_n, c_n, dx, *gradients = train(module, x, dy)
+    for half in range(2):
+        part = slice(half * batch // 2, (half + 1) * batch // 2)
+        want = train(module, x[:, part].contiguous(), dy[:, part].contiguous())
+        pairs = zip((y[:, part], h_n[:, part], c_n[:, part], dx[:, part]), want, strict=False)
+        for place, (a, b) in enumerate(pairs):
+            text = difference(a, b)
+            if text is not None:
+                raise AssertionError(f"result {place} of half {half} {text}")
+    if not all(gradient.isfinite().all() for gradient in gradients):
+        raise AssertionError("a gradient of the parameters is not finite")
+    return f"{gates} gates"
+
+
+def given_up(stress: Stress) -> str:
+    """A wait that is too long is reported, once, and the next call is served."""
+    module, x = stress.module(), stress.input(min(stress.steps, 1000))
+    with torch.no_grad():
+        want = [module(x)[0]]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(setting("POLLS", 0))
+            if stress.dry:  # one program after the other: only who never came is missed
+                plan = launch.plan
+                stack.enter_context(setting("plan", lambda begin, *rest: plan(begin + 1, *rest)))
+            module(x)
+            synchronize(stress.device)
+        try:
+            backend.check(stress.device)
+        except RuntimeError as error:
+            message = str(error)
+        else:
+            raise AssertionError("nothing was reported")
+        got = [module(x)[0]]
+        synchronize(stress.device)
+    backend.check(stress.device)
+    expect_same(got, want, "the call after the report")
+    return message
+
+
+CASES = (repeated, near_stock, two_streams, graph, given_up, large_offsets)
+
+
+def run_case(case: Callable[[Stress], str], device: torch.device) -> dict[str, object]:
+    """How it went; whatever was raised is the message."""
+    begin = monotonic()
+    torch.manual_seed(0)
+    try:
+        result, message = "ok", case(Stress(device))
+    except Skipped as reason:
+        result, message = "skipped", str(reason)
+    except Exception as error:  # the other cases are run all the same
+        result, message = "failed", f"{type(error).__name__}: {error}"[:1000]
+    seconds = round(monotonic() - begin, 2)
+    return {"case": case.__name__, "result": result, "message": message, "seconds": seconds}
+
+
+def main() -> int:
+    args = arguments(__doc__)
+    device = device_of(args.device)
+    rows: list[dict[str, object]] = []
+    for case in CASES:
+        if monotonic() > args.deadline:
+            rows.append({"case": case.__name__, "result": "failed", "message": "no time was left"})
+        else:
+            rows.append(run_case(case, device))
+        write_json(args.out / "stress.json", rows)
+        print(rows[-1], flush=True)
+    return int(any(row["result"] == "failed" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""`make gpu` in its dry mode, and what its driver does with steps that fail or hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastlstm import build
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benches"))
+
+import gpu_run  # noqa: E402
+
+
+def read(path: Path) -> object:
+    return json.loads(path.read_text())
+
+
+def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
+    env = os.environ | {"FASTLSTM_LIBRARY": str(build.library_path())}
+    words = ["make", "gpu", f"OUT={tmp_path}", "ARGS=--device cpu", f"PYTHON={sys.executable}"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    results = {row["step"]: row["result"] for row in read(tmp_path / "steps.json")}
+    assert list(results) == [step.name for step in gpu_run.steps("cpu", tmp_path)]
+    skipped = {name for name, result in results.items() if result != "ok"}
+    assert skipped == {"build", "compile"}
+
+    assert read(tmp_path / "machine.json")["versions"]["torch"] == torch.__version__
+    assert all(row["failures"] == 0 < row["tests"] for row in read(tmp_path / "tests.json"))
+    stress = {row["case"]: row["result"] for row in read(tmp_path / "stress.json")}
+    assert {name for name, result in stress.items() if result == "ok"} == {
+        *("repeated", "near_stock", "given_up"),
+    }
+    assert "failed" not in stress.values()
+    assert read(tmp_path / "micro.json")[0]["microseconds"]["median"] > 0
+    (path,) = tmp_path.glob("gpu-*.json")
+    check_measured(read(path))
+    text = path.with_suffix(".md").read_text()
+    assert "A dry run" in text and text.count("| forward + backward |") == 10
+    assert path.with_suffix(".png").is_file()
+
+
+def check_measured(result: dict) -> None:
+    rows = result["rows"]
+    assert result["dry"] and result["not_reached"] == [] and len(rows) == 10
+    for row in rows:
+        assert "error" not in row
+        assert row["microseconds_per_step"]["ours"]["median"] > 0
+        assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
+        assert row["their_kernels"]
+
+
+def python(name: str, code: str, limit: int = 20) -> gpu_run.Step:
+    return gpu_run.Step(name, limit, [sys.executable, "-S", "-c", code])
+
+
+def test_a_step_that_fails_leaves_the_others(tmp_path: Path, capfd) -> None:
+    todo = [
+        python("first", "print('one')"),
+        python("second", "raise SystemExit('two is broken')"),
+        python("third", f"raise SystemExit({gpu_run.SKIPPED})"),
+        python("fourth", "import os; os.abort()"),
+        python("fifth", "print('five')"),
+    ]
+    assert gpu_run.run_all(todo, tmp_path, "cpu") == 1
+    results = [row["result"] for row in read(tmp_path / "steps.json")]
+    assert results == ["ok", "failed", "skipped", "failed", "ok"]
+    assert (tmp_path / "fifth.log").read_text() == "five\n"
+    assert "two is broken" in capfd.readouterr().out
+    assert gpu_run.run_all(todo[::2], tmp_path, "cpu") == 0
+
+
+def test_a_limit_cuts_a_step_and_its_children(tmp_path: Path) -> None:
+    child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
+    todo = [python("hangs", parent, limit=1), python("goes on", "print('on')")]
+    assert gpu_run.run_all(todo, tmp_path, "cpu") == 1
+    hung, after = read(tmp_path / "steps.json")
+    assert hung["result"] == "cut" and hung["seconds"] < 10
+    assert after["result"] == "ok"
+    pid, *_, last = (tmp_path / "hangs.log").read_text().splitlines()
+    assert last.startswith("cut after")
+    assert gone(int(pid))
+
+
+def gone(pid: int) -> bool:
+    """No such process, or one that is dead and waits to be buried."""
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+def test_the_budget_ends_a_chain(tmp_path: Path) -> None:
+    todo = [python(name, "import time; time.sleep(60)") for name in ("one", "two")]
+    assert gpu_run.run_all(todo, tmp_path, "cpu", budget=1) == 1
+    assert [row["result"] for row in read(tmp_path / "steps.json")] == ["cut", "cut"]
+
+
+def test_the_split_fits_the_budget() -> None:
+    assert sum(step.limit for step in gpu_run.steps("cuda", Path())) <= gpu_run.BUDGET <= 480
+
+
+def test_kernels_come_from_this_checkout() -> None:
+    """Also where another checkout is installed."""
+    code = "import fastlstm.kernels.launch as m, os; print(os.path.realpath(m.__file__))"
+    with gpu_run.checkout_path() as path:
+        env = gpu_run.environment(path, "cpu")
+        words = [sys.executable, "-P", "-c", code]
+        found = subprocess.check_output(words, env=env, cwd=ROOT, text=True)
+    assert found.strip() == str(ROOT / "kernels" / "launch.py")
+
+
+def test_make_asks_where_to() -> None:
+    done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "OUT=FOLDER" in done.stderr
