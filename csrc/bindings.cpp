@@ -276,7 +276,7 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
                  bool add) {
   fastlstm::ProductArgs args{};
   const ScalarType dtype = right.scalar_type();
-  if (state_of(dtype) != ScalarType::Float || fastlstm::kernels().product == nullptr) return false;
+  if (state_of(dtype) != ScalarType::Float) return false;
   args.M = left.size(transposed ? 1 : 0);
   args.K = left.size(transposed ? 0 : 1);
   args.lda = matrix("left", left, ScalarType::Float);
@@ -292,6 +292,7 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
   args.a = left.const_data_ptr();
   args.b = right.const_data_ptr();
   args.c = static_cast<float*>(out.mutable_data_ptr());
+  if (fastlstm::kernels().product == nullptr) return false;
   if (args.K == 0 || args.M == 0 || args.N == 0) return false;
   return fastlstm::kernels().product(args);
 }
