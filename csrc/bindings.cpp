@@ -271,17 +271,17 @@ int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
   return tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1);
 }
 
-// out = or += op(left) right; false, and nothing done, if the kernels in use do not multiply.
+// out = or += op(left) right. `bounded` is what cpu_backward returned with left. False, and nothing
+// done, if the kernels in use leave products to torch.
 bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, bool transposed,
-                 bool add) {
+                 bool add, bool bounded) {
   fastlstm::ProductArgs args{};
-  const ScalarType dtype = right.scalar_type();
-  if (state_of(dtype) != ScalarType::Float) return false;
+  const ScalarType dtype = right.scalar_type(), state = state_of(dtype);
+  args.lda = matrix("left", left, state);
+  args.ldb = matrix("right", right, dtype);
+  args.ldc = matrix("out", out, state);
   args.M = left.size(transposed ? 1 : 0);
   args.K = left.size(transposed ? 0 : 1);
-  args.lda = matrix("left", left, ScalarType::Float);
-  args.ldb = matrix("right", right, dtype);
-  args.ldc = matrix("out", out, ScalarType::Float);
   args.N = right.size(1);
   if (right.size(0) != args.K || out.size(0) != args.M || out.size(1) != args.N)
     fail("left, right, out: their shapes do not make a product");
@@ -289,12 +289,13 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
   args.threads = threads();
   args.transposed = transposed;
   args.add = add;
+  args.bounded = bounded;
   args.a = left.const_data_ptr();
   args.b = right.const_data_ptr();
-  args.c = static_cast<float*>(out.mutable_data_ptr());
-  if (fastlstm::kernels().product == nullptr) return false;
-  if (args.K == 0 || args.M == 0 || args.N == 0) return false;
-  return fastlstm::kernels().product(args);
+  args.c = out.mutable_data_ptr();
+  if (fastlstm::kernels().product == nullptr || args.K == 0) return false;
+  if (args.M > 0 && args.N > 0) fastlstm::kernels().product(args);
+  return true;
 }
 
 using ProbeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -361,7 +362,8 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");
   m.def(
-      "cpu_product(Tensor left, Tensor right, Tensor(a!) out, bool transposed, bool add) -> bool");
+      "cpu_product(Tensor left, Tensor right, Tensor(a!) out, bool transposed, bool add, "
+      "bool bounded) -> bool");
   m.def("cpu_instruction_sets() -> str");
   m.def("cpu_use_instruction_set(str name) -> str");
   m.def("poison(bool on) -> ()");

@@ -81,11 +81,12 @@ struct ProductArgs {
   int threads;
   bool transposed;  // op(A) is A^T, A then being (K, M)
   bool add;
+  bool bounded;   // no value of A overflows in a product; what Kernels::backward said of it
   const void* a;  // (M, K), or (K, M); state
   int64_t lda;
   const void* b;  // (K, N)
   int64_t ldb;
-  float* c;  // (M, N)
+  void* c;  // (M, N), state
   int64_t ldc;
 };
 

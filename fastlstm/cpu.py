@@ -122,10 +122,10 @@ def layer_backward(
         saved.gates.contiguous(),
     )
     for chunk in chunks:
-        ours = torch.ops.fastlstm_C.cpu_backward(
+        bounded = torch.ops.fastlstm_C.cpu_backward(
             *given, chunk.begin, chunk.end, da, dh_all, dbias, dh0, dc0, da_carry, dc_carry
         )
-        multiply = _multiply if ours else torch_multiply
+        multiply = functools.partial(_multiply, bounded)
         for d in range(directions):
             products.add(d, chunk.rows[d], da[:, d], dh_all, dbias, multiply)
     _kept.dgates = da if da.nbytes <= 2 * _CHUNK_BYTES else None
@@ -133,13 +133,15 @@ def layer_backward(
 
 
 # Below these sizes of the result, and of K, packing costs our own product more than it gains.
-_LEAST_SIDE, _LEAST_DEPTH = 48, 192
+_LEAST_SIDE, _LEAST_DEPTH = 48, 96
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: bool) -> None:
+def _multiply(
+    bounded: bool, left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: bool
+) -> None:
     """By the library where it is faster and can, else by torch."""
     ours = min(out.shape) >= _LEAST_SIDE and right.size(0) >= _LEAST_DEPTH
-    ours = ours and torch.ops.fastlstm_C.cpu_product(left, right, out, transposed, add)
+    ours = ours and torch.ops.fastlstm_C.cpu_product(left, right, out, transposed, add, bounded)
     if not ours:
         torch_multiply(left, right, out, transposed, add)
 

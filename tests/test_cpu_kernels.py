@@ -273,7 +273,7 @@ def test_a_backward_pass_within_another() -> None:
     want = [cpu.layer_backward(g, *rest) for g in (grads, others)]
     inner = []
 
-    def multiply(*args) -> None:
+    def multiply(bounded: bool, *args) -> None:
         if not inner:
             inner.append(None)
             inner[0] = cpu.layer_backward(others, *rest)
@@ -281,42 +281,61 @@ def test_a_backward_pass_within_another() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_multiply", multiply)
-        patch.setattr(cpu, "torch_multiply", multiply)
         outer = cpu.layer_backward(grads, *rest)
     compare(outer, want[0], torch.float32, "outer")
     compare(inner[0], want[1], torch.float32, "inner")
 
 
-PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300)]
+PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300), (17, 1, 3), (530, 9, 1)]
+# Of a value, by state dtype; and of a whole matrix, beside the error of torch's own product, which
+# is what float64 is measured by and so counts as exact there.
+EXACTNESS = {torch.float32: (1e-5, 1e-8), torch.float64: (1e-13, 1e-14)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("depth", "rows", "columns"), PRODUCTS)
 def test_products_are_as_exact_as_torch(
-    depth: int, rows: int, columns: int, dtype: torch.dtype
+    depth: int, rows: int, columns: int, dtype: torch.dtype, instruction_set: str
 ) -> None:
     """Of dgates and inputs (transposed) and of dgates and weights, added to what is there."""
-    if "amx" not in INSTRUCTION_SETS:
-        assert not _C.cpu_product(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1), True, True)
+    if instruction_set == "baseline":
+        one = torch.ones(1, 1)
+        assert not _C.cpu_product(one, one, one, True, True, False)
         return
+    state = torch.promote_types(dtype, torch.float32)
+    rtol, slack = EXACTNESS[state]
     for transposed in (True, False):
-        wide = torch.randn(depth, 2, rows)[:, 1] if transposed else torch.randn(rows, depth)
-        left, right = wide, torch.randn(depth, 2, columns)[:, 0].to(dtype)
+        shape = (depth, 2, rows) if transposed else (rows, 2, depth)
+        left = torch.randn(shape, dtype=state)[:, 1]
+        right = torch.randn(depth, 2, columns)[:, 0].to(dtype)
         op = left.T if transposed else left
-        out = torch.randn(rows, columns)
-        start = out.clone()
-        exact = start.double() + op.double() @ right.double()
-        assert _C.cpu_product(left, right, out, transposed, True)
-        error, ours = (start + op @ right.float() - exact).norm(), (out - exact).norm()
-        assert ours < 1.5 * error
-        assert _C.cpu_product(left, right, out, transposed, False)
-        torch.testing.assert_close(
-            out.double(), exact - start.double(), rtol=1e-5, atol=1e-5 * depth**0.5
-        )
-        right[depth // 2, 3] = float("inf")
-        before = out.clone()
-        assert not _C.cpu_product(left, right, out, transposed, False)
-        assert torch.equal(out, before)
+        wide = torch.randn(rows, columns + 5, dtype=state)
+        out, start = wide[:, 2:-3], wide.clone()
+        exact = start[:, 2:-3].double() + op.double() @ right.double()
+        assert _C.cpu_product(left, right, out, transposed, True, True)
+        error = (start[:, 2:-3] + op @ right.to(state) - exact).norm()
+        assert (out - exact).norm() < 1.5 * error + slack * exact.norm()
+        assert torch.equal(wide[:, :2], start[:, :2]) and torch.equal(wide[:, -3:], start[:, -3:])
+        assert _C.cpu_product(left, right, out, transposed, False, True)
+        exact = op.double() @ right.double()
+        torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=rtol * depth**0.5)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("huge", [float("inf"), 3e38])
+def test_products_take_any_value(transposed: bool, huge: float, instruction_set: str) -> None:
+    """Too large for the matrix unit, on either side: as torch has it, infinities and all."""
+    if instruction_set == "baseline":
+        return
+    for in_left in (True, False):
+        left, right = torch.randn(40, 50), torch.randn(40, 60)
+        if not transposed:
+            left = left.T.contiguous()
+        (left if in_left else right)[7, 3] = huge
+        out = torch.empty(50, 60)
+        assert _C.cpu_product(left, right, out, transposed, False, not in_left)
+        want = (left.T if transposed else left) @ right
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-4)
 
 
 def test_product_refuses_bad_arguments() -> None:
@@ -327,7 +346,7 @@ def test_product_refuses_bad_arguments() -> None:
     ]  # fmt: skip
     for change in changes:
         with pytest.raises(RuntimeError, match=r"left|right|out"):
-            _C.cpu_product(*{**good, **change}.values(), True, False)
+            _C.cpu_product(*{**good, **change}.values(), True, False, True)
 
 
 def bad_calls():

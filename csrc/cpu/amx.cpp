@@ -69,25 +69,47 @@ bool backward(const BackwardArgs& args) {
   if (run<Backward, true>(args)) return true;
   da.restore();
   dc.restore();
-  return kernels_avx512.backward(args);
+  kernels_avx512.backward(args);
+  return false;
 }
 
 void probe(const GateProbe& args, Storage storage) {
   kernels_avx512.probe(args, storage);
 }
 
-bool product(const ProductArgs& args) {
-  switch (args.storage) {
-    case Storage::f32:
-      return args.transposed ? run_product<float, true>(args) : run_product<float, false>(args);
-    case Storage::f16:
-      return args.transposed ? run_product<fp16, true>(args) : run_product<fp16, false>(args);
-    case Storage::bf16:
-      return args.transposed ? run_product<bf16, true>(args) : run_product<bf16, false>(args);
-    case Storage::f64:
-      break;
-  }
-  return false;
+// Whether no value of a (rows, columns) matrix is too large (see amx_tiles.h).
+template <class S>
+bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld) {
+  unsigned beyond = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < columns; k += lanes<float>) {
+      const int some = int(columns - k < lanes<float> ? columns - k : lanes<float>);
+      beyond |= too_large(load_some(values + r * ld + k, some));
+    }
+  return beyond == 0;
+}
+
+template <class S>
+bool product_of(const ProductArgs& p) {
+  const auto* a = static_cast<const float*>(p.a);
+  const int64_t rows = p.transposed ? p.K : p.M, columns = p.transposed ? p.M : p.K;
+  if (!p.bounded && !none_too_large(a, rows, columns, p.lda)) return false;
+  if (!none_too_large(static_cast<const S*>(p.b), p.K, p.N, p.ldb)) return false;
+  using State = AmxTiles<float, terms_of<float>>;
+  using Stored = AmxTiles<S, terms_of<S>>;
+  if (p.transposed)
+    run_product<Stored, State, AmxTiles<float, terms_of<S>>, true>(p);
+  else
+    run_product<State, Stored, AmxTiles<S, terms_of<float>>, false>(p);
+  return true;
+}
+
+void product(const ProductArgs& args) {
+  const bool done = args.storage == Storage::f32    ? product_of<float>(args)
+                    : args.storage == Storage::f16  ? product_of<fp16>(args)
+                    : args.storage == Storage::bf16 ? product_of<bf16>(args)
+                                                    : false;
+  if (!done) kernels_avx512.product(args);
 }
 
 }  // namespace

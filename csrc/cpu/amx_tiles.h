@@ -209,15 +209,15 @@ struct AmxTiles {
 
   static unsigned pack_rows(const S* w, int64_t ld, int64_t k_size, int64_t count, bf16* panel) {
     unsigned beyond = 0;
-    for (int64_t k = 0; k < k_size; k += 32, panel += panel_size(32))
-      for (int64_t pair = 0; pair < 16; ++pair)
-        beyond |=
-            pack_pair(w + (k + 2 * pair) * ld, ld, k_size - k - 2 * pair, count, panel + pair * 32);
+    for (int64_t k = 0; k < blocks_of(k_size, 32) * 32; k += 2)
+      beyond |= pack_some_rows(w + k * ld, ld, k_size - k, count, panel + row_offset(k));
     return beyond;
   }
 
-  // One pair of rows of K, of which the first `k_size` are there.
-  static unsigned pack_pair(const S* row, int64_t ld, int64_t k_size, int64_t count, bf16* panel) {
+  static constexpr int64_t rows_together = 2;
+  static int64_t row_offset(int64_t k) { return panel_size(k / 32 * 32) + k % 32 / 2 * 32; }
+  static unsigned pack_some_rows(const S* row, int64_t ld, int64_t k_size, int64_t count,
+                                 bf16* panel) {
     unsigned beyond = 0;
     for (int64_t column = 0; column < width; column += L, panel += weight_terms * register_size) {
       Vec<float> even{}, odd{};
@@ -231,6 +231,29 @@ struct AmxTiles {
       }
     }
     return beyond;
+  }
+
+  static void pack_block_row(bf16* place, int64_t height, const S* from, int64_t count) {
+    Terms<false> values{load_up_to(from, count), load_up_to(from + L, count - L)};
+    for (int term = 0; term < terms; ++term, place += height * 32)
+      store(reinterpret_cast<float*>(place), values.next());
+  }
+
+  static void pack_block_columns(bf16* place, int64_t height, const S* from, int64_t ld,
+                                 int64_t count, int64_t depth) {
+    Vec<float> square[terms][L];  // (term, pair of k) of rows, then (term, row) of pairs
+    for (int64_t pair = 0; pair < L; ++pair) {
+      Vec<float> even{}, odd{};
+      if (2 * pair < depth) even = load_up_to(from + 2 * pair * ld, count);
+      if (2 * pair + 1 < depth) odd = load_up_to(from + (2 * pair + 1) * ld, count);
+      Terms<true> values{even, odd};
+      for (int term = 0; term < terms; ++term) square[term][pair] = values.next();
+    }
+    for (int term = 0; term < terms; ++term) {
+      transpose<float>(square[term]);
+      for (int64_t r = 0; r < L && r < count; ++r)
+        std::memcpy(place + (term * height + r) * 32, &square[term][r], 64);
+    }
   }
 
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,

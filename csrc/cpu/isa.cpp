@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "product.h"
 #include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x
@@ -38,6 +39,31 @@ bool backward(const BackwardArgs& args) {
   run<Backward>(args);
   return false;
 }
+
+#if defined(__AVX2__)
+template <class S>
+void product_of(const ProductArgs& args) {
+  using State = VectorTiles<typename StateOf<S>::type>;
+  using Stored = VectorTiles<S>;
+  args.transposed ? run_product<Stored, State, State, true>(args)
+                  : run_product<State, Stored, State, false>(args);
+}
+
+void product(const ProductArgs& args) {
+  switch (args.storage) {
+    case Storage::f32:
+      return product_of<float>(args);
+    case Storage::f64:
+      return product_of<double>(args);
+    case Storage::f16:
+      return product_of<fp16>(args);
+    case Storage::bf16:
+      return product_of<bf16>(args);
+  }
+}
+#else
+constexpr void (*product)(const ProductArgs&) = nullptr;
+#endif
 
 template <class T>
 void probe_as(const GateProbe& p) {
@@ -77,6 +103,6 @@ void probe(const GateProbe& p, Storage storage) {
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
 const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe,
-                                              nullptr};
+                                              product};
 
 }  // namespace fastlstm

@@ -16,11 +16,10 @@ struct GateProbe {
 struct Kernels {
   const char* name;
   void (*forward)(const ForwardArgs&);
-  // Whether `product` may be given the da and dh_all that it wrote.
+  // Whether the da and dh_all that it wrote are `bounded` (see ProductArgs).
   bool (*backward)(const BackwardArgs&);
   void (*probe)(const GateProbe&, Storage);  // f32 or f64
-  // Null where there is none; false, and nothing done, if it can't multiply the values of B.
-  bool (*product)(const ProductArgs&);
+  void (*product)(const ProductArgs&);       // null where torch's BLAS is better
 };
 
 }  // namespace fastlstm

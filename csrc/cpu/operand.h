@@ -9,6 +9,11 @@
 //   panel_size(k)       Elements of k rows of a panel, which is panel_width<T> columns wide
 //   put                 writes L values into a blocked matrix
 //   pack_transposed, pack_rows                          write a panel
+//   rows_together, row_offset, pack_some_rows           write so many rows of a panel, which are
+//                       there from row_offset(k) on; k_size of them exist
+//   pack_block_row, pack_block_columns                  write one block from a row of a matrix, or
+//                       from up to L columns of it, transposed; `count` and `depth` are what is
+//                       there of them
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies

@@ -171,22 +171,71 @@ inline void store(fp16* p, Vec<float> v) {
 #endif
 }
 
-// The first n lanes only; the others are zero, or are not written.
+// The first n elements of a vector, of n less than all: read, with zeros for the others, and
+// written. By masks where there are some; not under AddressSanitizer, which does not see what they
+// touch.
+#if defined(__AVX512F__) && !defined(__SANITIZE_ADDRESS__)
+template <class S>
+FASTLSTM_INLINE void read_some(S* to, const S* from, int n) {
+  const auto mask = uint16_t((1u << n) - 1);
+  if constexpr (sizeof(S) == 8)
+    _mm512_storeu_si512(to, _mm512_maskz_loadu_epi64(uint8_t(mask), from));
+  if constexpr (sizeof(S) == 4) _mm512_storeu_si512(to, _mm512_maskz_loadu_epi32(mask, from));
+  if constexpr (sizeof(S) == 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
+}
+template <class S>
+FASTLSTM_INLINE void write_some(S* to, const S* from, int n) {
+  const auto mask = uint16_t((1u << n) - 1);
+  if constexpr (sizeof(S) == 8)
+    _mm512_mask_storeu_epi64(to, uint8_t(mask), _mm512_loadu_si512(from));
+  if constexpr (sizeof(S) == 4) _mm512_mask_storeu_epi32(to, mask, _mm512_loadu_si512(from));
+  if constexpr (sizeof(S) == 2)
+    _mm256_mask_storeu_epi16(to, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+#else
+#  if defined(__AVX2__) && !defined(__SANITIZE_ADDRESS__)
+FASTLSTM_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
+FASTLSTM_INLINE void read_some(float* to, const float* from, int n) {
+  _mm256_storeu_ps(to, _mm256_maskload_ps(from, first_lanes(n)));
+}
+FASTLSTM_INLINE void write_some(float* to, const float* from, int n) {
+  _mm256_maskstore_ps(to, first_lanes(n), _mm256_loadu_ps(from));
+}
+FASTLSTM_INLINE void read_some(double* to, const double* from, int n) {
+  _mm256_storeu_pd(to, _mm256_maskload_pd(from, first_lanes(2 * n)));
+}
+FASTLSTM_INLINE void write_some(double* to, const double* from, int n) {
+  _mm256_maskstore_pd(to, first_lanes(2 * n), _mm256_loadu_pd(from));
+}
+#  endif
+template <class S>
+FASTLSTM_INLINE void read_some(S* to, const S* from, int n) {
+  for (int k = 0; k < lanes<typename StateOf<S>::type>; ++k) to[k] = k < n ? from[k] : S{};
+}
+template <class S>
+FASTLSTM_INLINE void write_some(S* to, const S* from, int n) {
+  for (int k = 0; k < n; ++k) to[k] = from[k];
+}
+#endif
+
 template <class S>
 inline auto load_some(const S* p, int n) {
   constexpr int all = lanes<typename StateOf<S>::type>;
   if (n >= all) return load(p);
-  S padded[all] = {};
-  for (int k = 0; k < n; ++k) padded[k] = p[k];
-  return load(padded);
+  S some[all];
+  read_some(some, p, n);
+  return load(some);
 }
 template <class S, class V>
 inline void store_some(S* p, V v, int n) {
   constexpr int all = lanes<typename StateOf<S>::type>;
   if (n >= all) return store(p, v);
-  S padded[all];
-  store(padded, v);
-  for (int k = 0; k < n; ++k) p[k] = padded[k];
+  S some[all];
+  store(some, v);
+  write_some(p, some, n);
 }
 
 // What v becomes when it is stored as S and read again.

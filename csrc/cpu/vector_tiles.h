@@ -53,6 +53,27 @@ struct VectorTiles {
     return 0;
   }
 
+  static constexpr int64_t rows_together = 1;
+  static int64_t row_offset(int64_t k) { return panel_size(k); }
+  static void pack_some_rows(const S* row, int64_t ld, int64_t k_size, int64_t count, T* panel) {
+    if (k_size > 0) pack_rows(row, ld, 1, count, panel);
+  }
+
+  static void pack_block_row(T* place, int64_t, const S* from, int64_t count) {
+    store(place, load_some(from, count < L ? int(count) : int(L)));
+  }
+
+  static void pack_block_columns(T* place, int64_t, const S* from, int64_t ld, int64_t count,
+                                 int64_t depth) {
+    const int some = count < L ? int(count) : int(L);
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < L; ++k)
+      square[k] = k < depth ? load_some(from + k * ld, some) : Vec<T>{};
+    transpose<T>(square);
+    for (int64_t r = 0; r < some; ++r) store(place + r * L, square[r]);
+  }
+
   // C (rows, ldc) = the first rows of a tile of that height, times a panel.
   static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
                        const Segments& segments, bool in_advance, T* c, int64_t ldc) {
