@@ -272,7 +272,7 @@ int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
 }
 
 // out = or += op(left) right. `bounded` is what cpu_backward returned with left. False, and nothing
-// done, if the kernels in use leave products to torch.
+// done, if that is better left to torch.
 bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, bool transposed,
                  bool add, bool bounded) {
   fastlstm::ProductArgs args{};
@@ -293,9 +293,7 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
   args.a = left.const_data_ptr();
   args.b = right.const_data_ptr();
   args.c = out.mutable_data_ptr();
-  if (fastlstm::kernels().product == nullptr || args.K == 0) return false;
-  if (args.M > 0 && args.N > 0) fastlstm::kernels().product(args);
-  return true;
+  return fastlstm::kernels().product(args);
 }
 
 using ProbeResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;

@@ -1,7 +1,7 @@
 """The ``cpu`` backend: the fused C++ kernels of csrc/cpu under the layer contract.
 
 The kernels walk through the sequence; the sums over all rows that follow a backward
-walk (eq. 9) are plain matrix products and go to torch's BLAS.
+walk (eq. 9) are plain matrix products, the library's own or torch's, whichever is faster.
 """
 
 from __future__ import annotations
@@ -132,17 +132,11 @@ def layer_backward(
     return products.gradients(dh0, dc0)
 
 
-# Below these sizes of the result, and of K, packing costs our own product more than it gains.
-_LEAST_SIDE, _LEAST_DEPTH = 48, 96
-
-
 def _multiply(
     bounded: bool, left: Tensor, right: Tensor, out: Tensor, transposed: bool, add: bool
 ) -> None:
-    """By the library where it is faster and can, else by torch."""
-    ours = min(out.shape) >= _LEAST_SIDE and right.size(0) >= _LEAST_DEPTH
-    ours = ours and torch.ops.fastlstm_C.cpu_product(left, right, out, transposed, add, bounded)
-    if not ours:
+    """By the library where it is faster, else by torch."""
+    if not torch.ops.fastlstm_C.cpu_product(left, right, out, transposed, add, bounded):
         torch_multiply(left, right, out, transposed, add)
 
 

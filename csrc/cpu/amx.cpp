@@ -89,6 +89,7 @@ bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld) 
   return beyond == 0;
 }
 
+// False if there are any.
 template <class S>
 bool product_of(const ProductArgs& p) {
   const auto* a = static_cast<const float*>(p.a);
@@ -104,12 +105,23 @@ bool product_of(const ProductArgs& p) {
   return true;
 }
 
-void product(const ProductArgs& args) {
-  const bool done = args.storage == Storage::f32    ? product_of<float>(args)
-                    : args.storage == Storage::f16  ? product_of<fp16>(args)
-                    : args.storage == Storage::bf16 ? product_of<bf16>(args)
-                                                    : false;
-  if (!done) kernels_avx512.product(args);
+bool product(const ProductArgs& args) {
+  // Smaller ones cost the unit more to pack than it gains.
+  const bool worth = args.M >= 48 && args.N >= 48 && args.K >= 192;
+  switch (worth ? args.storage : Storage::f64) {
+    case Storage::f32:
+      if (product_of<float>(args)) return true;
+      break;
+    case Storage::f16:
+      if (product_of<fp16>(args)) return true;
+      break;
+    case Storage::bf16:
+      if (product_of<bf16>(args)) return true;
+      break;
+    case Storage::f64:
+      break;
+  }
+  return kernels_avx512.product(args);
 }
 
 }  // namespace

@@ -257,7 +257,8 @@ struct AmxTiles {
   }
 
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
-                       const Segments& segments, bool, float* c, int64_t ldc, bool add = false) {
+                       const Segments& segments, bool, float* c, int64_t ldc, const Wanted*,
+                       bool add = false) {
     int64_t blocks = 0;
     for (int64_t s = 0; s < segments.count; ++s)
       blocks += blocks_of(segments.size[s], block_columns);
@@ -298,8 +299,7 @@ struct AmxTiles {
   }
   static constexpr int64_t ahead_rows = 256;
 
-  // Can multiply add to what is there?
-  static constexpr bool adds = true;
+  static constexpr bool adds = true, asks = false;
 
   // Panels stream well enough by themselves.
   static bool worth_prefetching(int64_t, int64_t) { return false; }

@@ -226,10 +226,12 @@ class Backward {
     if (gate_by_gate_) add_gate(item, s, 3);
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
+      Wanted wanted;
+      if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
       if (!gate_by_gate_)
         Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
                         recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
-                        width);
+                        width, &wanted);
       finish_tile(step, first, last, column, gate_by_gate_ ? sums_of(item, tile) : sums);
     }
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
@@ -250,7 +252,7 @@ class Backward {
       for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
         Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
                         tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height, panel,
-                        {1, {n_.H}}, false, sums_of(item, tile), width, gate > 0);
+                        {1, {n_.H}}, false, sums_of(item, tile), width, nullptr, gate > 0);
     }
   }
 
@@ -266,6 +268,27 @@ class Backward {
       if (projected_) continue;
       undo_cells(step, first, going_on, column + part, sums + part);
       finish_sequences(step, going_on, last, column + part);
+    }
+  }
+
+  // What is read and written to undo the cells of one panel of units. It lies kilobytes apart,
+  // where no processor foresees it, and has not been touched for long.
+  void add_cells(Wanted& wanted, const Step& step, int64_t first, int64_t last,
+                 int64_t unit) const {
+    const int64_t H = n_.H, before = Walk::previous(step.d, step.t);
+    const int64_t end = last < step.rows ? last : step.rows, rows_before = walk_.rows(before);
+    for (int64_t r = first; r < end; ++r) {
+      const int64_t row = (step.start + r) * n_.D + step.d;
+      const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
+      const T* da = static_cast<const T*>(a_.da) + (row - a_.first_row[step.d] * n_.D) * 4 * H;
+      const T* c_all = static_cast<const T*>(a_.c_all) + unit;
+      for (int gate = 0; gate < 4; ++gate) {
+        wanted.add(gates + gate * H);
+        wanted.add(da + gate * H + unit);
+      }
+      wanted.add(c_all + row * H);
+      if (r < rows_before) wanted.add(c_all + ((walk_.start(before) + r) * n_.D + step.d) * H);
+      if (a_.dy) wanted.add(static_cast<const S*>(a_.dy) + row * H + unit);
     }
   }
 
@@ -302,7 +325,8 @@ class Backward {
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
-                      projection_ + item * Tiles::panel_size(n_.P), segments, false, sums, width);
+                      projection_ + item * Tiles::panel_size(n_.P), segments, false, sums, width,
+                      nullptr);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried

@@ -246,7 +246,7 @@ class Forward {
     const Element* panel = panels_ + item * 2 * panel_size() + Tiles::panel_size(k);
     for (int half = 0; half < 2; ++half)
       Tiles::multiply(blocked.tile(tile), blocked.height, rows, panel + half * panel_size(),
-                      segments, in_advance, pre + half * width, 4 * L);
+                      segments, in_advance, pre + half * width, 4 * L, nullptr);
   }
 
   void note(unsigned beyond) {
@@ -333,7 +333,8 @@ class Forward {
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       Tiles::multiply(unprojected(d).tile(tile), tiles_.height, last - first,
-                      out_weights_ + panel * Tiles::panel_size(n_.H), segments, false, sums, width);
+                      out_weights_ + panel * Tiles::panel_size(n_.H), segments, false, sums, width,
+                      nullptr);
       for (int64_t r = first; r < last; ++r) {
         const bool final = r >= step.next_rows;
         const bool cut = !final && walk_.cut_before(d, step.next, r);

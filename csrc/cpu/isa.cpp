@@ -40,16 +40,19 @@ bool backward(const BackwardArgs& args) {
   return false;
 }
 
-#if defined(__AVX2__)
 template <class S>
-void product_of(const ProductArgs& args) {
+bool product_of(const ProductArgs& args) {
   using State = VectorTiles<typename StateOf<S>::type>;
   using Stored = VectorTiles<S>;
   args.transposed ? run_product<Stored, State, State, true>(args)
                   : run_product<State, Stored, State, false>(args);
+  return true;
 }
 
-void product(const ProductArgs& args) {
+// See docs/performance.md for where packing costs more than it gains.
+bool product(const ProductArgs& args) {
+#if defined(__AVX2__)
+  if (args.M < 2 || args.N < 2 || args.K < 16) return false;
   switch (args.storage) {
     case Storage::f32:
       return product_of<float>(args);
@@ -60,10 +63,10 @@ void product(const ProductArgs& args) {
     case Storage::bf16:
       return product_of<bf16>(args);
   }
-}
-#else
-constexpr void (*product)(const ProductArgs&) = nullptr;
 #endif
+  (void)args;
+  return false;
+}
 
 template <class T>
 void probe_as(const GateProbe& p) {

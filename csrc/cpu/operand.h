@@ -15,6 +15,7 @@
 //                       from up to L columns of it, transposed; `count` and `depth` are what is
 //                       there of them
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
+//   asks                whether multiply asks for what is Wanted
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
@@ -38,6 +39,16 @@ constexpr int64_t blocks_of(int64_t size, int64_t block) {
 struct Segments {
   int64_t count;
   int64_t size[4];
+};
+
+// Pairs of cache lines to ask for, a few at a time, while a tile is multiplied: all at once they
+// would keep the multiplication's own loads waiting.
+struct Wanted {
+  static constexpr int64_t capacity = 512;
+  const char* pairs[capacity];
+  int64_t count = 0;
+
+  void add(const void* pair) { pairs[count++] = static_cast<const char*>(pair); }
 };
 
 // How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin

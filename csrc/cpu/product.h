@@ -99,7 +99,7 @@ class Product {
                 int64_t depth, bool add) {
     alignas(64) T sums[LeftTiles::max_rows * width];
     const int64_t first = tile * tiles_.height, count = tiles_.end(tile, rows_) - first;
-    Tiles::multiply(left, tiles_.height, count, right, {1, {depth}}, false, sums, width);
+    Tiles::multiply(left, tiles_.height, count, right, {1, {depth}}, false, sums, width, nullptr);
     write(first, count, panel * width, sums, add);
   }
 

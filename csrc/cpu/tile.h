@@ -37,19 +37,26 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows]
 // sums, for k modulo split. A panel that is not in the L2 cache is worth asking for in advance.
 template <class T, int rows, int split, bool in_advance>
 void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segments, T* c,
-                   int64_t ldc) {
+                   int64_t ldc, const Wanted* wanted) {
+  const char* const* pair = wanted ? wanted->pairs : nullptr;
+  const char* const* const end = wanted ? pair + wanted->count : nullptr;
   constexpr int unrolled = lanes<T> < 4 ? lanes<T> : 4;
   constexpr int64_t advance = in_advance ? 64 * panel_width<T> : 0;
   Vec<T> sum[split][rows][panel_vectors] = {};
   for (int64_t s = 0; s < segments.count; ++s) {
     int64_t left = segments.size[s];
     for (; left >= lanes<T>; left -= lanes<T>, a += height * lanes<T>)
-      for (int k = 0; k < lanes<T>; k += unrolled)
+      for (int k = 0; k < lanes<T>; k += unrolled) {
+        for (int p = 0; p < 2 && pair < end; ++p, ++pair) {
+          __builtin_prefetch(*pair, 0, 2);
+          __builtin_prefetch(*pair + 64, 0, 2);
+        }
 #pragma GCC unroll 4
         for (int u = 0; u < unrolled; ++u, b += panel_width<T>) {
           if (in_advance) prefetch_row<T>(b + advance);
           multiply_column<T, rows>(a + k + u, b, sum[u % split]);
         }
+      }
     if (left > 0) {
       for (int k = 0; k < left; ++k, b += panel_width<T>)
         multiply_column<T, rows>(a + k, b, sum[0]);
@@ -69,7 +76,8 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
 }
 
 template <class T>
-using TileFunction = void (*)(const T*, int64_t, const T*, const Segments&, T*, int64_t);
+using TileFunction = void (*)(const T*, int64_t, const T*, const Segments&, T*, int64_t,
+                              const Wanted*);
 
 template <class T, bool in_advance>
 TileFunction<T> tile_function(int64_t rows) {
