@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -111,7 +112,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert re.fullmatch(r"fastlstm-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastlstm"}
-    for folder, installed in (("fastlstm", "fastlstm"), ("kernels", "fastlstm/kernels")):
+    folders = {
+        "fastlstm": "fastlstm",
+        "fastlstm/cli": "fastlstm/cli",
+        "kernels": "fastlstm/kernels",
+    }
+    for folder, installed in folders.items():
         for source in (ROOT / folder).glob("*.py"):
             assert f"{installed}/{source.name}" in names
     for source in (ROOT / "csrc").rglob("*.*"):
@@ -203,6 +209,52 @@ def test_only_auto_installs_without_what_is_missing(
     monkeypatch.setenv("FASTLSTM_BUILD", "cpu")
     with pytest.raises(build.MissingError, match="no-such-c"):
         build.build_for_install(tmp_path)
+
+
+def test_an_isolated_build_leaves_the_library_to_the_first_use(tmp_path: Path) -> None:
+    """From the sdist, as from an index: there torch cannot be imported, and that is no error."""
+    hook = "from setuptools import build_meta; build_meta.build_sdist('sdist')"
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "_C.so", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copy(ROOT / ".clang-format", source)
+    done = run(sys.executable, "-c", hook, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = (source / "sdist").glob("fastlstm-*.tar.gz")
+    blocker = tmp_path / "blocked" / "torch"
+    blocker.mkdir(parents=True)
+    (blocker / "__init__.py").write_text("raise ImportError('not in an isolated build')\n")
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", tmp_path, "-v")
+    command = (sys.executable, "-m", "pip", "wheel", *options, sdist)
+    done = run(*command, cwd=tmp_path, FASTLSTM_BUILD="auto", PYTHONPATH=str(blocker.parent))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "its first use will build it: torch cannot be imported" in done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastlstm/py.typed", "fastlstm/csrc/bindings.cpp", "fastlstm/cli/info.py"} <= set(names)
+
+
+def test_sources_are_python_of_the_oldest_version() -> None:
+    """Of its syntax; mypy (make lint) looks at its standard library."""
+    oldest = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    for folder in ("fastlstm", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            ast.parse(path.read_text(), str(path), feature_version=(3, int(oldest[1])))
+
+
+def test_importing_is_quick_and_imports_no_kernels() -> None:
+    """Beyond torch's own import, in time of this process: other load does not count."""
+    program = (
+        "import sys, time, torch; start = time.process_time(); import fastlstm;"
+        "print(time.process_time() - start, *sys.modules)"
+    )
+    runs = [run(sys.executable, "-c", program, cwd=ROOT) for _ in range(3)]
+    assert all(done.returncode == 0 for done in runs), runs[0].stderr
+    seconds, *modules = runs[0].stdout.split()
+    assert min(float(done.stdout.split()[0]) for done in runs) < 0.05, seconds
+    assert not {"triton", "fastlstm.kernels", "fastlstm.cli", "torch._dynamo"} & set(modules)
 
 
 @pytest.mark.parametrize("isa", [isa for isa in build.find_toolchain().isa if isa != "baseline"])
