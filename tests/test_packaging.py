@@ -269,6 +269,15 @@ def test_no_symbol_of_a_newer_instruction_set_can_replace_a_common_one(
 # --- the machinery, on a tree of its own with one small source ---------------------------
 
 
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("checkout_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """build.py of a little checkout; its cache is a folder beside it."""
@@ -279,12 +288,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (package.parent / "csrc" / "bindings.cpp").write_text("int answer() { return 42; }\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTLSTM_LIBRARY", raising=False)
-    spec = importlib.util.spec_from_file_location("checkout_build", package / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(package / "build.py")
 
 
 def test_a_library_older_than_its_sources_is_refused(checkout: ModuleType) -> None:
@@ -341,6 +345,20 @@ def test_a_killed_build_blocks_nobody(checkout: ModuleType, tmp_path: Path) -> N
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in entry.iterdir()) == ["_C.so", "lock"]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_a_source_of_an_instruction_set_is_compiled_for_it_alone(
+    machine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a compiler that knows AMX, and on machines that have other instructions."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    module = load(Path(build.__file__))
+    known = tuple(name for name in module.ISA_FLAGS if name != "amx")
+    tools = module.Toolchain(("g++",), "g++", known, "ninja", tmp_path, "2.10")
+    steps = module._steps(tools, tmp_path, sanitize=False)
+    assert [s.output for s in steps if s.source.stem == "isa"] == [f"cpu.isa.{n}.o" for n in known]
+    assert not [step for step in steps if step.source.stem == "amx"]
 
 
 def test_processes_that_start_together_build_once(checkout: ModuleType) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import backends, build, native
+from .. import __version__, backends, build, native
 from .arguments import cpu_count
 
 # What changes the code that runs, or the threads it runs on.
@@ -55,7 +55,7 @@ def describe() -> dict[str, dict[str, Any]]:
 
 
 def _versions() -> dict[str, Any]:
-    found: dict[str, Any] = {"fastlstm": _version("fastlstm"), "python": platform.python_version()}
+    found: dict[str, Any] = {"fastlstm": __version__, "python": platform.python_version()}
     found |= {name: _version(name) for name in PACKAGES}
     # The metadata of a wheel may lack what its build is called: 2.13.0 for 2.13.0+cpu.
     found |= {"torch": str(torch.__version__), "cuda": torch.version.cuda or "not in this torch"}
