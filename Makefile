@@ -15,6 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 DEPS := numpy ninja setuptools wheel pytest pytest-benchmark matplotlib tqdm
+ONNX := onnx onnxscript onnxruntime
 TRITON := triton==3.6.0
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
@@ -85,7 +86,7 @@ $(BIN)/python:
 $(VENV)/.deps: Makefile | $(BIN)/python
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(TRITON)
-	$(PIP_INSTALL) $(DEPS)
+	$(PIP_INSTALL) $(DEPS) $(ONNX)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.deps

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from run import Contest, difference
-from timing import cuda_seconds_per_call, seconds_per_call
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
-from cases import tolerance
+from fastlstm.cli.compare import difference, tolerance
+from fastlstm.cli.contest import Contest
+from fastlstm.cli.timing import cuda_seconds_per_call, seconds_per_call
 
 STEPS = 512
 # The most important first: a run that is cut short has those.

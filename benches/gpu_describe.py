@@ -11,9 +11,9 @@ import torch
 import triton
 from gpu_common import device_of
 from recording import arguments, commit, cpu_count, now, write_json
-from run import cpu_model
 
 import fastlstm
+from fastlstm.cli.info import cpu_model
 
 QUERIES = (
     *("name", "driver_version", "vbios_version", "clocks.max.sm", "clocks.max.mem"),

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from gpu_common import device_of, synchronize
 from recording import arguments, write_json
-from timing import cuda_seconds_per_call, quartiles, seconds_per_call
 
+from fastlstm.cli.timing import cuda_seconds_per_call, quartiles, seconds_per_call
 from fastlstm.kernels.barrier import arrive, wait
 from fastlstm.kernels.launch import POLLS
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 from pathlib import Path
 from typing import Any
 
-from report import table
+from fastlstm.cli.table import means, table
 
 COLUMNS = (
     *("mode", "B, H", "precision", "variant", "× rival (quartiles)"),
@@ -69,10 +68,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys((row["mode"], row["precision"], row["variant"]) for row in rows)
     for key in keys:
         group = [r for r in rows if (r["mode"], r["precision"], r["variant"]) == key]
-        ratios = [row["ratio"]["median"] for row in group if "error" not in row]
-        figures = (statistics.geometric_mean(ratios), min(ratios)) if ratios else ()
-        means = [f"{figure:.2f}" for figure in figures] or ["", ""]
-        lines.append([MODES[key[0]], *key[1:], *means, f"{len(ratios)} of {len(group)}"])
+        lines.append([MODES[key[0]], *key[1:], *means(group)])
     columns = ("mode", "precision", "variant", "geometric mean", "minimum", "rows timed")
     return table(lines, columns)
 

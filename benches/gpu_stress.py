@@ -14,11 +14,11 @@ from time import monotonic
 import torch
 from gpu_common import device_of, synchronize
 from recording import arguments, write_json
-from run import difference
 from torch import Tensor, nn
 
 import fastlstm
 from fastlstm import triton as backend
+from fastlstm.cli.compare import difference
 from fastlstm.kernels import launch
 
 

@@ -5,29 +5,19 @@ python benches/report.py benches/results/RESULT.json --readme README.md
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from fastlstm.cli.arguments import Parser
+from fastlstm.cli.contest import MODES, Row
+from fastlstm.cli.table import MEASURED, means, measured, table
 
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
-MODES = {"train": "training", "infer": "inference"}
-COLUMNS = (
-    *("T,B,I,H", "mode", "threads", "× nn.LSTM (quartiles)"),
-    *("ms: ours / nn.LSTM", "GF/s: ours / nn.LSTM", "% of best BLAS: ours / nn.LSTM"),
-)
+COLUMNS = ("T,B,I,H", "mode", "threads", *MEASURED, "% of best BLAS: ours / nn.LSTM")
 
 Result = dict[str, Any]  # what run.py writes
-Row = dict[str, Any]
-
-
-class Parser(argparse.ArgumentParser):
-    """One line says what is wrong; --help says the rest."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def header(result: Result) -> list[str]:
@@ -52,32 +42,14 @@ def header(result: Result) -> list[str]:
     return lines
 
 
-def milliseconds(quartiles: dict[str, float]) -> str:
-    """The median, in three digits or all before the point."""
-    value = quartiles["median"] * 1e3
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
 def cells(row: Row, limits: dict[str, Any]) -> list[str]:
     """One line of the table, for COLUMNS."""
     lead = [",".join(map(str, row["shape"])), MODES[row["mode"]], str(row["threads"])]
     if "error" in row:
-        return [*lead, f"not timed: {row['error']}", "", "", ""]
-    ratio, ours, theirs = row["ratio"], row["gflops"]["ours"], row["gflops"]["theirs"]
-    best = limits[str(row["threads"])]["matmul_gflops"] / 100
-    return [
-        *lead,
-        f"**{ratio['median']:.2f}** ({ratio['q1']:.2f}–{ratio['q3']:.2f})",
-        f"{milliseconds(row['ours'])} / {milliseconds(row['theirs'])}",
-        f"{ours:.3g} / {theirs:.3g}",
-        f"{ours / best:.0f} / {theirs / best:.0f}",
-    ]
-
-
-def table(lines: list[list[str]], columns: tuple[str, ...]) -> list[str]:
-    """A Markdown table."""
-    body = [columns, ["---"] * len(columns), *lines]
-    return ["| " + " | ".join(line) + " |" for line in body]
+        return [*lead, *measured(row), ""]
+    rate, best = row["gflops"], limits[str(row["threads"])]["matmul_gflops"] / 100
+    share = f"{rate['ours'] / best:.0f} / {rate['theirs'] / best:.0f}"
+    return [*lead, *measured(row), share]
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -85,10 +57,7 @@ def summary(rows: list[Row]) -> list[str]:
     lines = []
     for mode, threads in dict.fromkeys((row["mode"], row["threads"]) for row in rows):
         group = [r for r in rows if (r["mode"], r["threads"]) == (mode, threads)]
-        ratios = [r["ratio"]["median"] for r in group if "error" not in r]
-        figures = (statistics.geometric_mean(ratios), min(ratios)) if ratios else ()
-        means = [f"{figure:.2f}" for figure in figures] or ["", ""]
-        lines.append([MODES[mode], str(threads), *means, f"{len(ratios)} of {len(group)}"])
+        lines.append([MODES[mode], str(threads), *means(group)])
     return table(lines, ("mode", "threads", "geometric mean", "minimum", "rows timed"))
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import fastlstm
 from fastlstm.autograd import lstm_layer
+from fastlstm.cli.arguments import Shape
+from fastlstm.cli.compare import difference
+from fastlstm.cli.contest import Contest, flops
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-
-from run import Contest, Shape, difference, flops
 
 from cases import SPEED, Layer, LayerTensors, make_layer
 

@@ -32,6 +32,14 @@ def _always(_: Call) -> str | None:
     return None
 
 
+class Refusal(RuntimeError):
+    """The backend named cannot serve a call; the message says why."""
+
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(f"backend {backend!r} cannot serve this call: {reason}")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run a layer."""
@@ -43,6 +51,7 @@ class Backend:
     missing: Callable[[], str | None]  # why it is not there, or None
     unsupported: Callable[[Call], str | None] = _always  # why it can't serve, or None
     automatic: bool = True  # may "auto" take it? Only what is known to be the fastest.
+    compiled: bool = False  # is it the library of csrc/, with its instruction sets?
 
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot serve ``call``, or None."""
@@ -55,7 +64,14 @@ class Backend:
 _TABLE = {
     backend.name: backend
     for backend in (
-        Backend("cpu", cpu.layer_forward, cpu.layer_backward, cpu.missing, cpu.unsupported),
+        Backend(
+            "cpu",
+            cpu.layer_forward,
+            cpu.layer_backward,
+            cpu.missing,
+            cpu.unsupported,
+            compiled=True,
+        ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
         Backend(
             "triton",
@@ -87,7 +103,7 @@ def pick(backend: str, call: Call) -> Backend:
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the backend named cannot serve the call; the message says why.
+        Refusal: a RuntimeError; the backend named cannot serve the call.
     """
     check_name(backend)
     if backend == "auto":
@@ -95,5 +111,5 @@ def pick(backend: str, call: Call) -> Backend:
         return next(entry for entry in candidates if entry.refusal(call) is None)
     reason = _TABLE[backend].refusal(call)
     if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}")
+        raise Refusal(backend, reason)
     return _TABLE[backend]

@@ -63,7 +63,8 @@ if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = _AVX2
     ISA_FLAGS["avx512"] = (*_AVX512, *_AVX2, "-mprefer-vector-width=512", *_GCC_NOISE)
     ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
-ISA_SOURCES = {isa: "cpu/amx.cpp" if isa == "amx" else "cpu/isa.cpp" for isa in ISA_FLAGS}
+# On every machine, so that no source of an instruction set is taken for a common one.
+ISA_SOURCES = {**dict.fromkeys(ISA_FLAGS, "cpu/isa.cpp"), "amx": "cpu/amx.cpp"}
 
 _STAMP = b"fastlstm-build:"  # what stands before the stamp inside a library
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, functional
+from . import backends, functional, tracers
 from .contract import Weights
 
 State = tuple[Tensor, Tensor]
@@ -81,6 +81,10 @@ class LSTM(nn.RNNBase):
         )
         self.backend = backend
 
+    def __prepare_scriptable__(self) -> Any:
+        """torch.jit.script asks for this before anything else."""
+        tracers.refuse_script()
+
     def extra_repr(self) -> str:
         suffix = "" if self.backend == "auto" else f", backend={self.backend!r}"
         return super().extra_repr() + suffix
@@ -123,6 +127,11 @@ class LSTM(nn.RNNBase):
                 names it, what it got and what was expected; where ``nn.LSTM`` raises on
                 purpose, the type is its.
         """
+        if tracers.is_fx(input) or tracers.is_jit():
+            options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
+            if tracers.is_fx(input):
+                return tracers.fx_leaf(self, input, hx, options)
+            return tracers.jit_lstm(self, input, hx, options, self.backend)
         run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
         output, h_n, c_n, cells = run(input, hx, lengths, reset, return_cells)  # type: ignore[arg-type]
         if return_cells:
@@ -155,7 +164,11 @@ class LSTM(nn.RNNBase):
             input = input.unsqueeze(1)
             reset = None if reset is None else reset.unsqueeze(1)
         h0, c0 = self._state(hx, input, input.size(1 - time_dim), batched)
-        if lengths is None:
+        if tracers.is_onnx():
+            result = tracers.onnx_lstm(
+                input, h0, c0, stack, batch_first=batch_first, lengths=lengths, reset=reset
+            )
+        elif lengths is None:
             result = functional.lstm_padded(
                 input, h0, c0, stack, batch_first=batch_first, reset=reset
             )
@@ -177,6 +190,8 @@ class LSTM(nn.RNNBase):
     ) -> functional.Result:
         stack = self._stack(return_cells)
         _check_packed(input, self.input_size, stack.layers[0][0].w_ih)
+        if tracers.is_onnx():
+            tracers.refuse_packed()
         if lengths is not None:
             raise ValueError("lengths: expected padded input beside it, got a PackedSequence")
         if reset is not None:

@@ -20,3 +20,13 @@ def missing() -> str | None:
         warnings.warn(f"fastlstm runs without its C++ kernels: {error}", stacklevel=2)
         return str(error)
     return None
+
+
+def instruction_sets() -> list[str]:
+    """What the library may use on this processor, the best first; none without the library."""
+    return [] if missing() else str(torch.ops.fastlstm_C.cpu_instruction_sets()).split()
+
+
+def use_instruction_set(name: str) -> str:
+    """Let the CPU's kernels use this one of ``instruction_sets()``; returns the one before."""
+    return str(torch.ops.fastlstm_C.cpu_use_instruction_set(name))

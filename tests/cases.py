@@ -1,7 +1,4 @@
-"""Shapes and tolerances shared by the tests and the benchmarks.
-
-The one tolerance table of the project.  It is never loosened to make a test pass.
-"""
+"""Shapes shared by the tests and the benchmarks; ``tolerance`` is fastlstm/cli/compare.py's."""
 
 from __future__ import annotations
 
@@ -11,21 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlstm.cli.compare import tolerance
 from fastlstm.contract import Weights
 
-# What rounding alone may do to layers of the tests' sizes, against the same mathematics in the
-# same storage dtype.
-_TOLERANCES = {
-    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
-    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
-    torch.float16: {"rtol": 1e-2, "atol": 4e-3},
-    torch.bfloat16: {"rtol": 5e-2, "atol": 3e-2},
-}
-
-
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    """``rtol`` and ``atol`` for ``torch.testing.assert_close``."""
-    return dict(_TOLERANCES[dtype])
+__all__ = ["LAYERS", "SPEED", "Layer", "LayerTensors", "make_layer", "tolerance"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = sorted((ROOT / "fastlstm").glob("*.py"))
+PACKAGE = sorted((ROOT / "fastlstm").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 
 # Bottom to top: a module imports only what stands above it in this list.  A new module
@@ -19,7 +19,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LAYERS = (
     *("contract", "build", "native", "products"),
     *("reference", "aten", "cpu", "triton"),
-    *("backends", "ops", "autograd", "functional"),
+    *("backends", "ops", "autograd", "functional", "tracers"),
     *("module", "compat", "surgery", "cli", "__init__", "__main__"),
 )
 # Who may name the compiled library: what builds it, what loads it, what calls it.
@@ -29,6 +29,11 @@ NATIVE = {
     "_C.so": {"build", "native"},
 }
 BACKENDS = {"aten", "cpu", "triton"}  # reference is also the oracle, which autograd falls back on
+
+
+def room(path: Path) -> str:
+    """A module of the package; a folder of it is one room, named as the folder."""
+    return path.relative_to(ROOT / "fastlstm").with_suffix("").parts[0]
 
 
 def parsed(path: Path) -> ast.Module:
@@ -50,16 +55,21 @@ def imported(path: Path, package: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, (package if node.level else "", node.module)))
+            parent = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            base = ".".join(filter(None, (parent, node.module)))
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def identify(path: Path) -> str:
+    return path.relative_to(ROOT / "fastlstm").with_suffix("").as_posix()
+
+
 def siblings(path: Path) -> set[str]:
     """The modules of the package that a file imports."""
-    names = {name.split(".")[1] for name in imported(path, "fastlstm") if name.count(".") == 1
-             and name.startswith("fastlstm.")}  # fmt: skip
-    return names & {module.stem for module in PACKAGE}
+    folder = path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+    names = {name.split(".")[1] for name in imported(path, folder) if name.startswith("fastlstm.")}
+    return (names & set(map(room, PACKAGE))) - {room(path)}
 
 
 def strings_and_names(path: Path) -> Iterator[str]:
@@ -79,23 +89,23 @@ def strings_and_names(path: Path) -> Iterator[str]:
             yield str(node.value)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PACKAGE, ids=identify)
 def test_imports_run_downward(path: Path) -> None:
-    assert path.stem in LAYERS, f"give {path.stem} its place in LAYERS"
-    below = LAYERS[: LAYERS.index(path.stem)]
+    assert room(path) in LAYERS, f"give {room(path)} its place in LAYERS"
+    below = LAYERS[: LAYERS.index(room(path))]
     assert siblings(path) <= set(below)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PACKAGE, ids=identify)
 def test_only_backends_imports_a_backend(path: Path) -> None:
-    if path.stem != "backends":
+    if room(path) != "backends":
         assert siblings(path).isdisjoint(BACKENDS)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PACKAGE, ids=identify)
 @pytest.mark.parametrize("needle", NATIVE)
 def test_the_library_is_named_where_it_is_loaded_and_called(path: Path, needle: str) -> None:
-    if path.stem not in NATIVE[needle]:
+    if room(path) not in NATIVE[needle]:
         assert not [text for text in strings_and_names(path) if needle in text]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -111,7 +112,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert re.fullmatch(r"fastlstm-[\d.]+-py3-none-linux_\w+\.whl", wheel.name)
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fastlstm"}
-    for folder, installed in (("fastlstm", "fastlstm"), ("kernels", "fastlstm/kernels")):
+    for folder in ("fastlstm", "fastlstm/cli", "kernels"):
+        installed = folder.replace("kernels", "fastlstm/kernels")
         for source in (ROOT / folder).glob("*.py"):
             assert f"{installed}/{source.name}" in names
     for source in (ROOT / "csrc").rglob("*.*"):
@@ -205,6 +207,52 @@ def test_only_auto_installs_without_what_is_missing(
         build.build_for_install(tmp_path)
 
 
+def test_an_isolated_build_leaves_the_library_to_the_first_use(tmp_path: Path) -> None:
+    """From the sdist, as from an index: there torch cannot be imported, and that is no error."""
+    hook = "from setuptools import build_meta; build_meta.build_sdist('sdist')"
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "_C.so", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    shutil.copy(ROOT / ".clang-format", source)
+    done = run(sys.executable, "-c", hook, cwd=source)
+    assert done.returncode == 0, done.stderr
+    (sdist,) = (source / "sdist").glob("fastlstm-*.tar.gz")
+    blocker = tmp_path / "blocked" / "torch"
+    blocker.mkdir(parents=True)
+    (blocker / "__init__.py").write_text("raise ImportError('not in an isolated build')\n")
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", tmp_path, "-v")
+    command = (sys.executable, "-m", "pip", "wheel", *options, sdist)
+    done = run(*command, cwd=tmp_path, FASTLSTM_BUILD="auto", PYTHONPATH=str(blocker.parent))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "its first use will build it: torch cannot be imported" in done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"fastlstm/py.typed", "fastlstm/csrc/bindings.cpp", "fastlstm/cli/info.py"} <= set(names)
+
+
+def test_sources_are_python_of_the_oldest_version() -> None:
+    """Of its syntax; mypy (make lint) looks at its standard library."""
+    oldest = re.search(r'requires-python = ">=3\.(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest is not None
+    for folder in ("fastlstm", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            ast.parse(path.read_text(), str(path), feature_version=(3, int(oldest[1])))
+
+
+def test_importing_is_quick_and_imports_no_kernels() -> None:
+    """Beyond torch's own import, in time of this process: other load does not count."""
+    program = (
+        "import sys, time, torch; start = time.process_time(); import fastlstm;"
+        "print(time.process_time() - start, *sys.modules)"
+    )
+    runs = [run(sys.executable, "-c", program, cwd=ROOT) for _ in range(3)]
+    assert all(done.returncode == 0 for done in runs), runs[0].stderr
+    seconds, *modules = runs[0].stdout.split()
+    assert min(float(done.stdout.split()[0]) for done in runs) < 0.05, seconds
+    assert not {"triton", "fastlstm.kernels", "fastlstm.cli", "torch._dynamo"} & set(modules)
+
+
 @pytest.mark.parametrize("isa", [isa for isa in build.find_toolchain().isa if isa != "baseline"])
 def test_no_symbol_of_a_newer_instruction_set_can_replace_a_common_one(
     wheel: Path, isa: str
@@ -221,6 +269,15 @@ def test_no_symbol_of_a_newer_instruction_set_can_replace_a_common_one(
 # --- the machinery, on a tree of its own with one small source ---------------------------
 
 
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("checkout_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """build.py of a little checkout; its cache is a folder beside it."""
@@ -231,12 +288,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (package.parent / "csrc" / "bindings.cpp").write_text("int answer() { return 42; }\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTLSTM_LIBRARY", raising=False)
-    spec = importlib.util.spec_from_file_location("checkout_build", package / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(package / "build.py")
 
 
 def test_a_library_older_than_its_sources_is_refused(checkout: ModuleType) -> None:
@@ -293,6 +345,20 @@ def test_a_killed_build_blocks_nobody(checkout: ModuleType, tmp_path: Path) -> N
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in entry.iterdir()) == ["_C.so", "lock"]
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_a_source_of_an_instruction_set_is_compiled_for_it_alone(
+    machine: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a compiler that knows AMX, and on machines that have other instructions."""
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    module = load(Path(build.__file__))
+    known = tuple(name for name in module.ISA_FLAGS if name != "amx")
+    tools = module.Toolchain(("g++",), "g++", known, "ninja", tmp_path, "2.10")
+    steps = module._steps(tools, tmp_path, sanitize=False)
+    assert [s.output for s in steps if s.source.stem == "isa"] == [f"cpu.isa.{n}.o" for n in known]
+    assert not [step for step in steps if step.source.stem == "amx"]
 
 
 def test_processes_that_start_together_build_once(checkout: ModuleType) -> None:

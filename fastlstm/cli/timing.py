@@ -1,11 +1,10 @@
-"""Paired timing, and the limits of the machine it runs on."""
+"""Paired timing: two calls in turn, so that both meet the same machine."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ import torch
 # the rival left in the caches then matter little.
 SAMPLE_SECONDS = 0.005
 MIN_PAIRS = 5  # fewer have no quartiles worth the name
-LIMIT_SECONDS = 0.4
 
 Call = Callable[[], object]
 Clock = Callable[[Call, Call, int], float]  # run, before, calls: seconds per call
@@ -97,29 +95,3 @@ def paired(
         quartiles([other for _, other in samples]),
         quartiles([other / mine for mine, other in samples]),
     )
-
-
-def _best_seconds(run: Call) -> float:
-    """The fastest call: for a limit, what a noisy machine managed once counts."""
-    run()
-    best, deadline = math.inf, perf_counter() + LIMIT_SECONDS
-    while best == math.inf or perf_counter() < deadline:
-        best = min(best, seconds_per_call(run, lambda: None, 1))
-    return best
-
-
-def best_matmul(dtype: torch.dtype) -> float:
-    """GF/s of torch's best large square matmul: what a BLAS gets out of these threads."""
-    rates = []
-    for size in (512, 1024, 2048):
-        a, b = torch.randn(2, size, size, dtype=dtype)
-        out = torch.empty_like(a)
-        rates.append(2 * size**3 / _best_seconds(partial(torch.mm, a, b, out=out)))
-    return max(rates) / 1e9
-
-
-def copy_bandwidth() -> float:
-    """GB/s, read plus written, of copying 256 MiB."""
-    source = torch.randn(2**26)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(partial(target.copy_, source)) / 1e9

@@ -1,0 +1,7 @@
+"""``python -m fastlstm``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
