@@ -5,10 +5,13 @@ start from the same weights and see the same batches, in alternation; in the sec
 ``fastlstm.replace_lstm_(model)``, has swapped the LSTM.  Same losses; the times are printed:
 
     python examples/char_rnn.py             # CPython's help topics, a minute or two
-    python examples/char_rnn.py --text book.txt --hidden 512 --save book.pt
+    python examples/char_rnn.py --text book.txt --hidden 512 --save book.pt --save-every 500
+    python examples/char_rnn.py --text book.txt --hidden 512 --load book.pt --resume
     python examples/char_rnn.py --text book.txt --load book.pt --iterations 0 --prime "It was "
+    torchrun --nproc-per-node 2 examples/char_rnn.py --ddp       # each process, half the batch
 
-It prints what was measured and writes ``losses.png`` and ``sample.txt`` to ``--out``.
+It prints what was measured and writes ``losses.png``, ``losses.csv`` and ``sample.txt`` to
+``--out``.
 
 Letters for shapes: T time steps in a window, B streams side by side (the batch), S steps in a
 whole stream, E embedding size, H hidden size, L layers, V characters in the vocabulary.
@@ -17,27 +20,28 @@ whole stream, E embedding size, H hidden size, L layers, V characters in the voc
 from __future__ import annotations
 
 import copy
-import io
+import csv
+import hashlib
+import itertools
 import math
-import os
-import pickle
 import re
 import statistics
-import struct
 import sys
 import time
-import warnings
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NoReturn
 
+import checkpoints
+import common
 import torch
+from common import Parser, UserError, number
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fastlstm
@@ -46,13 +50,10 @@ Shape = dict[str, int]  # the sizes in DEFAULT_SHAPE
 State = tuple[Tensor, Tensor]  # h and c, each (L, B, H)
 Streams = tuple[Tensor, Tensor]  # inputs and targets, each (S, B)
 Window = tuple[Tensor, Tensor, bool]  # inputs and targets, each (T, B); whether streams start here
+Save = Callable[[int], None]  # writes a checkpoint after so many steps
 
 # The sizes that fix the shapes of the weights; a checkpoint carries its own.
 DEFAULT_SHAPE = {"embedding": 64, "hidden": 256, "layers": 1}
-
-
-class UserError(Exception):
-    """Something the user can put right; shown as one line, with exit status 2."""
 
 
 # %% The text
@@ -152,9 +153,15 @@ class Learner:
     losses: list[float] = field(default_factory=list)  # nats per character, one per step
     seconds: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        # Its backward pass leaves the mean of all processes' gradients in the parameters, so
+        # every process takes the same step and the models stay equal.
+        several = common.processes() > 1
+        self.forward = DistributedDataParallel(self.model) if several else self.model
+
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy of one window; the state moves on to the window's end."""
-        logits, state = self.model(x, self.state)  # (T, B, V)
+        logits, state = self.forward(x, self.state)  # (T, B, V)
         # Truncated backpropagation through time: the next window starts from these numbers, but
         # no gradient flows back through them, or the graph would grow to the whole text.
         self.state = (state[0].detach(), state[1].detach())
@@ -170,7 +177,7 @@ class Learner:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), clip)  # LSTM gradients can explode
         self.optimizer.step()
-        self.losses.append(loss.item())
+        self.losses.append(common.mean_of_processes(loss).item())
         self.seconds.append(time.perf_counter() - start)
 
 
@@ -184,13 +191,18 @@ def make_learners(stock: CharModel, window: Window, args: Namespace) -> tuple[Le
     )
     for learner in learners:  # untimed: libraries load, and a backend that cannot serve says so
         learner.loss(*window[:2]).backward()
+        learner.state = None
     return learners
 
 
-def train(stock: Learner, ours: Learner, batches: Iterator[Window], args: Namespace) -> None:
+def train(
+    stock: Learner, ours: Learner, batches: Iterator[Window], save: Save, args: Namespace
+) -> None:
     """Train both on the same batches, a step each in turn, so that both meet the same machine."""
-    bar = tqdm(range(args.iterations), desc="training", unit="step")
-    for iteration, (x, y, first) in zip(bar, batches, strict=False):  # batches never end
+    steps = range(args.first_step, args.iterations)
+    bar = tqdm(steps, desc="training", unit="step", disable=common.rank() > 0)
+    # The batches never end.
+    for iteration, (x, y, first) in zip(bar, batches, strict=False):
         for learner in (stock, ours) if iteration % 2 == 0 else (ours, stock):  # a fair start
             torch.manual_seed(args.seed + iteration)  # the same dropout masks for both
             learner.step(x, y, first, args.clip)
@@ -198,13 +210,16 @@ def train(stock: Learner, ours: Learner, batches: Iterator[Window], args: Namesp
             bar.close()
             raise UserError(f"the loss is no longer finite at step {iteration}: try a smaller --lr")
         bar.set_postfix_str(f"loss {stock.losses[-1]:.3f} / {ours.losses[-1]:.3f}", refresh=False)
+        if args.save_every and (iteration + 1) % args.save_every == 0:
+            save(iteration + 1)
 
 
 @torch.no_grad()
 def bits_per_character(model: CharModel, streams: Streams, steps: int) -> float:
     """How many bits the model needs for one character of the text; lower is better."""
     model.eval()
-    state, nats = None, 0.0
+    state: State | None = None
+    nats = 0.0
     for x, y in zip(*(part.split(steps) for part in streams), strict=True):  # (T, B); last: less
         logits, state = model(x, state)  # (T, B, V)
         nats += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
@@ -213,9 +228,15 @@ def bits_per_character(model: CharModel, streams: Streams, steps: int) -> float:
 
 
 # %% Writing text
-def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """One character's place, drawn from scores (V,).  Below 1 is cautious, above 1 is bold."""
-    scores = (logits - logits.max()).double() / temperature  # best is 0: nothing overflows
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """One character's place, drawn from scores (V,).
+
+    A temperature below 1 is cautious, above 1 is bold.  Only the ``top_k`` best can be drawn (0:
+    all of them), which takes away the long tail of characters that are each all but impossible.
+    """
+    scores = (logits.cpu() - logits.max().cpu()).double() / temperature  # best is 0: no overflow
+    if top_k:
+        scores[scores < scores.topk(min(top_k, len(scores))).values[-1]] = -math.inf
     return torch.multinomial(scores.softmax(0), 1, generator=generator)  # (1,) int64
 
 
@@ -223,51 +244,17 @@ def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> Tens
 def generate(model: CharModel, vocabulary: str, prime: str, args: Namespace) -> str:
     """Read ``prime``, then write on, one character at a time."""
     model.eval()
+    device = model.head.weight.device
     generator = torch.Generator().manual_seed(args.seed)
-    logits, state = model(encode(prime, vocabulary, "--prime")[:, None])  # (len(prime), 1, V)
+    ids = encode(prime, vocabulary, "--prime")[:, None]  # (len(prime), 1)
+    logits, state = model(ids.to(device))  # (len(prime), 1, V)
     written = []
     for _ in range(args.sample_length):
-        choice = draw(logits[-1, 0], args.temperature, generator)
+        choice = draw(logits[-1, 0], args.temperature, args.top_k, generator)
         written.append(vocabulary[int(choice)])
         # T = 1: what was read and written so far is all in the state, so nothing is read twice.
-        logits, state = model(choice[:, None], state)  # (1, 1, V)
+        logits, state = model(choice[:, None].to(device), state)  # (1, 1, V)
     return prime + "".join(written)
-
-
-# %% Checkpoints
-# What unpickling a damaged file, or reading another program's, has been seen to raise.
-DAMAGED = (
-    *(pickle.UnpicklingError, struct.error, EOFError, OSError, LookupError, RuntimeError),
-    *(TypeError, ValueError, AttributeError, AssertionError, OverflowError, MemoryError),
-)
-
-
-def save_checkpoint(path: Path, model: CharModel, vocabulary: str, shape: Shape) -> None:
-    """Write what either model can be rebuilt from; never half a file in a good one's place."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        content = {"vocabulary": vocabulary, "shape": shape, "weights": model.state_dict()}
-        torch.save(content, file)
-    part.replace(path)
-
-
-def load_checkpoint(path: Path) -> tuple[str, Shape, dict[str, Tensor]]:
-    """Vocabulary, shape and weights, checked against each other."""
-    data = path.read_bytes()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch finds odd in damaged files
-            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        vocabulary, shape, weights = (content[key] for key in ("vocabulary", "shape", "weights"))
-        with torch.device("meta"):  # shapes only, no memory
-            expected = CharModel(len(vocabulary), shape).state_dict()
-        fits = {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in expected.items()}
-    except DAMAGED as error:  # torch's own advice, to load it unsafely, is not passed on
-        reason = type(error).__name__
-        raise UserError(f"{path} is damaged or of another program ({reason})") from None
-    if not (fits and isinstance(vocabulary, str) and len(set(vocabulary)) == len(vocabulary)):
-        raise UserError(f"{path}: its weights, shape and vocabulary do not fit together")
-    return vocabulary, shape, weights
 
 
 # %% What is reported
@@ -281,6 +268,15 @@ def report(stock: Learner, ours: Learner, characters: int) -> None:
     print(f"largest loss difference: {max(gaps):.3g} (first 50 steps: {max(gaps[:50]):.3g})")
     print(f"training characters/s:   {stock.name} {slow:,.0f}, {ours.name} {fast:,.0f}")
     print(f"speed ratio:             {fast / slow:.3f} (median of paired steps: {paired:.3f})")
+
+
+def write_losses(stock: Learner, ours: Learner, first_step: int, path: Path) -> None:
+    """Every step's losses, in nats per character."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("step", stock.name, ours.name))
+        pairs = zip(stock.losses, ours.losses, strict=True)
+        rows.writerows((first_step + k, *pair) for k, pair in enumerate(pairs))
 
 
 def plot_losses(stock: Learner, ours: Learner, path: Path) -> None:
@@ -300,26 +296,6 @@ def plot_losses(stock: Learner, ours: Learner, path: Path) -> None:
 
 
 # %% The command line
-class Parser(ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number within bounds (which no NaN is)."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise ArgumentTypeError(f"must be from {low} to {high}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
 def make_parser() -> Parser:
     """Every option and its default."""
     parser = Parser(description=__doc__.partition("\n")[0])
@@ -334,29 +310,50 @@ def make_parser() -> Parser:
     add("--lr", type=number(float, 1e-9, 1e3), default=3e-3, help="for Adam (default 0.003)")
     add("--clip", type=number(float, 1e-9, 1e9), default=1.0, help="gradient norm (default 1)")
     add("--dropout", type=number(float, 0, 0.99), default=0.0, help="default 0")
-    add("--threads", type=number(int, 1, os.cpu_count() or 1), help="default: torch's choice")
-    add("--seed", type=number(int, 0, 2**32), default=0, help="default 0")
     add("--temperature", type=number(float, 1e-3, 1e3), default=0.7, help="below 1: cautious (0.7)")
+    add("--top-k", type=number(int, 0, 10**6), default=0, help="best to draw from (0: all)")
     add("--sample-length", type=count, default=500, help="characters to write (default 500)")
     add("--prime", help="text to go on from (default: 20 characters of the validation text)")
-    add("--out", type=Path, default=Path("out/char_rnn"), help="default out/char_rnn")
     add("--save", type=Path, metavar="FILE", help="write a checkpoint after training")
+    add("--save-every", type=number(int, 0, 10**9), default=0, help="and each so many steps")
     add("--load", type=Path, metavar="FILE", help="start from a checkpoint")
+    add("--resume", action="store_true", help="go on to --iterations where --load's file stopped")
     add("--backend", default="auto", help="fastlstm's backend (default auto)")
+    add("--ddp", action="store_true", help="share the batch with the processes of torchrun")
+    common.add_common_options(parser, "out/char_rnn")
     return parser
 
 
-def choose_shape(args: Namespace, text: str) -> tuple[str, Shape, dict[str, Tensor] | None]:
-    """Vocabulary, shape and weights: the checkpoint's, or new ones (and no weights yet)."""
+def choose_shape(args: Namespace, text: str) -> tuple[str, Shape, checkpoints.Checkpoint | None]:
+    """Vocabulary and shape, and the checkpoint that they are of, if there is one."""
     given = {name: value for name in DEFAULT_SHAPE if (value := getattr(args, name)) is not None}
+    args.first_step = 0
+    args.digest = hashlib.sha256(text.encode()).hexdigest()
     if args.load is None:
+        if args.resume:
+            raise UserError("--resume needs --load FILE")
         # The whole text's characters, so that the validation part has no unknown ones.
         return "".join(sorted(set(text))), DEFAULT_SHAPE | given, None
-    vocabulary, shape, weights = load_checkpoint(args.load)
+    checkpoint = checkpoints.load(args.load, CharModel)
     for name, value in given.items():
-        if value != shape[name]:
-            raise UserError(f"{args.load} was made with --{name} {shape[name]}, not {value}")
-    return vocabulary, shape, weights
+        if value != checkpoint.shape[name]:
+            shape = checkpoint.shape[name]
+            raise UserError(f"{args.load} was made with --{name} {shape}, not {value}")
+    if args.resume:
+        if checkpoint.training is None:
+            raise UserError(f"--resume: {args.load} does not say how far its training was")
+        before = checkpoint.training["run"]
+        for name, value in training_run(args).items():
+            if value != before[name]:
+                was = "another text" if name == "text" else f"--{name} {before[name]}"
+                raise UserError(f"--resume: {args.load} was trained with {was}")
+        args.first_step = checkpoint.training["step"]
+    return checkpoint.vocabulary, checkpoint.shape, checkpoint
+
+
+def training_run(args: Namespace) -> checkpoints.Run:
+    """What has to be the same for a training to go on."""
+    return {"text": args.digest, "batch": args.batch, "steps": args.steps}
 
 
 def split_text(ids: Tensor, args: Namespace) -> tuple[Streams, Streams]:
@@ -370,59 +367,91 @@ def split_text(ids: Tensor, args: Namespace) -> tuple[Streams, Streams]:
     return training, validation
 
 
-def prepare_outputs(args: Namespace) -> None:
-    """Make the directories now, so that no training is lost for want of a place to write to."""
-    for path in (args.out / "sample.txt", args.out / "losses.png", args.save):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.is_dir():
-                raise UserError(f"{path} is a directory")
+def check_options(args: Namespace) -> None:
+    """What does not depend on the text; directories are made."""
+    if args.save_every and args.save is None:
+        raise UserError("--save-every needs --save FILE")
+    if args.batch % common.processes():
+        count = common.processes()
+        raise UserError(f"--ddp: {count} processes cannot share --batch {args.batch} equally")
+    outputs = ("sample.txt", "losses.png", "losses.csv")
+    common.prepare(*(args.out / name for name in outputs), *([args.save] if args.save else []))
 
 
 def run(args: Namespace) -> None:
+    """In one process, or in one of several."""
+    common.start(args)
+    with common.process_group(args.ddp) as device:
+        train_and_write(args, device)
+
+
+def train_and_write(args: Namespace, device: torch.device) -> None:
     """Train, measure, write; what can be wrong is looked at before the training."""
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.manual_seed(args.seed)
     text = read_text(args.text)
-    vocabulary, shape, weights = choose_shape(args, text)
+    vocabulary, shape, checkpoint = choose_shape(args, text)
     training, validation = split_text(encode(text, vocabulary, args.text or "the text"), args)
     prime = text[-len(text) // 10 :][:20] if args.prime is None else args.prime
     if not len(encode(prime, vocabulary, "--prime")):
         raise UserError("--prime needs at least one character")
-    prepare_outputs(args)
+    check_options(args)
+    # Every process walks down its own columns of the same windows.
+    training = tuple(common.own_columns(part).contiguous().to(device) for part in training)
+    validation = tuple(part.to(device) for part in validation)
     print(f"text: {len(text)} characters, {len(vocabulary)} different ones; model: {shape}")
     try:
         model = CharModel(len(vocabulary), shape, args.dropout)
-        if weights is not None:
-            model.load_state_dict(weights)
-        stock, ours = make_learners(model, next(windows(*training, args.steps)), args)
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint.weights)
+        window = next(windows(*training, args.steps))
+        stock, ours = make_learners(model.to(device), window, args)
+        if args.resume:
+            for learner in (stock, ours):
+                checkpoints.resume(learner, checkpoint.training, args.lr)
     except (ValueError, RuntimeError) as error:  # an unfit backend, or too little memory
         raise UserError(f"cannot train {shape} with --backend {args.backend}: {error}") from None
 
-    if args.iterations:
-        train(stock, ours, windows(*training, args.steps), args)
+    def content(step: int) -> checkpoints.Checkpoint:  # every process calls it
+        progress = checkpoints.progress(ours, step, training_run(args))
+        return checkpoints.Checkpoint(vocabulary, shape, ours.model.state_dict(), progress)
+
+    def save(step: int) -> None:
+        checkpoints.write(args.save, content(step))
+
+    batches = itertools.islice(windows(*training, args.steps), args.first_step, None)
+    train(stock, ours, batches, save, args)
+    last = content(max(args.first_step, args.iterations))
+    if common.rank() == 0:  # the others have nothing to add
+        finish(stock, ours, last, validation, prime, args)
+
+
+def finish(
+    stock: Learner,
+    ours: Learner,
+    last: checkpoints.Checkpoint,
+    validation: Streams,
+    prime: str,
+    args: Namespace,
+) -> None:
+    """Report, plot, validate, save and write a sample."""
+    if stock.losses:
         report(stock, ours, args.batch * args.steps)
+        write_losses(stock, ours, args.first_step, args.out / "losses.csv")
         plot_losses(stock, ours, args.out / "losses.png")
     bits = [bits_per_character(learner.model, validation, args.steps) for learner in (stock, ours)]
     print(f"validation bits/char:    {stock.name} {bits[0]:.4f}, {ours.name} {bits[1]:.4f}")
     if not math.isfinite(sum(bits)):
         raise UserError("the model's scores are no longer finite: try a smaller --lr")
     if args.save is not None:
-        save_checkpoint(args.save, ours.model, vocabulary, shape)
-    sample = generate(ours.model, vocabulary, prime, args)
+        checkpoints.write(args.save, last)
+    sample = generate(ours.model, last.vocabulary, prime, args)
     (args.out / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     encoding = sys.stdout.encoding or "utf-8"  # a terminal may not know every character
     print(f"\n{sample}".encode(encoding, "replace").decode(encoding))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run; what the user can put right ends in one line and exit status 2."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (UserError, OSError) as error:
-        parser.error(str(error))
+    """The command line's program."""
+    common.run_example(run, make_parser(), argv)
 
 
 if __name__ == "__main__":

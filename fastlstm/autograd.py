@@ -78,6 +78,29 @@ def lstm_layer(
     return out.y, out.c_all if need_cells else None, out.h_n, out.c_n
 
 
+def layer_gates(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None = None,
+) -> Tensor:
+    """Gates (N, D, 4H) after activation, in storage dtype: what the backward pass is given.
+
+    Arguments and errors as of ``lstm_layer``.  Not every backend keeps them, so "auto" picks one
+    that does.  They carry no gradient.
+    """
+    ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
+    with torch.no_grad():
+        if _needs_composite():
+            out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, False)
+        else:
+            out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, False, "auto")
+    assert out.gates is not None  # asked for
+    return out.gates
+
+
 def _needs_composite() -> bool:
     """Is a torch.func transform or forward-mode differentiation under way?
 

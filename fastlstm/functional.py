@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import lstm_layer, without_autocast
+from .autograd import layer_gates, lstm_layer, without_autocast
 from .contract import Weights
 
 
@@ -28,15 +28,17 @@ class Stack(NamedTuple):
     dropout: float = 0.0  # on the output of every layer but the last; 0 in evaluation
     need_cells: bool = False
     backend: str = "auto"
+    gates_of: int | None = None  # a layer, from 0, whose gates are wanted
 
 
 class Result(NamedTuple):
-    """The last layer's outputs, every layer's final states, the last layer's cells."""
+    """The last layer's outputs and cells, every layer's final states, one layer's gates."""
 
     output: Tensor | PackedSequence  # (..., D*P)
     h_n: Tensor  # (L*D, B, P)
     c_n: Tensor  # (L*D, B, H)
     cells: Tensor | PackedSequence | None  # (..., D*H) in the dtype of output
+    gates: Tensor | PackedSequence | None  # (..., 4*D*H): i, f, g, o, each of all directions
 
 
 class _Rows(NamedTuple):
@@ -44,6 +46,7 @@ class _Rows(NamedTuple):
     h_n: Tensor  # (L*D, B, P)
     c_n: Tensor  # (L*D, B, H)
     cells: Tensor | None  # (N, D*H)
+    gates: Tensor | None  # (N, 4*D*H)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -82,7 +85,11 @@ def lstm(
     h_in = h0.split(directions) if last else (h0,)
     c_in = c0.split(directions) if last else (c0,)
     h_out, c_out = [], []
+    gates = None
     for k, weights in enumerate(stack.layers):
+        if k == stack.gates_of:
+            gates = layer_gates(rows, batch_sizes, h_in[k], c_in[k], weights, reset)
+            gates = gates.unflatten(-1, (4, -1)).transpose(1, 2).flatten(1)  # from (N, D, 4H)
         rows, cells, h_n, c_n = lstm_layer(
             rows,
             batch_sizes,
@@ -99,7 +106,7 @@ def lstm(
             rows = F.dropout(rows, stack.dropout)
     if last:
         h_n, c_n = torch.cat(h_out), torch.cat(c_out)
-    return _Rows(rows, h_n, c_n, None if cells is None else cells.to(rows.dtype))
+    return _Rows(rows, h_n, c_n, None if cells is None else cells.to(rows.dtype), gates)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,10 +232,11 @@ def _with_form(
     unsort: Tensor | None = None,
 ) -> Result:
     """Bring rows into the user's ``form`` and states into the user's order."""
-    output, h_n, c_n, cells = result
+    output, h_n, c_n, *extra = result
     if unsort is not None:
         h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
-    return Result(form(output), h_n, c_n, None if cells is None else form(cells))
+    cells, gates = (None if rows is None else form(rows) for rows in extra)
+    return Result(form(output), h_n, c_n, cells, gates)
 
 
 def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:

@@ -132,21 +132,30 @@ class LSTM(nn.RNNBase):
             if tracers.is_fx(input):
                 return tracers.fx_leaf(self, input, hx, options)
             return tracers.jit_lstm(self, input, hx, options, self.backend)
-        run = self._forward_packed if isinstance(input, PackedSequence) else self._forward_padded
-        output, h_n, c_n, cells = run(input, hx, lengths, reset, return_cells)  # type: ignore[arg-type]
+        result = self._run(input, hx, lengths, reset, self._stack(return_cells))
         if return_cells:
-            return output, (h_n, c_n), cells
-        return output, (h_n, c_n)
+            return result.output, (result.h_n, result.c_n), result.cells
+        return result.output, (result.h_n, result.c_n)
 
-    def _forward_padded(
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None,
+        lengths: Tensor | Sequence[int] | None,
+        reset: Tensor | PackedSequence | None,
+        stack: functional.Stack,
+    ) -> functional.Result:
+        run = self._run_packed if isinstance(input, PackedSequence) else self._run_padded
+        return run(input, hx, lengths, reset, stack)  # type: ignore[arg-type]
+
+    def _run_padded(
         self,
         input: Tensor,
         hx: State | None,
         lengths: Tensor | Sequence[int] | None,
         reset: Tensor | None,
-        return_cells: bool,
+        stack: functional.Stack,
     ) -> functional.Result:
-        stack = self._stack(return_cells)
         _check_padded(input, self.input_size, stack.layers[0][0].w_ih)
         if reset is not None:
             _check_reset(reset, input)
@@ -180,15 +189,14 @@ class LSTM(nn.RNNBase):
             return result
         return functional.Result(*(None if t is None else t.squeeze(1) for t in result))  # type: ignore[arg-type, union-attr]
 
-    def _forward_packed(
+    def _run_packed(
         self,
         input: PackedSequence,
         hx: State | None,
         lengths: Tensor | Sequence[int] | None,
         reset: PackedSequence | None,
-        return_cells: bool,
+        stack: functional.Stack,
     ) -> functional.Result:
-        stack = self._stack(return_cells)
         _check_packed(input, self.input_size, stack.layers[0][0].w_ih)
         if tracers.is_onnx():
             tracers.refuse_packed()

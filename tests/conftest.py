@@ -1,4 +1,4 @@
-"""Put tests/ on the path for ``cases``, choose where Triton runs, make every test reproducible."""
+"""Make tests/ and examples/ importable, choose where Triton runs, make every test reproducible."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 # Read when a kernel is defined. On a machine with a GPU the same tests run on it.
 if not torch.cuda.is_available():

@@ -7,7 +7,7 @@ one which shows that the script itself ends the same way.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import csv
 import math
 import re
 import struct
@@ -15,8 +15,9 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 
+import char_rnn
+import checkpoints
 import pytest
 import torch
 
@@ -32,18 +33,6 @@ LINES = {
     "ratio": rf"speed ratio:             {NUMBER} \(median of paired steps: {NUMBER}\)",
     "bits": rf"validation bits/char:    nn.LSTM {NUMBER}, fastlstm {NUMBER}",
 }
-
-
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("char_rnn", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +97,13 @@ def test_a_run_prints_its_figures_and_writes_its_files(trained):
     assert sorted(p.name for p in (folder / "new").iterdir()) == ["model.pt"]
 
 
-def test_a_checkpoint_loads_into_either_model(trained, example):
+def test_a_checkpoint_loads_into_either_model(trained):
     folder, _ = trained
     content = torch.load(folder / "new" / "model.pt", weights_only=True)
     assert content["shape"] == {"embedding": 8, "hidden": 16, "layers": 1}
-    stock, ours = (example.CharModel(len(content["vocabulary"]), content["shape"]) for _ in "ab")
+    stock, ours = (char_rnn.CharModel(len(content["vocabulary"]), content["shape"]) for _ in "ab")
     fastlstm.replace_lstm_(ours)
-    ids = example.encode("The quick brown fox", content["vocabulary"], "test")[:, None]
+    ids = char_rnn.encode("The quick brown fox", content["vocabulary"], "test")[:, None]
     scores = []
     for model in (stock, ours):
         model.load_state_dict(content["weights"])
@@ -123,61 +112,156 @@ def test_a_checkpoint_loads_into_either_model(trained, example):
     torch.testing.assert_close(scores[0], scores[1])
 
 
-def test_a_loaded_model_is_the_saved_one_and_trains_on(trained, example, tmp_path, capfd):
+def test_a_loaded_model_is_the_saved_one_and_trains_on(trained, tmp_path, capfd):
     folder, stdout = trained
     text = tmp_path / "small.txt"
     text.write_text("The model goes on with what it knows.\r\n" * 30, encoding="utf-8-sig")
     load = ["--load", str(folder / "new" / "model.pt"), "--out", str(tmp_path / "out")]
-    example.main([*SMALL_RUN, *load, "--iterations", "0"])
+    char_rnn.main([*SMALL_RUN, *load, "--iterations", "0"])
     printed = capfd.readouterr().out
     assert re.findall(LINES["bits"], printed) == re.findall(LINES["bits"], stdout)
     assert not (tmp_path / "out" / "losses.png").exists()  # there was no training to draw
     save = ["--save", load[1], "--text", str(text), "--hidden", "16", "--dropout", "0.2"]
-    example.main([*SMALL_RUN, *load, *save, "--iterations", "3"])
+    char_rnn.main([*SMALL_RUN, *load, *save, "--iterations", "3"])
     assert figures(capfd.readouterr().out)["gap"][0] < 1e-3
     assert (tmp_path / "out" / "losses.png").exists()
 
 
-def test_dropout_and_layers_keep_the_curves_together(example, tmp_path, capfd):
+def test_dropout_and_layers_keep_the_curves_together(tmp_path, capfd):
     options = ["--iterations", "5", "--layers", "2", "--dropout", "0.3", "--out", str(tmp_path)]
-    example.main([*SMALL_MODEL, *SMALL_RUN, *options])
+    char_rnn.main([*SMALL_MODEL, *SMALL_RUN, *options])
     assert figures(capfd.readouterr().out)["gap"][0] < 1e-3
 
 
-def test_streams_read_on_from_window_to_window(example):
+def test_streams_read_on_from_window_to_window():
     text = "abcdefghijklm"
-    inputs, targets = example.cut_into_streams(torch.arange(len(text)), 3)
+    inputs, targets = char_rnn.cut_into_streams(torch.arange(len(text)), 3)
     columns = ["".join(text[i] for i in column) for column in inputs.t()]
     assert columns == ["abcd", "efgh", "ijkl"]
     assert torch.equal(targets, inputs + 1)
-    stream = example.windows(inputs, targets, 2)
+    stream = char_rnn.windows(inputs, targets, 2)
     first, second, again = (next(stream) for _ in range(3))
     assert torch.equal(torch.cat([first[0], second[0]]), inputs)
     assert [w[2] for w in (first, second, again)] == [True, False, True]
     assert torch.equal(first[1], again[1])
 
 
-def test_carried_state_makes_windows_equal_to_one_long_pass(example):
+def test_carried_state_makes_windows_equal_to_one_long_pass():
     torch.manual_seed(0)
-    model = example.CharModel(5, {"embedding": 3, "hidden": 4, "layers": 1})
-    streams = example.cut_into_streams(torch.randint(5, (61,)), 3)
-    whole = example.bits_per_character(model, streams, 20)
-    assert example.bits_per_character(model, streams, 6) == pytest.approx(whole, abs=1e-5)
+    model = char_rnn.CharModel(5, {"embedding": 3, "hidden": 4, "layers": 1})
+    streams = char_rnn.cut_into_streams(torch.randint(5, (61,)), 3)
+    whole = char_rnn.bits_per_character(model, streams, 20)
+    assert char_rnn.bits_per_character(model, streams, 6) == pytest.approx(whole, abs=1e-5)
     logits, _ = model(streams[0])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), streams[1].flatten())
     assert whole == pytest.approx(loss.item() / math.log(2), abs=1e-5)
 
 
-def test_low_temperature_draws_the_best_and_none_overflows(example):
+def test_low_temperature_draws_the_best_and_none_overflows():
     logits = torch.tensor([1e4, -1e4, 2e4, 0.0])
     generator = torch.Generator().manual_seed(0)
     for temperature in (1e-3, 1.0, 1e3):
-        assert example.draw(logits, temperature, generator).item() in range(4)
-    assert example.draw(logits, 1e-3, generator).item() == 2
+        assert char_rnn.draw(logits, temperature, 0, generator).item() in range(4)
+    assert char_rnn.draw(logits, 1e-3, 0, generator).item() == 2
 
 
-def test_the_default_text_is_clean_english(example):
-    text = example.python_topics()
+def test_top_k_draws_nothing_but_the_best():
+    logits, generator = torch.arange(8.0), torch.Generator().manual_seed(0)
+    drawn = {char_rnn.draw(logits, 10.0, 3, generator).item() for _ in range(200)}
+    assert drawn == {5, 6, 7}
+    assert {char_rnn.draw(logits, 10.0, 0, generator).item() for _ in range(400)} == set(range(8))
+    assert char_rnn.draw(logits, 10.0, 100, generator).item() in range(8)
+
+
+# ---- Going on, and several processes --------------------------------------------------------
+
+
+def curve(folder: Path) -> dict[int, tuple[float, float]]:
+    """Losses of nn.LSTM and fastlstm by step, as a run left them."""
+    with (folder / "losses.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["step", "nn.LSTM", "fastlstm"]
+    return {int(step): (float(stock), float(ours)) for step, stock, ours in rows[1:]}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[float, float]]:
+    """The losses of ten steps of one process."""
+    folder = tmp_path_factory.mktemp("straight")
+    char_rnn.main([*SMALL_MODEL, *SMALL_RUN, "--iterations", "10", "--out", str(folder)])
+    return curve(folder)
+
+
+def assert_goes_along(found: dict[int, tuple[float, float]], straight, steps: range) -> None:
+    assert list(found) == list(steps)
+    for step in steps:
+        assert found[step] == pytest.approx(straight[step], abs=1e-4)
+
+
+def test_a_resumed_training_goes_on_as_if_never_stopped(straight, tmp_path, capfd):
+    model, out = tmp_path / "model.pt", ["--out", str(tmp_path)]
+    save = ["--save", str(model), "--save-every", "4", "--iterations", "7"]
+    char_rnn.main([*SMALL_MODEL, *SMALL_RUN, *out, *save])
+    load = ["--load", str(model), "--resume"]
+    char_rnn.main([*SMALL_RUN, *out, *load, "--iterations", "10"])
+    assert_goes_along(curve(tmp_path), straight, range(7, 10))
+    # Without --resume the streams start over, the optimizer too: it is not the same training.
+    char_rnn.main([*SMALL_RUN, *out, *load[:2], "--iterations", "3"])
+    assert curve(tmp_path)[2] != pytest.approx(straight[9], abs=1e-3)
+    for bad, says in (("--batch 8", "trained with --batch 4"), ("--steps 9", "with --steps 10")):
+        with pytest.raises(SystemExit) as stop:
+            char_rnn.main([*SMALL_RUN, *out, *load, *bad.split()])
+        check_error(stop.value.code, capfd.readouterr().err.splitlines(True)[-1], says)
+
+
+def test_what_is_saved_on_the_way_is_as_good_as_the_last(straight, tmp_path, monkeypatch):
+    """A run that is killed leaves its last --save-every behind."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    model, out = tmp_path / "model.pt", ["--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(char_rnn, "finish", killed)
+        save = ["--save", str(model), "--save-every", "3", "--iterations", "8"]
+        with pytest.raises(KeyboardInterrupt):
+            char_rnn.main([*SMALL_MODEL, *SMALL_RUN, *out, *save])
+    char_rnn.main([*SMALL_RUN, *out, "--load", str(model), "--resume", "--iterations", "10"])
+    assert_goes_along(curve(tmp_path), straight, range(6, 10))
+
+
+def run_two_processes(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(SCRIPT), "--ddp", *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
+
+
+def test_two_processes_have_the_losses_of_one_and_resume(straight, tmp_path):
+    model = ["--save", "new/model.pt", "--save-every", "2", "--out", "out"]
+    done = run_two_processes(*SMALL_MODEL, *SMALL_RUN, *model, "--iterations", "6", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_goes_along(curve(tmp_path / "out"), straight, range(6))
+    assert done.stdout.count("training characters/s") == 1  # one process speaks
+    figures(done.stdout)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["model.pt"]
+    # Half the batch is half the state; the file has all of it, and serves one process as well.
+    load = ["--load", "new/model.pt", "--resume", "--iterations", "10", "--out"]
+    done = run_two_processes(*SMALL_RUN, *load, "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_goes_along(curve(tmp_path / "two"), straight, range(6, 10))
+    load[1] = str(tmp_path / "new" / "model.pt")
+    char_rnn.main([*SMALL_RUN, *load, str(tmp_path / "one")])
+    assert_goes_along(curve(tmp_path / "one"), straight, range(6, 10))
+
+
+def test_processes_that_cannot_share_the_batch_say_so_once(tmp_path):
+    done = run_two_processes(*SMALL_RUN, "--batch", "3", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: --ddp: 2 processes cannot share --batch 3 equally") == 1
+
+
+def test_the_default_text_is_clean_english():
+    text = char_rnn.python_topics()
     assert len(text) > 200_000
     assert text.count(" the ") > 1000
     assert not re.search(r"\n\n\n| \n|^\*+$", text, flags=re.MULTILINE)
@@ -241,6 +325,15 @@ BAD_OPTIONS = {
     "--temperature 0": "--temperature: must be",
     "--temperature -1": "--temperature: must be",
     "--sample-length 0": "--sample-length: must be",
+    "--top-k -1": "--top-k: must be",
+    "--resume": "--resume needs --load",
+    "--save-every 5": "--save-every needs --save",
+    "--load old.pt --resume": "old.pt does not say how far its training was",
+    "--load good.pt --text good.txt --resume": "good.pt was trained with another text",
+    "--load moments.pt": "moments.pt: its weights, shape and vocabulary do not fit",
+    "--load state.pt": "state.pt: its weights, shape and vocabulary do not fit",
+    "--load training.pt": "training.pt is damaged or of another program",
+    "--ddp": "--ddp: start it with torchrun",
     "--nonsense": "--nonsense",
 }
 
@@ -267,36 +360,44 @@ def files(trained: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -
     content = torch.load(folder / "good.pt", weights_only=True)
     content["shape"]["hidden"] = 15
     torch.save(content, folder / "smaller.pt")
+    content = torch.load(folder / "good.pt", weights_only=True)
+    torch.save({k: v for k, v in content.items() if k != "training"}, folder / "old.pt")
+    content["training"]["optimizer"]["state"][1]["exp_avg"] = torch.zeros(3)
+    torch.save(content, folder / "moments.pt")
+    content = torch.load(folder / "good.pt", weights_only=True)
+    content["training"]["state"] = (torch.zeros(1, 4, 15),) * 2
+    torch.save(content, folder / "state.pt")
+    torch.save({**content, "training": {"step": 3}}, folder / "training.pt")
     return folder
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
-def test_bad_input_is_one_line_and_status_2(options, example, files, tmp_path, capfd, monkeypatch):
+def test_bad_input_is_one_line_and_status_2(options, files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(files)
     model = [] if "--load" in options else SMALL_MODEL
     few = ["--iterations", "1", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
-        example.main([*model, *SMALL_RUN, *few, *options.split()])
+        char_rnn.main([*model, *SMALL_RUN, *few, *options.split()])
     check_error(stop.value.code, capfd.readouterr().err, BAD_OPTIONS[options])
 
 
-def test_a_diverged_training_ends_in_one_line(example, tmp_path, capfd):
+def test_a_diverged_training_ends_in_one_line(tmp_path, capfd):
     options = ["--iterations", "40", "--lr", "1000", "--clip", "1e9", "--out", str(tmp_path)]
     content = {"vocabulary": "ab", "shape": {"embedding": 2, "hidden": 2, "layers": 1}}
-    model = example.CharModel(2, content["shape"])
+    model = char_rnn.CharModel(2, content["shape"])
     model.head.bias.data.fill_(math.inf)
     torch.save({**content, "weights": model.state_dict()}, tmp_path / "inf.pt")
     (tmp_path / "ab.txt").write_text("ab" * 1000)
     files = ["--load", str(tmp_path / "inf.pt"), "--text", str(tmp_path / "ab.txt")]
     for extra in ([], ["--iterations", "0"]):
         with pytest.raises(SystemExit) as stop:
-            example.main([*SMALL_RUN, *options, *files, *extra])
+            char_rnn.main([*SMALL_RUN, *options, *files, *extra])
         lines = capfd.readouterr().err.splitlines()
         assert stop.value.code == 2
         assert "no longer finite" in lines[-1]  # after the progress bar's line
 
 
-def test_no_damaged_checkpoint_gets_a_traceback(example, files, tmp_path):
+def test_no_damaged_checkpoint_gets_a_traceback(files, tmp_path):
     """Bytes changed or cut off at random: it is loaded, or refused as what it is."""
     good, path = (files / "good.pt").read_bytes(), tmp_path / "damaged.pt"
     generator = torch.Generator().manual_seed(1)
@@ -305,9 +406,9 @@ def test_no_damaged_checkpoint_gets_a_traceback(example, files, tmp_path):
         for place in torch.randint(len(data), (8,), generator=generator).tolist():
             data[place] = int(torch.randint(256, (1,), generator=generator))
         path.write_bytes(data[: int(torch.randint(1, len(data), (1,), generator=generator))])
-        with pytest.raises(example.UserError, match=r"\.pt is damaged or of another program"):
-            example.load_checkpoint(path)
+        with pytest.raises(char_rnn.UserError, match=r"\.pt is damaged or of another program"):
+            checkpoints.load(path, char_rnn.CharModel)
         start = int(torch.randint(600, (1,), generator=generator))  # inside the pickled part
         path.write_bytes(good[:start] + bytes(data[start : start + 4]) + good[start + 4 :])
-        with contextlib.suppress(example.UserError):
-            example.load_checkpoint(path)
+        with contextlib.suppress(char_rnn.UserError):
+            checkpoints.load(path, char_rnn.CharModel)
