@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aten, cpu, reference, triton
-from .contract import Gradients, Outputs
+from .contract import Gradients, Outputs, Reserve
 
 
 class Call(NamedTuple):
@@ -43,6 +43,9 @@ class Backend:
     layer_backward: Callable[..., Gradients] | None
     missing: Callable[[], str | None]  # why it is not there, or None
     unsupported: Callable[[Call], str | None] = _always  # why it can't serve, or None
+    # The reserve of a forward direction whose y is known (see reference.layer_recompute); None:
+    # its layer_forward makes it again.
+    layer_recompute: Callable[..., Reserve] | None = None
     automatic: bool = True  # may "auto" take it? Only what is known to be the fastest.
 
     def refusal(self, call: Call) -> str | None:
@@ -56,7 +59,14 @@ class Backend:
 _TABLE = {
     backend.name: backend
     for backend in (
-        Backend("cpu", cpu.layer_forward, cpu.layer_backward, cpu.missing, cpu.unsupported),
+        Backend(
+            "cpu",
+            cpu.layer_forward,
+            cpu.layer_backward,
+            cpu.missing,
+            cpu.unsupported,
+            layer_recompute=cpu.layer_recompute,
+        ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
         Backend(
             "triton",
@@ -66,7 +76,13 @@ _TABLE = {
             triton.unsupported,
             automatic=False,  # no recorded run says where it is faster than aten
         ),
-        Backend("reference", reference.layer_forward, reference.layer_backward, lambda: None),
+        Backend(
+            "reference",
+            reference.layer_forward,
+            reference.layer_backward,
+            lambda: None,
+            layer_recompute=reference.layer_recompute,
+        ),
     )
 }
 _AUTOMATIC = tuple(entry for entry in _TABLE.values() if entry.automatic)

@@ -76,6 +76,10 @@ void probe(const GateProbe& args, Storage storage) {
   kernels_avx512.probe(args, storage);
 }
 
+void recompute(const RecomputeArgs& args) {
+  kernels_avx512.recompute(args);
+}
+
 bool product(const ProductArgs& args) {
   switch (args.storage) {
     case Storage::f32:
@@ -93,6 +97,6 @@ bool product(const ProductArgs& args) {
 }  // namespace
 
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {"amx", forward, backward, probe, product};
+const Kernels kernels_amx = {"amx", forward, backward, probe, recompute, product};
 
 }  // namespace fastlstm

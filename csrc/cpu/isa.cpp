@@ -6,6 +6,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "recompute.h"
 #include "single_step.h"
 #include "vector_tiles.h"
 
@@ -38,6 +39,10 @@ void forward(const ForwardArgs& args) {
 bool backward(const BackwardArgs& args) {
   run<Backward>(args);
   return false;
+}
+
+void recompute(const RecomputeArgs& args) {
+  run<Recompute>(args);
 }
 
 template <class T>
@@ -77,7 +82,7 @@ void probe(const GateProbe& p, Storage storage) {
 }  // namespace
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
-const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe,
-                                              nullptr};
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
+    FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe, recompute, nullptr};
 
 }  // namespace fastlstm

@@ -19,6 +19,7 @@ struct Kernels {
   // Whether `product` may be given the da and dh_all that it wrote.
   bool (*backward)(const BackwardArgs&);
   void (*probe)(const GateProbe&, Storage);  // f32 or f64
+  void (*recompute)(const RecomputeArgs&);
   // Null where there is none; false, and nothing done, if it can't multiply the values of B.
   bool (*product)(const ProductArgs&);
 };
