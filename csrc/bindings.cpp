@@ -128,16 +128,28 @@ int64_t output_size_of(const Tensors& w_hh) {
 
 bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memory does
 
-Tensor output(const Tensor& like, Sizes sizes, ScalarType dtype) {
-  Tensor tensor =
-      torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, std::make_optional(dtype));
+// torch's allocator itself: the dispatcher's new_empty would cost more than a small layer.
+Tensor empty(Sizes sizes, ScalarType dtype) {
+  int64_t strides[4] = {1, 1, 1, 1};
+  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes.begin()[k];
+  AtenTensorHandle handle = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(
+                      int64_t(sizes.size()), sizes.begin(), strides,
+                      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                      aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
+                  "fastlstm: out of memory");
+  return Tensor(handle);
+}
+
+Tensor output(Sizes sizes, ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype);
   const size_t size = size_t(tensor.numel()) * size_t(tensor.element_size());
   fastlstm::advise_huge_pages(tensor.mutable_data_ptr(), size);
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;
 }
-Tensor absent(const Tensor& like) {
-  return torch::stable::new_empty(like, {0});
+Tensor absent() {
+  return empty({0}, ScalarType::Float);
 }
 
 int threads() {
@@ -168,21 +180,21 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
-  Tensor y = output(x, {N, D * P}, dtype), h_n = output(x, {D, B, P}, dtype);
-  Tensor c_n = output(x, {D, B, H}, dtype), c_all = absent(x), gates = absent(x), m = absent(x);
+  Tensor y = output({N, D * P}, dtype), h_n = output({D, B, P}, dtype);
+  Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
   if (need_reserve || need_cells) {
-    c_all = output(x, {N, D * H}, state);
+    c_all = output({N, D * H}, state);
     args.c_all = c_all.mutable_data_ptr();
   }
   if (need_reserve) {
-    gates = output(x, {N, D, 4 * H}, dtype);
+    gates = output({N, D, 4 * H}, dtype);
     args.gates = gates.mutable_data_ptr();
   }
   if (need_reserve && !w_hr.empty()) {
-    m = output(x, {N, D * H}, dtype);
+    m = output({N, D * H}, dtype);
     args.m = m.mutable_data_ptr();
   }
   fastlstm::kernels().forward(args);
@@ -263,6 +275,34 @@ bool cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh
   return fastlstm::kernels().backward(args);
 }
 
+// Overwrites pre with the gates where they have its type.
+std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch_sizes,
+                                                 const Tensor& c0, const Optional& reset,
+                                                 bool need_m) {
+  if (pre.dim() != 2) fail("pre: expected shape (N, 4H)");
+  const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
+  fastlstm::RecomputeArgs args{};
+  args.shape = shape_of(pre.size(0), batch_sizes, c0, 1);
+  args.storage = storage_of(dtype);
+  args.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
+  if (D != 1) fail("c0: expected one direction");
+  args.pre = input("pre", pre, {N, 4 * H}, state);
+  args.c0 = input("c0", c0, {1, B, H}, dtype);
+  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  Tensor c_all = output({N, H}, state), m = absent();
+  Tensor gates = dtype == state ? pre : output({N, 4 * H}, dtype);
+  args.c_all = c_all.mutable_data_ptr();
+  args.gates = gates.mutable_data_ptr();
+  if (need_m) {
+    m = output({N, H}, dtype);
+    args.m = m.mutable_data_ptr();
+  }
+  fastlstm::kernels().recompute(args);
+  // An output must not alias an input.
+  return {c_all, dtype == state ? absent() : gates, m};
+}
+
 // A matrix whose rows are contiguous; returns the distance between them.
 int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
   if (tensor.dim() != 2 || tensor.scalar_type() != dtype ||
@@ -304,8 +344,8 @@ ProbeResult cpu_gate_math(const Tensor& a, const Tensor& c_prev, const Tensor& d
   const ScalarType dtype = a.scalar_type();
   if (dtype != state_of(dtype)) fail("a: expected float32 or float64");
   const int64_t n = c_prev.numel();
-  Tensor gates = output(a, {4, n}, dtype), c = output(a, {n}, dtype), m = output(a, {n}, dtype);
-  Tensor da = output(a, {4, n}, dtype), dc_prev = output(a, {n}, dtype);
+  Tensor gates = output({4, n}, dtype), c = output({n}, dtype), m = output({n}, dtype);
+  Tensor da = output({4, n}, dtype), dc_prev = output({n}, dtype);
   fastlstm::GateProbe probe{n,
                             input("a", a, {4, n}, dtype),
                             input("c_prev", c_prev, {n}, dtype),
@@ -357,6 +397,9 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " int begin, int end, Tensor(a!) da, Tensor(b!)? dh_all, Tensor(c!)? dbias, Tensor(d!)? dh0,"
       " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> bool");
   m.def(
+      "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
+      " -> (Tensor c_all, Tensor gates, Tensor m)");
+  m.def(
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");
   m.def(
@@ -371,6 +414,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   m.impl("cpu_product", TORCH_BOX(&cpu_product));
+  m.impl("cpu_recompute", TORCH_BOX(&cpu_recompute));
   m.impl("cpu_gate_math", TORCH_BOX(&cpu_gate_math));
 }
 

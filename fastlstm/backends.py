@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import aten, cpu, reference, triton
-from .contract import Gradients, Outputs
+from .contract import Gradients, Outputs, Reserve
 
 
 class Call(NamedTuple):
@@ -50,6 +51,9 @@ class Backend:
     layer_backward: Callable[..., Gradients] | None
     missing: Callable[[], str | None]  # why it is not there, or None
     unsupported: Callable[[Call], str | None] = _always  # why it can't serve, or None
+    # The reserve of a forward direction whose y is known (see reference.layer_recompute); None:
+    # its layer_forward makes it again.
+    layer_recompute: Callable[..., Reserve] | None = None
     automatic: bool = True  # may "auto" take it? Only what is known to be the fastest.
     compiled: bool = False  # is it the library of csrc/, with its instruction sets?
 
@@ -71,6 +75,7 @@ _TABLE = {
             cpu.missing,
             cpu.unsupported,
             compiled=True,
+            layer_recompute=cpu.layer_recompute,
         ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
         Backend(
@@ -81,9 +86,16 @@ _TABLE = {
             triton.unsupported,
             automatic=False,  # no recorded run says where it is faster than aten
         ),
-        Backend("reference", reference.layer_forward, reference.layer_backward, lambda: None),
+        Backend(
+            "reference",
+            reference.layer_forward,
+            reference.layer_backward,
+            lambda: None,
+            layer_recompute=reference.layer_recompute,
+        ),
     )
 }
+_AUTOMATIC = tuple(entry for entry in _TABLE.values() if entry.automatic)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -105,11 +117,32 @@ def pick(backend: str, call: Call) -> Backend:
         ValueError: no backend has that name.
         Refusal: a RuntimeError; the backend named cannot serve the call.
     """
-    check_name(backend)
     if backend == "auto":
-        candidates = (entry for entry in _TABLE.values() if entry.automatic)
-        return next(entry for entry in candidates if entry.refusal(call) is None)
+        for entry in _AUTOMATIC:
+            if entry.refusal(call) is None:
+                return entry
+    check_name(backend)
     reason = _TABLE[backend].refusal(call)
     if reason is not None:
         raise Refusal(backend, reason)
     return _TABLE[backend]
+
+
+# A step of fewer multiply-adds is over before our call has begun.
+_LEAST_STEP = 1 << 21
+
+
+def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
+    """Should a module's single step, ``input (B, I)`` or ``(I,)``, be left to torch's own cell?
+
+    Its calls and their gradients cost less than any backend's: measured, it is the faster one
+    but for large float32 steps on the CPU that save nothing for a backward pass.
+    """
+    if backend != "auto":
+        return backend == "aten"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
+        return True
+    if not input.is_cpu or input.dtype != torch.float32 or input.dim() != 2:
+        return True
+    rows, inputs = input.shape
+    return rows * (inputs + hidden_size) * 4 * hidden_size < _LEAST_STEP

@@ -7,6 +7,8 @@
 #include "backward.h"
 #include "forward.h"
 #include "product.h"
+#include "recompute.h"
+#include "single_step.h"
 #include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x
@@ -32,12 +34,16 @@ void run(const Args& args) {
 }
 
 void forward(const ForwardArgs& args) {
-  run<Forward>(args);
+  is_single_step(args.shape) ? run<SingleStep>(args) : run<Forward>(args);
 }
 
 bool backward(const BackwardArgs& args) {
   run<Backward>(args);
   return false;
+}
+
+void recompute(const RecomputeArgs& args) {
+  run<Recompute>(args);
 }
 
 template <class S>
@@ -105,7 +111,7 @@ void probe(const GateProbe& p, Storage storage) {
 }  // namespace
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
-const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe,
-                                              product};
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
+    FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe, recompute, product};
 
 }  // namespace fastlstm
