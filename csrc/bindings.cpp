@@ -303,10 +303,13 @@ std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch
   return {c_all, dtype == state ? absent() : gates, m};
 }
 
-// A matrix whose rows are contiguous; returns the distance between them.
+bool has_contiguous_rows(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1;
+}
+
+// A matrix, if its rows are contiguous; returns the distance between them.
 int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
-  if (tensor.dim() != 2 || tensor.scalar_type() != dtype ||
-      (tensor.size(1) > 1 && tensor.stride(1) != 1))
+  if (tensor.dim() != 2 || tensor.scalar_type() != dtype || !has_contiguous_rows(tensor))
     fail(std::string(name) + ": expected a matrix of the right dtype with contiguous rows");
   return tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1);
 }
@@ -317,6 +320,9 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
                  bool add, bool bounded) {
   fastlstm::ProductArgs args{};
   const ScalarType dtype = right.scalar_type(), state = state_of(dtype);
+  if (left.dim() == 2 && right.dim() == 2 &&
+      !(has_contiguous_rows(left) && has_contiguous_rows(right)))
+    return false;
   args.lda = matrix("left", left, state);
   args.ldb = matrix("right", right, dtype);
   args.ldc = matrix("out", out, state);

@@ -38,7 +38,8 @@ class Result(NamedTuple):
     h_n: Tensor  # (L*D, B, P)
     c_n: Tensor  # (L*D, B, H)
     cells: Tensor | PackedSequence | None  # (..., D*H) in the dtype of output
-    gates: Tensor | PackedSequence | None  # (..., 4*D*H): i, f, g, o, each of all directions
+    # (..., 4*D*H): i, f, g, o, each of all directions
+    gates: Tensor | PackedSequence | None = None
 
 
 class _Rows(NamedTuple):
