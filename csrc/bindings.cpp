@@ -128,16 +128,27 @@ int64_t output_size_of(const Tensors& w_hh) {
 
 bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memory does
 
-Tensor output(const Tensor& like, Sizes sizes, ScalarType dtype) {
-  Tensor tensor =
-      torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, std::make_optional(dtype));
+// torch's allocator itself: the dispatcher's new_empty would cost more than a small layer.
+Tensor empty(Sizes sizes, ScalarType dtype) {
+  int64_t strides[4] = {1, 1, 1, 1};
+  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes.begin()[k];
+  AtenTensorHandle handle = nullptr;
+  STD_TORCH_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS, "fastlstm: out of memory");
+  return Tensor(handle);
+}
+
+Tensor output(Sizes sizes, ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype);
   const size_t size = size_t(tensor.numel()) * size_t(tensor.element_size());
   fastlstm::advise_huge_pages(tensor.mutable_data_ptr(), size);
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;
 }
-Tensor absent(const Tensor& like) {
-  return torch::stable::new_empty(like, {0});
+Tensor absent() {
+  return empty({0}, ScalarType::Float);
 }
 
 int threads() {
@@ -168,21 +179,21 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
-  Tensor y = output(x, {N, D * P}, dtype), h_n = output(x, {D, B, P}, dtype);
-  Tensor c_n = output(x, {D, B, H}, dtype), c_all = absent(x), gates = absent(x), m = absent(x);
+  Tensor y = output({N, D * P}, dtype), h_n = output({D, B, P}, dtype);
+  Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
   if (need_reserve || need_cells) {
-    c_all = output(x, {N, D * H}, state);
+    c_all = output({N, D * H}, state);
     args.c_all = c_all.mutable_data_ptr();
   }
   if (need_reserve) {
-    gates = output(x, {N, D, 4 * H}, dtype);
+    gates = output({N, D, 4 * H}, dtype);
     args.gates = gates.mutable_data_ptr();
   }
   if (need_reserve && !w_hr.empty()) {
-    m = output(x, {N, D * H}, dtype);
+    m = output({N, D * H}, dtype);
     args.m = m.mutable_data_ptr();
   }
   fastlstm::kernels().forward(args);
@@ -304,8 +315,8 @@ ProbeResult cpu_gate_math(const Tensor& a, const Tensor& c_prev, const Tensor& d
   const ScalarType dtype = a.scalar_type();
   if (dtype != state_of(dtype)) fail("a: expected float32 or float64");
   const int64_t n = c_prev.numel();
-  Tensor gates = output(a, {4, n}, dtype), c = output(a, {n}, dtype), m = output(a, {n}, dtype);
-  Tensor da = output(a, {4, n}, dtype), dc_prev = output(a, {n}, dtype);
+  Tensor gates = output({4, n}, dtype), c = output({n}, dtype), m = output({n}, dtype);
+  Tensor da = output({4, n}, dtype), dc_prev = output({n}, dtype);
   fastlstm::GateProbe probe{n,
                             input("a", a, {4, n}, dtype),
                             input("c_prev", c_prev, {n}, dtype),

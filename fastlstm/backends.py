@@ -84,6 +84,7 @@ _TABLE = {
         Backend("reference", reference.layer_forward, reference.layer_backward, lambda: None),
     )
 }
+_AUTOMATIC = tuple(entry for entry in _TABLE.values() if entry.automatic)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -105,10 +106,11 @@ def pick(backend: str, call: Call) -> Backend:
         ValueError: no backend has that name.
         Refusal: a RuntimeError; the backend named cannot serve the call.
     """
-    check_name(backend)
     if backend == "auto":
-        candidates = (entry for entry in _TABLE.values() if entry.automatic)
-        return next(entry for entry in candidates if entry.refusal(call) is None)
+        for entry in _AUTOMATIC:
+            if entry.refusal(call) is None:
+                return entry
+    check_name(backend)
     reason = _TABLE[backend].refusal(call)
     if reason is not None:
         raise Refusal(backend, reason)

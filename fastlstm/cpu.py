@@ -37,7 +37,7 @@ missing = native.missing
 
 def unsupported(call: Call) -> str | None:
     """Only the device and the dtype matter to these kernels."""
-    if call.x.device.type != "cpu":
+    if not call.x.is_cpu:
         return f"it runs on cpu tensors, got one on {call.x.device}"
     if call.x.dtype not in _DTYPES:
         return f"it takes {', '.join(map(str, _DTYPES))}, got {call.x.dtype}"
@@ -64,7 +64,7 @@ def layer_forward(
     need_cells: bool,
 ) -> Outputs:
     """One layer; shapes as in ``contract.Outputs``."""
-    y, c_all, h_n, c_n, gates, m = torch.ops.fastlstm_C.cpu_forward(
+    y, c_all, h_n, c_n, gates, m = torch.ops.fastlstm_C.cpu_forward.default(
         x.contiguous(),
         batch_sizes.contiguous(),
         h0.contiguous(),

@@ -225,12 +225,14 @@ class LSTM(nn.RNNBase):
 
     def _weights(self, names: list[str]) -> Weights:
         """One direction: weight_ih, weight_hh, then biases and weight_hr where it has them."""
-        w_ih, w_hh, *rest = (getattr(self, name) for name in names)
+        # nn.Module's own __getattr__ takes longer than all of a small step's arithmetic.
+        plain = self._parameters
+        w_ih, w_hh, *rest = [plain[n] if n in plain else getattr(self, n) for n in names]
         return Weights(
             w_ih,
             w_hh,
-            bias=rest[0] + rest[1] if self.bias else None,
-            w_hr=rest[-1] if self.proj_size else None,
+            rest[0] + rest[1] if self.bias else None,
+            rest[-1] if self.proj_size else None,
         )
 
     def _state(self, hx: State | None, like: Tensor, batch: int, batched: bool) -> State:

@@ -79,16 +79,14 @@ def layer_forward(
     )
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or not _PLAIN.issuperset(map(type, tensors))
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(type(t) not in _PLAIN for t in tensors)
 
 
 def layer_backward(
@@ -266,35 +264,37 @@ def check_layer(
     The values of batch_sizes are left to whoever reads them: looking at them here would
     break tracing.
     """
-    directions, batch = len(weights), h0.size(1) if h0.dim() == 3 else -1
+    directions = len(weights)
     if directions not in (1, 2):
         raise ValueError(f"weights: got {directions} directions, expected 1 or 2")
     if x.dim() != 2:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 dimensions (N, I)")
     if weights[0].w_hh.dim() != 2:
         raise ValueError(f"w_hh[0]: got shape {tuple(weights[0].w_hh.shape)}, expected (4H, P)")
+    batch = h0.size(1) if h0.dim() == 3 else -1
     gates, output = weights[0].w_hh.shape
     hidden = gates // 4
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "h0": (h0, (directions, batch, output)),
-        "c0": (c0, (directions, batch, hidden)),
-    }
-    for d, w in enumerate(weights):
-        expected[f"w_ih[{d}]"] = (w.w_ih, (4 * hidden, x.size(1)))
-        expected[f"w_hh[{d}]"] = (w.w_hh, (4 * hidden, output))
-        if w.bias is not None:
-            expected[f"bias[{d}]"] = (w.bias, (4 * hidden,))
-        if w.w_hr is not None:
-            expected[f"w_hr[{d}]"] = (w.w_hr, (output, hidden))
-        elif output != hidden:
-            raise ValueError(f"w_hr[{d}]: got None, expected ({output}, {hidden})")
-    for name, (tensor, shape) in expected.items():
+    dtype, device = x.dtype, x.device
+
+    def fit(name: str, tensor: Tensor, *shape: int) -> None:
         if tensor.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype != x.dtype:
-            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected x's {x.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected x's {x.device}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: got dtype {tensor.dtype}, expected x's {dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected x's {device}")
+
+    fit("h0", h0, directions, batch, output)
+    fit("c0", c0, directions, batch, hidden)
+    for d, (w_ih, w_hh, bias, w_hr) in enumerate(weights):
+        fit(f"w_ih[{d}]", w_ih, 4 * hidden, x.size(1))
+        fit(f"w_hh[{d}]", w_hh, 4 * hidden, output)
+        if bias is not None:
+            fit(f"bias[{d}]", bias, 4 * hidden)
+        if w_hr is not None:
+            fit(f"w_hr[{d}]", w_hr, output, hidden)
+        elif output != hidden:
+            raise ValueError(f"w_hr[{d}]: got None, expected ({output}, {hidden})")
     if (
         batch_sizes.dim() != 1
         or batch_sizes.dtype != torch.int64
@@ -304,10 +304,10 @@ def check_layer(
             f"batch_sizes: got {batch_sizes.dtype} {tuple(batch_sizes.shape)} on "
             f"{batch_sizes.device}, expected an int64 vector on cpu"
         )
-    if reset is None:
-        return
-    if (reset.shape, reset.dtype, reset.device) != (x.shape[:1], torch.uint8, x.device):
+    if reset is not None and (
+        (reset.shape, reset.dtype, reset.device) != (x.shape[:1], torch.uint8, device)
+    ):
         raise ValueError(
             f"reset: got {reset.dtype} {tuple(reset.shape)} on {reset.device}, "
-            f"expected torch.uint8 ({x.size(0)},) on {x.device}"
+            f"expected torch.uint8 ({x.size(0)},) on {device}"
         )

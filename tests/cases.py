@@ -81,7 +81,9 @@ _PACKED = (7, 7, 5, 4, 4, 1)
 # Every feature alone and together, and the sizes where loops have edges.
 LAYERS = (
     *(Layer((3, 3, 3), size, size) for size in (1, 3, 17, 33, 65)),
-    Layer((2,), 5, 4),  # one step
+    Layer((2,), 5, 4),  # one step, its weights multiplied unpacked
+    Layer((7, 0), 20, 35, directions=2, reset=0.5, batch=9),
+    Layer((5,), 18, 33, projection=19, directions=2, bias=False),
     Layer((1,) * 40, 9, 20),  # one row a step: the input part is computed ahead, in chunks
     Layer((4,) * 30 + (3, 1), 9, 20, directions=2, reset=0.2),
     Layer((13, 13), 18, 34),  # more rows than a tile has

@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "product.h"
+#include "single_step.h"
 #include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x
@@ -32,7 +33,7 @@ void run(const Args& args) {
 }
 
 void forward(const ForwardArgs& args) {
-  run<Forward>(args);
+  is_single_step(args.shape) ? run<SingleStep>(args) : run<Forward>(args);
 }
 
 bool backward(const BackwardArgs& args) {
