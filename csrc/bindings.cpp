@@ -134,9 +134,10 @@ Tensor empty(Sizes sizes, ScalarType dtype) {
   for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes.begin()[k];
   AtenTensorHandle handle = nullptr;
   STD_TORCH_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS, "fastlstm: out of memory");
+                      int64_t(sizes.size()), sizes.begin(), strides,
+                      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                      aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
+                  "fastlstm: out of memory");
   return Tensor(handle);
 }
 

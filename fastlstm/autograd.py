@@ -10,7 +10,7 @@ or zero tangents, the reference runs instead.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -60,13 +60,12 @@ def lstm_layer(
     """
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     flat = [t for w in weights for t in w]
-    wants_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *flat)
-    )
     run = _Run(need_cells, backend)
     if _needs_composite():
         out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
-    elif not wants_grad:
+    elif not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (x, h0, c0, *flat)
+    ):
         out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend)
     elif (chosen := _self_differentiating(run, x, batch_sizes, h0, reset, flat)) is not None:
         out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, need_cells)
@@ -136,14 +135,11 @@ def _self_differentiating(
     return chosen if chosen.layer_backward is None else None
 
 
-@contextlib.contextmanager
-def without_autocast(device: torch.device) -> Iterator[None]:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A layer's dtypes are settled when it is called: autocast must not change its products."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
@@ -189,17 +185,45 @@ class LSTMLayer(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: checkpointing recomputes them at each look
         (*reserve, batch_sizes, reset), inputs = saved[:6], saved[6:]
         need = _requested(ctx.needs_input_grad[3:])
+        gradients: Sequence[Tensor | None]
         grads = (dy, dc_all, dh_n, dc_n)
         with without_autocast(inputs[0].device):
             if _needs_composite() or any(map(_is_batched, grads)):
                 gradients = _batched_gradients(
                     ctx.run, batch_sizes, reset, grads, inputs, ctx.needs_input_grad[3:]
                 )
-            else:
+            elif torch.is_grad_enabled() or torch.compiler.is_compiling():
                 gradients = LSTMLayerBackward.apply(
                     ctx.run, need, Reserve(*reserve), batch_sizes, reset, *grads, *inputs
                 )
+            else:  # nobody asks for a graph of it, which would cost time
+                gradients = _first_order(
+                    ctx.run, need, Reserve(*reserve), batch_sizes, reset, grads, inputs
+                )
         return None, None, None, *gradients
+
+
+def _first_order(
+    run: _Run,
+    need: Requested,
+    reserve: Reserve,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, h0, c0, *flat weights), None where not asked for."""
+    x, h0, c0, *flat = inputs
+    weights = _unflatten(flat)
+    got = ops.layer_backward(
+        OutputGradients(*grads), x, batch_sizes, h0, c0, weights, reset, reserve, need, run.backend
+    )
+    by_direction = [
+        None if kind is None else kind[d]
+        for d in range(len(weights))
+        for kind in (got.w_ih, got.w_hh, got.bias, got.w_hr)
+    ]
+    return got.x, got.h0, got.c0, *by_direction
 
 
 def _batched_gradients(
@@ -238,20 +262,10 @@ class LSTMLayerBackward(torch.autograd.Function):
         reset: Tensor | None,
         *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights
     ) -> tuple[Tensor | None, ...]:
-        grads, (x, h0, c0, *flat) = OutputGradients(*tensors[:4]), tensors[4:]
         ctx.set_materialize_grads(False)
         ctx.run = run
         ctx.save_for_backward(batch_sizes, reset, *tensors)
-        weights = _unflatten(flat)
-        got = ops.layer_backward(
-            grads, x, batch_sizes, h0, c0, weights, reset, reserve, need, run.backend
-        )
-        by_direction = [
-            None if kind is None else kind[d]
-            for d in range(len(weights))
-            for kind in (got.w_ih, got.w_hh, got.bias, got.w_hr)
-        ]
-        return got.x, got.h0, got.c0, *by_direction
+        return _first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:

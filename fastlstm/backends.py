@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import aten, cpu, reference, triton
@@ -115,3 +116,23 @@ def pick(backend: str, call: Call) -> Backend:
     if reason is not None:
         raise Refusal(backend, reason)
     return _TABLE[backend]
+
+
+# A step of fewer multiply-adds is over before our call has begun.
+_LEAST_STEP = 1 << 21
+
+
+def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
+    """Should a module's single step, ``input (B, I)`` or ``(I,)``, be left to torch's own cell?
+
+    Its calls and their gradients cost less than any backend's: measured, it is the faster one
+    but for large float32 steps on the CPU that save nothing for a backward pass.
+    """
+    if backend != "auto":
+        return backend == "aten"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
+        return True
+    if not input.is_cpu or input.dtype != torch.float32 or input.dim() != 2:
+        return True
+    rows, inputs = input.shape
+    return rows * (inputs + hidden_size) * 4 * hidden_size < _LEAST_STEP

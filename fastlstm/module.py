@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, functional, tracers
+from . import backends, checks, functional, tracers
 from .contract import Weights
 
 State = tuple[Tensor, Tensor]
@@ -156,9 +156,9 @@ class LSTM(nn.RNNBase):
         reset: Tensor | None,
         stack: functional.Stack,
     ) -> functional.Result:
-        _check_padded(input, self.input_size, stack.layers[0][0].w_ih)
+        checks.check_padded(input, self.input_size, stack.layers[0][0].w_ih)
         if reset is not None:
-            _check_reset(reset, input)
+            checks.check_reset(reset, input)
         batched = input.dim() == 3
         batch_first = self.batch_first and batched
         time_dim = 1 if batch_first else 0
@@ -197,7 +197,7 @@ class LSTM(nn.RNNBase):
         reset: PackedSequence | None,
         stack: functional.Stack,
     ) -> functional.Result:
-        _check_packed(input, self.input_size, stack.layers[0][0].w_ih)
+        checks.check_packed(input, self.input_size, stack.layers[0][0].w_ih)
         if tracers.is_onnx():
             tracers.refuse_packed()
         if lengths is not None:
@@ -207,32 +207,20 @@ class LSTM(nn.RNNBase):
                 raise TypeError(
                     f"reset: expected a PackedSequence, as input is one, got {type(reset).__name__}"
                 )
-            _check_reset(reset.data, input.data)
+            checks.check_reset(reset.data, input.data)
         h0, c0 = self._state(hx, input.data, int(input.batch_sizes[0]), batched=True)
         return functional.lstm_packed(input, h0, c0, stack, reset=reset)
 
     def _stack(self, need_cells: bool) -> functional.Stack:
         """The weights as they are now: parametrizations, pruning and functional_call replace
         attributes behind ``_flat_weights``."""
-        directions = [self._weights(names) for names in self._all_weights]
+        directions = [weights_of(self, names) for names in self._all_weights]
         step = 2 if self.bidirectional else 1
         return functional.Stack(
             [directions[k : k + step] for k in range(0, len(directions), step)],
             self.dropout if self.training else 0.0,
             need_cells,
             self.backend,
-        )
-
-    def _weights(self, names: list[str]) -> Weights:
-        """One direction: weight_ih, weight_hh, then biases and weight_hr where it has them."""
-        # nn.Module's own __getattr__ takes longer than all of a small step's arithmetic.
-        plain = self._parameters
-        w_ih, w_hh, *rest = [plain[n] if n in plain else getattr(self, n) for n in names]
-        return Weights(
-            w_ih,
-            w_hh,
-            rest[0] + rest[1] if self.bias else None,
-            rest[-1] if self.proj_size else None,
         )
 
     def _state(self, hx: State | None, like: Tensor, batch: int, batched: bool) -> State:
@@ -242,11 +230,7 @@ class LSTM(nn.RNNBase):
         c_size = (layers, batch, self.hidden_size)
         if hx is None:
             return like.new_zeros(h_size), like.new_zeros(c_size)
-        if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) for t in hx):
-            raise TypeError(f"hx: expected a tuple of two Tensors (h_0, c_0), got {_kind(hx)}")
-        if len(hx) != 2:
-            raise RuntimeError(f"hx: lstm expects two hidden states (h_0, c_0), got {len(hx)}")
-        h0, c0 = hx
+        h0, c0 = checks.check_pair(hx)
         expected = 3 if batched else 2
         if h0.dim() != expected or c0.dim() != expected:
             raise RuntimeError(
@@ -257,94 +241,21 @@ class LSTM(nn.RNNBase):
             h0, c0 = h0.unsqueeze(1), c0.unsqueeze(1)
         self.check_hidden_size(h0, h_size, "hx[0]: Expected hidden[0] size {}, got {}")
         self.check_hidden_size(c0, c_size, "hx[1]: Expected hidden[1] size {}, got {}")
-        _check_like(h0, like, "hx[0]")
-        _check_like(c0, like, "hx[1]")
+        checks.check_like(h0, like, "hx[0]")
+        checks.check_like(c0, like, "hx[1]")
         return h0, c0
 
 
-def _kind(value: object) -> str:
-    """``value``'s type for a message, with its items' where it is a tuple or list."""
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
-    return type(value).__name__
-
-
-def _check_padded(input: Tensor, input_size: int, weight: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a Tensor or a PackedSequence, got {_kind(input)}")
-    if input.dim() not in (2, 3):
-        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-    _check_rows(input, input_size, weight, ValueError)
-
-
-def _check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> None:
-    if input.data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
-    if input.batch_sizes.dim() != 1:
-        raise RuntimeError(
-            f"input.batch_sizes must have 1 dimension, got {input.batch_sizes.dim()}"
-        )
-    if input.batch_sizes.numel() == 0:
-        raise RuntimeError(
-            "Expected sequence length to be larger than 0 in RNN: input has no batch_sizes"
-        )
-    if not torch.compiler.is_compiling():  # their values are data, which tracing can't see
-        sizes = input.batch_sizes.tolist()
-        if sizes != sorted(sizes, reverse=True) or sizes[-1] < 0 or sum(sizes) != len(input.data):
-            raise RuntimeError(
-                "input.batch_sizes must never increase and sum to the number of rows of "
-                f"input.data. Got {sizes} for {len(input.data)} rows"
-            )
-        for name in ("sorted_indices", "unsorted_indices"):
-            order = getattr(input, name)
-            if order is not None and order.shape != (sizes[0],):
-                raise RuntimeError(
-                    f"input.{name} must have one index for each of {sizes[0]} sequences, "
-                    f"got shape {tuple(order.shape)}"
-                )
-    _check_rows(input.data, input_size, weight, RuntimeError)
-
-
-def _check_rows(
-    input: Tensor, input_size: int, weight: Tensor, dtype_error: type[Exception]
-) -> None:
-    """What every form of input must be; nn.LSTM has another error for a dtype in each."""
-    if input.dtype != weight.dtype and functional.autocast_dtype(input.device) is None:
-        raise dtype_error(
-            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
-            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
-        )
-    if input.size(-1) != input_size:
-        raise RuntimeError(
-            "input.size(-1) must be equal to input_size. "
-            f"Expected {input_size}, got {input.size(-1)}"
-        )
-    if input.device != weight.device:
-        raise RuntimeError(
-            "Input and parameter tensors are not at the same device, found input tensor at "
-            f"{input.device} and parameter tensor at {weight.device}"
-        )
-
-
-def _check_like(state: Tensor, input: Tensor, name: str) -> None:
-    if state.device != input.device:
-        raise RuntimeError(
-            "Input and hidden tensors are not at the same device, found input tensor at "
-            f"{input.device} and hidden tensor {name} at {state.device}"
-        )
-    if state.dtype != input.dtype and functional.autocast_dtype(input.device) is None:
-        raise RuntimeError(f"{name}: expected the dtype of input, {input.dtype}, got {state.dtype}")
-
-
-def _check_reset(reset: Tensor, input: Tensor) -> None:
-    if not isinstance(reset, Tensor):
-        raise TypeError(f"reset: expected a Tensor, as input is one, got {_kind(reset)}")
-    if reset.dtype != torch.bool:
-        raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
-    if reset.shape != input.shape[:-1]:
-        raise ValueError(
-            f"reset: expected the shape of input without its features, "
-            f"{tuple(input.shape[:-1])}, got {tuple(reset.shape)}"
-        )
-    if reset.device != input.device:
-        raise ValueError(f"reset: expected input's device, {input.device}, got {reset.device}")
+def weights_of(module: nn.RNNBase | nn.RNNCellBase, names: Sequence[str]) -> Weights:
+    """One direction's weights as they are now, by their names: weight_ih, weight_hh, then biases
+    and weight_hr where it has them."""
+    # nn.Module's own __getattr__ takes longer than all of a small step's arithmetic.
+    plain: dict[str, Any] = module._parameters
+    w_ih, w_hh, *rest = [plain[n] if n in plain else getattr(module, n) for n in names]
+    biases = 2 if module.bias else 0
+    return Weights(
+        w_ih,
+        w_hh,
+        rest[0] + rest[1] if biases else None,
+        rest[biases] if len(rest) > biases else None,
+    )

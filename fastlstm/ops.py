@@ -276,23 +276,25 @@ def check_layer(
     hidden = gates // 4
     dtype, device = x.dtype, x.device
 
-    def fit(name: str, tensor: Tensor, *shape: int) -> None:
+    def fit(tensor: Tensor, shape: tuple[int, ...], name: str, d: int | None = None) -> None:
+        if tensor.shape == shape and tensor.dtype == dtype and tensor.device == device:
+            return
+        name = name if d is None else f"{name}[{d}]"
         if tensor.shape != shape:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
         if tensor.dtype != dtype:
             raise ValueError(f"{name}: got dtype {tensor.dtype}, expected x's {dtype}")
-        if tensor.device != device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected x's {device}")
+        raise ValueError(f"{name}: got device {tensor.device}, expected x's {device}")
 
-    fit("h0", h0, directions, batch, output)
-    fit("c0", c0, directions, batch, hidden)
+    fit(h0, (directions, batch, output), "h0")
+    fit(c0, (directions, batch, hidden), "c0")
     for d, (w_ih, w_hh, bias, w_hr) in enumerate(weights):
-        fit(f"w_ih[{d}]", w_ih, 4 * hidden, x.size(1))
-        fit(f"w_hh[{d}]", w_hh, 4 * hidden, output)
+        fit(w_ih, (4 * hidden, x.size(1)), "w_ih", d)
+        fit(w_hh, (4 * hidden, output), "w_hh", d)
         if bias is not None:
-            fit(f"bias[{d}]", bias, 4 * hidden)
+            fit(bias, (4 * hidden,), "bias", d)
         if w_hr is not None:
-            fit(f"w_hr[{d}]", w_hr, output, hidden)
+            fit(w_hr, (output, hidden), "w_hr", d)
         elif output != hidden:
             raise ValueError(f"w_hr[{d}]: got None, expected ({output}, {hidden})")
     if (

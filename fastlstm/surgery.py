@@ -1,4 +1,4 @@
-"""Swap nn.LSTM for fastlstm's: in a model that exists, or in torch itself."""
+"""Swap nn.LSTM and nn.LSTMCell for fastlstm's: in a model that exists, or in torch itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from . import backends
+from .cell import LSTMCell
+from .cell import Stock as StockCell
 from .compat import LSTM as CompatLSTM
 from .compat import Stock
 from .module import LSTM
 
-_LEAVES = (LSTM, CompatLSTM)
+_STOCK = (Stock, StockCell)
+_LEAVES = (LSTM, CompatLSTM, LSTMCell)
 
 
 @dataclass(frozen=True)
@@ -42,19 +45,20 @@ def replace_lstm_(
     compat: bool = False,
     backend: str = "auto",
 ) -> Report:
-    """Turn every ``nn.LSTM`` in ``model``, itself included, into fastlstm's, in place.
+    """Turn every ``nn.LSTM`` and ``nn.LSTMCell`` in ``model``, itself included, into fastlstm's.
 
-    Only the class of the module changes: the module, its parameters, its hooks and its
-    state_dict stay the same objects, so optimizers, tied weights and DDP go on as before.
-    Modules with parametrizations are replaced too.  Left alone, and reported, are
-    subclasses of ``nn.LSTM``, scripted and quantized ones, and modules whose ``forward``
-    was replaced on the instance.
+    This happens in place, and only the class of a module changes: the module, its parameters,
+    its hooks and its state_dict stay the same objects, so optimizers, tied weights and DDP go
+    on as before.  Modules with parametrizations are replaced too.  Left alone, and reported,
+    are subclasses, scripted and quantized ones, and modules whose ``forward`` was replaced on
+    the instance.
 
     Args:
         model: any module.
         filter_fn: called with (module, name) for each that could be replaced; False skips.
         compat: take ``fastlstm.compat.LSTM``, an ``isinstance`` of ``nn.LSTM`` that
-            torch.compile refuses, rather than ``fastlstm.LSTM``.
+            torch.compile refuses, rather than ``fastlstm.LSTM``.  (``fastlstm.LSTMCell`` is
+            an ``isinstance`` of ``nn.LSTMCell`` in any case.)
         backend: as for ``fastlstm.LSTM``.
 
     Returns:
@@ -71,15 +75,17 @@ def replace_lstm_(
             return "left out by filter_fn"
         return None
 
-    report = _swap_all(model, (Stock,), _leaf(compat), refusal)
+    targets: dict[type, type[nn.Module]] = {Stock: _leaf(compat), StockCell: LSTMCell}
+    report = _swap_all(model, targets, refusal)
     for name in report.replaced:
         model.get_submodule(name).backend = backend  # type: ignore[assignment]
     return report
 
 
 def restore_lstm_(model: nn.Module) -> Report:
-    """The inverse of ``replace_lstm_``: turn every fastlstm module into ``nn.LSTM``, in place."""
-    report = _swap_all(model, _LEAVES, Stock, lambda m, name: None)
+    """The inverse of ``replace_lstm_``: turn every fastlstm module into torch's, in place."""
+    targets: dict[type, type[nn.Module]] = {LSTM: Stock, CompatLSTM: Stock, LSTMCell: StockCell}
+    report = _swap_all(model, targets, lambda m, name: None)
     for name in report.replaced:
         vars(model.get_submodule(name)).pop("backend", None)
     return report
@@ -91,8 +97,7 @@ def _leaf(compat: bool) -> type[nn.RNNBase]:
 
 def _swap_all(
     model: nn.Module,
-    sources: tuple[type, ...],
-    target: type[nn.RNNBase],
+    targets: dict[type, type[nn.Module]],
     refusal: Callable[[nn.Module, str], str | None],
 ) -> Report:
     if not isinstance(model, nn.Module):
@@ -102,9 +107,9 @@ def _swap_all(
     for name, m in list(model.named_modules()):
         if not _is_lstm(m):
             continue
-        reason = _unfit(m, sources) or refusal(m, name)
+        reason = _unfit(m, targets) or refusal(m, name)
         if reason is None:
-            _set_class(m, target)
+            _set_class(m, targets[_plain_class(m)])
             report.replaced.append(name)
         else:
             report.skipped[name] = reason
@@ -112,9 +117,9 @@ def _swap_all(
 
 
 def _is_lstm(m: nn.Module) -> bool:
-    """An LSTM of any make, so that what is left alone can be reported."""
-    names = (type(m).__name__, getattr(m, "original_name", None))
-    return isinstance(m, (Stock, *_LEAVES)) or "LSTM" in names
+    """An LSTM or a cell of any make, so that what is left alone can be reported."""
+    names = {type(m).__name__, getattr(m, "original_name", None)}
+    return isinstance(m, (*_STOCK, *_LEAVES)) or not names.isdisjoint(("LSTM", "LSTMCell"))
 
 
 def _plain_class(m: nn.Module) -> type:
@@ -123,21 +128,21 @@ def _plain_class(m: nn.Module) -> type:
     return cls.__bases__[0] if torch.nn.utils.parametrize.is_parametrized(m) else cls
 
 
-def _unfit(m: nn.Module, sources: tuple[type, ...]) -> str | None:
+def _unfit(m: nn.Module, targets: dict[type, type[nn.Module]]) -> str | None:
     cls = _plain_class(m)
-    if cls in sources:
+    if cls in targets:
         return "its forward was replaced on the instance" if "forward" in vars(m) else None
     if isinstance(m, torch.jit.ScriptModule):
         return "scripted: its code is compiled"
     name = f"{cls.__module__}.{cls.__qualname__}"
-    if cls in (Stock, *_LEAVES):
+    if cls in (*_STOCK, *_LEAVES):
         return f"it is {name} already"
-    if issubclass(cls, (Stock, *_LEAVES)):
+    if issubclass(cls, (*_STOCK, *_LEAVES)):
         return f"{name} is a subclass and may do something else"
     return f"{name} is another class"
 
 
-def _set_class(m: nn.Module, target: type[nn.RNNBase]) -> None:
+def _set_class(m: nn.Module, target: type[nn.Module]) -> None:
     if torch.nn.utils.parametrize.is_parametrized(m):
         # parametrize made a class for this one module, which holds the properties.
         top = type(m)
@@ -146,7 +151,7 @@ def _set_class(m: nn.Module, target: type[nn.RNNBase]) -> None:
     m.__class__ = target
 
 
-# Where programs look nn.LSTM up.
+# Where programs look nn.LSTM and nn.LSTMCell up.
 _PLACES = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
 _patches: list[Patch] = []  # those in force, the last one wins
 _unpatched: tuple[Any, ...] = ()  # what stood in _PLACES before the first
@@ -173,11 +178,11 @@ class Patch:
 
 
 def patch(*, compat: bool = False) -> Patch:
-    """Let ``torch.nn.LSTM`` be fastlstm's for all code that looks it up from now on.
+    """Let ``torch.nn.LSTM`` and ``LSTMCell`` be fastlstm's for all code that looks them up.
 
-    Covers ``torch.nn.LSTM``, ``torch.nn.modules.LSTM`` and ``torch.nn.modules.rnn.LSTM``,
-    so also models unpickled from files.  A plain call holds until ``undo()``; as a context
-    manager it ends with the block, and models built inside keep fastlstm's modules::
+    Covers ``torch.nn``, ``torch.nn.modules`` and ``torch.nn.modules.rnn``, so also models
+    unpickled from files.  A plain call holds until ``undo()``; as a context manager it ends
+    with the block, and models built inside keep fastlstm's modules::
 
         with fastlstm.patch():
             model = build()
@@ -195,7 +200,7 @@ def patch(*, compat: bool = False) -> Patch:
     """
     global _unpatched
     if not _patches:
-        _unpatched = tuple(place.LSTM for place in _PLACES)
+        _unpatched = tuple((place.LSTM, place.LSTMCell) for place in _PLACES)
     handle = Patch(_leaf(compat))
     _patches.append(handle)
     _bind()
@@ -204,4 +209,6 @@ def patch(*, compat: bool = False) -> Patch:
 
 def _bind() -> None:
     for place, before in zip(_PLACES, _unpatched, strict=True):
-        place.LSTM = _patches[-1].leaf if _patches else before  # type: ignore[attr-defined]
+        place.LSTM, place.LSTMCell = (  # type: ignore[attr-defined]
+            (_patches[-1].leaf, LSTMCell) if _patches else before
+        )

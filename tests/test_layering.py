@@ -20,7 +20,7 @@ LAYERS = (
     *("contract", "build", "native", "products"),
     *("reference", "aten", "cpu", "triton"),
     *("backends", "ops", "autograd", "functional", "tracers"),
-    *("module", "inspect", "compat", "surgery", "cli", "__init__", "__main__"),
+    *("checks", "module", "cell", "inspect", "compat", "surgery", "cli", "__init__", "__main__"),
 )
 # Who may name the compiled library: what builds it, what loads it, what calls it.
 NATIVE = {

@@ -15,7 +15,7 @@ import fastlstm
 import fastlstm.compat
 from cases import tolerance
 
-STOCK = nn.LSTM
+STOCK, STOCK_CELL = nn.LSTM, nn.LSTMCell
 LEAVES = {False: fastlstm.LSTM, True: fastlstm.compat.LSTM}
 T, B, IN, H = 4, 2, 3, 5
 
@@ -70,6 +70,22 @@ def test_restore_is_the_inverse(compat):
     assert all(type(m) is nn.LSTM for m in model.encoder)
     assert list(vars(model.encoder[0])) == expected
     assert list(fastlstm.restore_lstm_(model).skipped) == ["encoder.0", "encoder.1"]
+
+
+def test_cells_are_replaced_and_restored():
+    stock = nn.ModuleDict({"cell": nn.LSTMCell(IN, H), "own": type("C", (nn.LSTMCell,), {})(IN, H)})
+    parametrizations.weight_norm(stock["cell"], "weight_hh")
+    ours, x = copy.deepcopy(stock), torch.randn(B, IN)
+    report = fastlstm.replace_lstm_(ours, backend="cpu")
+    assert report.replaced == ["cell"]
+    assert "subclass" in report.skipped["own"]
+    assert isinstance(ours["cell"], fastlstm.LSTMCell)
+    assert ours["cell"].backend == "cpu"
+    for a, b in zip(ours["cell"](x), stock["cell"](x), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(x.dtype))
+    assert fastlstm.restore_lstm_(ours).replaced == ["cell"]
+    assert not isinstance(ours["cell"], fastlstm.LSTMCell)
+    assert "backend" not in vars(ours["cell"])
 
 
 def test_the_model_itself_is_replaced():
@@ -188,16 +204,23 @@ def places() -> set[type]:
     return {torch.nn.LSTM, torch.nn.modules.LSTM, torch.nn.modules.rnn.LSTM}
 
 
+def cell_places() -> set[type]:
+    return {torch.nn.LSTMCell, torch.nn.modules.LSTMCell, torch.nn.modules.rnn.LSTMCell}
+
+
 @pytest.fixture(autouse=True)
 def _unpatched():
     yield
     assert places() == {STOCK}
+    assert cell_places() == {STOCK_CELL}
 
 
 @pytest.mark.parametrize("compat", [False, True])
 def test_patch_as_a_context_manager(compat):
     with fastlstm.patch(compat=compat):
         assert places() == {LEAVES[compat]}
+        assert cell_places() == {fastlstm.LSTMCell}
+        assert repr(nn.LSTMCell(IN, H)) == repr(STOCK_CELL(IN, H))
         model = Tagger()
         assert isinstance(model.encoder[0], nn.LSTM)
         derived = type("Derived", (nn.LSTM,), {})(IN, H)

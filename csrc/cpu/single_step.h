@@ -101,7 +101,8 @@ class SingleStep {
     const int left = int(k_size - k);
     for (int r = 0; r < rows; ++r)
       for (int j = 0; j < count; ++j)
-        sum[r][j] += load_some(a + r * a_distance + k, left) * load_some(w + j * w_distance + k, left);
+        sum[r][j] +=
+            load_some(a + r * a_distance + k, left) * load_some(w + j * w_distance + k, left);
   }
 
   // The sum of each vector's lanes, in the lane of the vector's index.

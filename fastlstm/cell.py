@@ -1,0 +1,92 @@
+"""The LSTMCell module: one step at a time, with nn.LSTMCell's parameters, arguments and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, checks, functional
+from .module import State, weights_of
+
+# fastlstm itself imports this file, so this is torch's own class and never patch()'s.
+Stock = nn.LSTMCell
+
+
+class LSTMCell(Stock):
+    """A drop-in for ``torch.nn.LSTMCell``: same equations, parameters, arguments and errors.
+
+    It is an ``isinstance`` of ``nn.LSTMCell``, which torch.compile does not mind.  Where all
+    steps of the input are known at once, ``fastlstm.LSTM`` is much faster: for a single step
+    ``backend="auto"`` is torch's own cell but in large steps without gradients.
+
+    Args:
+        input_size: features of the input, I.
+        hidden_size: features of the state, H.
+        bias: False leaves out ``bias_ih`` and ``bias_hh``.
+        device, dtype: of the parameters.
+        backend: as for ``fastlstm.LSTM``; "aten" is torch's own cell.
+
+    Raises:
+        ValueError: ``backend`` is not the name of a backend; otherwise as ``nn.LSTMCell``.
+    """
+
+    # Modules pickled or swapped in without the attribute have the default.
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        backends.check_name(backend)
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        suffix = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        return super().extra_repr() + suffix
+
+    def forward(self, input: Tensor, hx: State | None = None) -> State:
+        """Take one step.
+
+        Args:
+            input: (B, I), or (I,) for one sequence.
+            hx: (h_0, c_0), each (B, H), or (H,) for one sequence; zeros by default.
+
+        Returns:
+            (h_1, c_1), shaped and typed like ``hx``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: an argument doesn't fit.  The message names it,
+                what it got and what was expected; where ``nn.LSTMCell`` raises on purpose, the
+                type is its.
+        """
+        if backends.is_torchs_own_step(self.backend, input, self.hidden_size):
+            return super().forward(input, hx)
+        weights = weights_of(self, _NAMES if self.bias else _NAMES[:2])
+        batched = checks.check_step(input, self.input_size, weights.w_ih)
+        if not batched:  # one sequence is a batch of one
+            input = input.unsqueeze(0)
+        batch = input.size(0)
+        if hx is None:
+            h0 = c0 = input.new_zeros(1, batch, self.hidden_size)
+        else:
+            h0, c0 = checks.check_step_state(hx, input, batched, self.hidden_size)
+        _, h_n, c_n, _ = functional.lstm(
+            input,
+            torch.full((1,), batch, dtype=torch.int64, device="cpu"),
+            h0,
+            c0,
+            functional.Stack([[weights]], backend=self.backend),
+        )
+        return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
+
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -1,0 +1,136 @@
+"""Checks of what users hand to a module, with the errors of nn.LSTM and nn.LSTMCell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+
+
+def kind(value: object) -> str:
+    """``value``'s type for a message, with its items' where it is a tuple or list."""
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
+    return type(value).__name__
+
+
+def check_padded(input: Tensor, input_size: int, weight: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor or a PackedSequence, got {kind(input)}")
+    if input.dim() not in (2, 3):
+        raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+    check_rows(input, input_size, weight, ValueError)
+
+
+def check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> None:
+    if input.data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
+    if input.batch_sizes.dim() != 1:
+        raise RuntimeError(
+            f"input.batch_sizes must have 1 dimension, got {input.batch_sizes.dim()}"
+        )
+    if input.batch_sizes.numel() == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN: input has no batch_sizes"
+        )
+    if not torch.compiler.is_compiling():  # their values are data, which tracing can't see
+        sizes = input.batch_sizes.tolist()
+        if sizes != sorted(sizes, reverse=True) or sizes[-1] < 0 or sum(sizes) != len(input.data):
+            raise RuntimeError(
+                "input.batch_sizes must never increase and sum to the number of rows of "
+                f"input.data. Got {sizes} for {len(input.data)} rows"
+            )
+        for name in ("sorted_indices", "unsorted_indices"):
+            order = getattr(input, name)
+            if order is not None and order.shape != (sizes[0],):
+                raise RuntimeError(
+                    f"input.{name} must have one index for each of {sizes[0]} sequences, "
+                    f"got shape {tuple(order.shape)}"
+                )
+    check_rows(input.data, input_size, weight, RuntimeError)
+
+
+def check_rows(
+    input: Tensor, input_size: int, weight: Tensor, dtype_error: type[Exception]
+) -> None:
+    """What every form of input must be; nn.LSTM has another error for a dtype in each."""
+    if input.dtype != weight.dtype and functional.autocast_dtype(input.device) is None:
+        raise dtype_error(
+            f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
+            f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
+        )
+    if input.size(-1) != input_size:
+        raise RuntimeError(
+            "input.size(-1) must be equal to input_size. "
+            f"Expected {input_size}, got {input.size(-1)}"
+        )
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Input and parameter tensors are not at the same device, found input tensor at "
+            f"{input.device} and parameter tensor at {weight.device}"
+        )
+
+
+def check_like(state: Tensor, input: Tensor, name: str) -> None:
+    if state.device != input.device:
+        raise RuntimeError(
+            "Input and hidden tensors are not at the same device, found input tensor at "
+            f"{input.device} and hidden tensor {name} at {state.device}"
+        )
+    if state.dtype != input.dtype and functional.autocast_dtype(input.device) is None:
+        raise RuntimeError(f"{name}: expected the dtype of input, {input.dtype}, got {state.dtype}")
+
+
+def check_reset(reset: Tensor, input: Tensor) -> None:
+    if not isinstance(reset, Tensor):
+        raise TypeError(f"reset: expected a Tensor, as input is one, got {kind(reset)}")
+    if reset.dtype != torch.bool:
+        raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
+    if reset.shape != input.shape[:-1]:
+        raise ValueError(
+            f"reset: expected the shape of input without its features, "
+            f"{tuple(input.shape[:-1])}, got {tuple(reset.shape)}"
+        )
+    if reset.device != input.device:
+        raise ValueError(f"reset: expected input's device, {input.device}, got {reset.device}")
+
+
+def check_step(input: Tensor, input_size: int, weight: Tensor) -> bool:
+    """Check the input of one step, (B, I) or (I,); returns whether it has B."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {kind(input)}")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    check_rows(input, input_size, weight, RuntimeError)
+    return input.dim() == 2
+
+
+def check_step_state(
+    hx: object, input: Tensor, batched: bool, hidden_size: int
+) -> tuple[Tensor, Tensor]:
+    """Check (h_0, c_0) beside ``input (B, I)``; returns both as (1, B, H)."""
+    h0, c0 = check_pair(hx)
+    for k, state in enumerate((h0, c0)):
+        if state.dim() not in (1, 2):
+            raise ValueError(
+                f"LSTMCell: Expected hx[{k}] to be 1D or 2D, got {state.dim()}D instead"
+            )
+        expected = (input.size(0), hidden_size) if batched else (hidden_size,)
+        if state.shape != expected:
+            raise RuntimeError(
+                f"hx[{k}]: expected shape {expected} beside {'' if batched else 'un'}batched "
+                f"input, got {tuple(state.shape)}"
+            )
+        check_like(state, input, f"hx[{k}]")
+    return (h0[None], c0[None]) if batched else (h0[None, None], c0[None, None])
+
+
+def check_pair(hx: object) -> tuple[Tensor, Tensor]:
+    """``hx`` as the two tensors it must be."""
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) for t in hx):
+        raise TypeError(f"hx: expected a tuple of two Tensors (h_0, c_0), got {kind(hx)}")
+    if len(hx) != 2:
+        raise RuntimeError(f"hx: lstm expects two hidden states (h_0, c_0), got {len(hx)}")
+    return hx[0], hx[1]
