@@ -275,6 +275,34 @@ bool cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh
   return fastlstm::kernels().backward(args);
 }
 
+// Overwrites pre with the gates where they have its type.
+std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch_sizes,
+                                                 const Tensor& c0, const Optional& reset,
+                                                 bool need_m) {
+  if (pre.dim() != 2) fail("pre: expected shape (N, 4H)");
+  const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
+  fastlstm::RecomputeArgs args{};
+  args.shape = shape_of(pre.size(0), batch_sizes, c0, 1);
+  args.storage = storage_of(dtype);
+  args.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
+  if (D != 1) fail("c0: expected one direction");
+  args.pre = input("pre", pre, {N, 4 * H}, state);
+  args.c0 = input("c0", c0, {1, B, H}, dtype);
+  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  Tensor c_all = output({N, H}, state), m = absent();
+  Tensor gates = dtype == state ? pre : output({N, 4 * H}, dtype);
+  args.c_all = c_all.mutable_data_ptr();
+  args.gates = gates.mutable_data_ptr();
+  if (need_m) {
+    m = output({N, H}, dtype);
+    args.m = m.mutable_data_ptr();
+  }
+  fastlstm::kernels().recompute(args);
+  // An output must not alias an input.
+  return {c_all, dtype == state ? absent() : gates, m};
+}
+
 // A matrix whose rows are contiguous; returns the distance between them.
 int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
   if (tensor.dim() != 2 || tensor.scalar_type() != dtype ||
@@ -369,6 +397,9 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " int begin, int end, Tensor(a!) da, Tensor(b!)? dh_all, Tensor(c!)? dbias, Tensor(d!)? dh0,"
       " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> bool");
   m.def(
+      "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
+      " -> (Tensor c_all, Tensor gates, Tensor m)");
+  m.def(
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");
   m.def(
@@ -383,6 +414,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   m.impl("cpu_product", TORCH_BOX(&cpu_product));
+  m.impl("cpu_recompute", TORCH_BOX(&cpu_recompute));
   m.impl("cpu_gate_math", TORCH_BOX(&cpu_gate_math));
 }
 

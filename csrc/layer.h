@@ -73,6 +73,20 @@ struct BackwardArgs {
   void* dc_carry;  // (D, B, H), state; likewise
 };
 
+// The gates and cells of one direction, forward, whose every h is known. `gates` may be `pre` where
+// storage is the state type.
+struct RecomputeArgs {
+  Shape shape;  // D is 1; I and P do not matter
+  Storage storage;
+  int threads;
+  const void* pre;       // (N, 4H), state: (eq. 1)
+  const void* c0;        // (B, H)
+  const uint8_t* reset;  // (N), or null
+  void* c_all;           // (N, H), state
+  void* gates;           // (N, 4H)
+  void* m;               // (N, H), or null
+};
+
 // C (M, N) = or += op(A) B, rows ld elements apart: one of the products that follow a walk, (eq.
 // 9).
 struct ProductArgs {

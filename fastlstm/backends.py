@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aten, cpu, reference, triton
-from .contract import Gradients, Outputs
+from .contract import Gradients, Outputs, Reserve
 
 
 class Call(NamedTuple):
@@ -51,6 +51,9 @@ class Backend:
     layer_backward: Callable[..., Gradients] | None
     missing: Callable[[], str | None]  # why it is not there, or None
     unsupported: Callable[[Call], str | None] = _always  # why it can't serve, or None
+    # The reserve of a forward direction whose y is known (see reference.layer_recompute); None:
+    # its layer_forward makes it again.
+    layer_recompute: Callable[..., Reserve] | None = None
     automatic: bool = True  # may "auto" take it? Only what is known to be the fastest.
     compiled: bool = False  # is it the library of csrc/, with its instruction sets?
 
@@ -72,6 +75,7 @@ _TABLE = {
             cpu.missing,
             cpu.unsupported,
             compiled=True,
+            layer_recompute=cpu.layer_recompute,
         ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
         Backend(
@@ -82,7 +86,13 @@ _TABLE = {
             triton.unsupported,
             automatic=False,  # no recorded run says where it is faster than aten
         ),
-        Backend("reference", reference.layer_forward, reference.layer_backward, lambda: None),
+        Backend(
+            "reference",
+            reference.layer_forward,
+            reference.layer_backward,
+            lambda: None,
+            layer_recompute=reference.layer_recompute,
+        ),
     )
 }
 _AUTOMATIC = tuple(entry for entry in _TABLE.values() if entry.automatic)

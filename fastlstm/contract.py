@@ -44,6 +44,13 @@ class Reserve(NamedTuple):
     m: Tensor | None  # (N, D*H), the unprojected h, with a projection only
 
 
+class Borders(NamedTuple):
+    """What checkpoint.py keeps instead."""
+
+    y: Tensor  # (N, D*P)
+    c: Tensor  # (chunks, D, B, H), as each chunk was entered
+
+
 class Outputs(NamedTuple):
     """What a forward pass returns; c_all, gates and m only where they were asked for."""
 

@@ -25,7 +25,7 @@ from .contract import (
     Weights,
     state_dtype,
 )
-from .products import Products, torch_multiply
+from .products import Products, entered_h, torch_multiply
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -78,6 +78,35 @@ def layer_forward(
         need_cells,
     )
     return Outputs(y, _present(c_all), h_n, c_n, _present(gates), _present(m))
+
+
+def layer_recompute(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    y: Tensor,
+) -> Reserve:
+    """One direction's reserve from its output; see ``reference.layer_recompute``."""
+    (w,) = weights
+    state, batch = state_dtype(x.dtype), h0.size(1)
+    if reset is None and batch_sizes.numel() * batch == len(y) > 0:
+        h_in = torch.cat((h0[0], y[: len(y) - batch]))
+    else:
+        h_in = entered_h(0, slice(0, len(y)), y, h0[0], batch_sizes, reset)
+    w_ih, w_hh = w.w_ih.to(state).T, w.w_hh.to(state).T
+    if w.bias is None:
+        pre = torch.mm(x.to(state), w_ih)
+    else:
+        pre = torch.addmm(w.bias.to(state), x.to(state), w_ih)
+    pre.addmm_(h_in.to(state), w_hh)
+    c_all, gates, m = torch.ops.fastlstm_C.cpu_recompute.default(
+        pre, batch_sizes, c0, reset, w.w_hr is not None
+    )
+    gates = pre if _present(gates) is None else gates
+    return Reserve(y, c_all, gates.unsqueeze(1), _present(m))
 
 
 def layer_backward(

@@ -140,7 +140,7 @@ class Products:
         batch, output_size = self._h0.shape[1:]
         h0, y = self._h0[d], self._saved.y[:, d * output_size : (d + 1) * output_size]
         if self._reset is not None or self._batch_sizes.numel() * batch != len(y) or len(y) == 0:
-            return [(da, self._gathered_h(d, rows, y))]
+            return [(da, entered_h(d, rows, y, h0, self._batch_sizes, self._reset))]
         # Equal sizes: h_{t-1} is y moved by one step, and only its edge comes from h0.
         if d == 0:
             if rows.start > 0:
@@ -160,23 +160,27 @@ class Products:
             return [first, second]
         return [(da, torch.cat((first[1], second[1])))]
 
-    def _gathered_h(self, d: int, rows: slice, y: Tensor) -> Tensor:
-        """The h that entered each row's step, (rows, P): from y, from h0, or zero at a reset."""
-        sizes, h0, reset = on_device(self._batch_sizes, y.device), self._h0[d], self._reset
-        starts = first_rows(sizes)
-        row = torch.arange(rows.start, rows.stop, device=y.device)
-        step = torch.searchsorted(starts, row, right=True) - 1
-        sequence = row - starts[step]
-        neighbour = (step - 1 if d == 0 else step + 1).clamp(0, max(sizes.numel() - 1, 0))
-        entered = sequence < sizes[neighbour] if d == 1 else step > 0
-        entered &= neighbour != step
-        source = torch.where(entered, starts[neighbour] + sequence, len(y) + sequence)
-        h = torch.cat((y, h0)).index_select(0, source)
-        if reset is None:
-            return h
-        # Forward: the step itself starts a segment. Reverse: the later step it came from does.
-        first = reset[rows].bool()
-        if d == 1:
-            at = torch.where(entered, source, 0)
-            first = reset.bool().index_select(0, at) & entered
-        return h.masked_fill(first.unsqueeze(-1), 0)
+
+def entered_h(
+    d: int, rows: slice, y: Tensor, h0: Tensor, batch_sizes: Tensor, reset: Tensor | None
+) -> Tensor:
+    """The h that entered each of ``rows`` of direction ``d``, (rows, P): from ``y (N, P)``, from
+    ``h0 (B, P)``, or zero at a reset."""
+    sizes = on_device(batch_sizes, y.device)
+    starts = first_rows(sizes)
+    row = torch.arange(rows.start, rows.stop, device=y.device)
+    step = torch.searchsorted(starts, row, right=True) - 1
+    sequence = row - starts[step]
+    neighbour = (step - 1 if d == 0 else step + 1).clamp(0, max(sizes.numel() - 1, 0))
+    entered = sequence < sizes[neighbour] if d == 1 else step > 0
+    entered &= neighbour != step
+    source = torch.where(entered, starts[neighbour] + sequence, len(y) + sequence)
+    h = torch.cat((y, h0)).index_select(0, source)
+    if reset is None:
+        return h
+    # Forward: the step itself starts a segment. Reverse: the later step it came from does.
+    first = reset[rows].bool()
+    if d == 1:
+        at = torch.where(entered, source, 0)
+        first = reset.bool().index_select(0, at) & entered
+    return h.masked_fill(first.unsqueeze(-1), 0)

@@ -144,6 +144,49 @@ def _cut(state: Tensor, first: Tensor) -> Tensor:
     return torch.where(first.bool().unsqueeze(-1), torch.zeros_like(state), state)
 
 
+def layer_recompute(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    y: Tensor,
+) -> Reserve:
+    """The reserve of one forward direction from its output ``y (N, P)``, without its products.
+
+    Every h that enters a step is in y or h0, so (eq. 1) is one product over all rows, and only
+    c (eq. 3) goes from step to step.
+    """
+    storage, state, hidden_size = x.dtype, state_dtype(x.dtype), c0.size(-1)
+    (w,) = weights
+    starts = [0, *batch_sizes.cumsum(0).tolist()]
+    source = [  # of (h0, y)
+        torch.arange(rows) + (h0.size(1) + starts[t - 1] if t > 0 else 0)
+        for t, _, rows in _steps(batch_sizes, False)
+    ]
+    h_in = torch.cat((h0[0], y)).index_select(0, torch.cat(source).to(y.device))
+    if reset is not None:
+        h_in = _cut(h_in, reset)
+    a = x.to(state) @ w.w_ih.to(state).T + h_in.to(state) @ w.w_hh.to(state).T
+    if w.bias is not None:
+        a = a + w.bias.to(state)
+    gates = activate(a.unflatten(-1, (4, hidden_size)))
+    c, cells, unprojected = c0[0].to(state), [a.new_empty(0, hidden_size)], []
+    for _, start, rows in _steps(batch_sizes, False):
+        here = slice(start, start + rows)
+        c = c[:rows] if reset is None else _cut(c[:rows], reset[here])
+        c, m = cell_forward(gates[here], c)
+        cells.append(c)
+        unprojected.append(m.to(storage))
+    return Reserve(
+        y,
+        torch.cat(cells),
+        gates.flatten(1).unsqueeze(1).to(storage),
+        None if w.w_hr is None else torch.cat(unprojected),
+    )
+
+
 def layer_backward(
     grads: OutputGradients,
     x: Tensor,

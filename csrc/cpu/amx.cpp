@@ -77,6 +77,10 @@ void probe(const GateProbe& args, Storage storage) {
   kernels_avx512.probe(args, storage);
 }
 
+void recompute(const RecomputeArgs& args) {
+  kernels_avx512.recompute(args);
+}
+
 // Whether no value of a (rows, columns) matrix is too large (see amx_tiles.h).
 template <class S>
 bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld) {
@@ -127,6 +131,6 @@ bool product(const ProductArgs& args) {
 }  // namespace
 
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {"amx", forward, backward, probe, product};
+const Kernels kernels_amx = {"amx", forward, backward, probe, recompute, product};
 
 }  // namespace fastlstm

@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "product.h"
+#include "recompute.h"
 #include "single_step.h"
 #include "vector_tiles.h"
 
@@ -67,6 +68,9 @@ bool product(const ProductArgs& args) {
 #endif
   (void)args;
   return false;
+
+void recompute(const RecomputeArgs& args) {
+  run<Recompute>(args);
 }
 
 template <class T>
@@ -106,7 +110,7 @@ void probe(const GateProbe& p, Storage storage) {
 }  // namespace
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
-const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe,
-                                              product};
+const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
+    FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe, recompute, product};
 
 }  // namespace fastlstm

@@ -19,6 +19,7 @@ struct Kernels {
   // Whether the da and dh_all that it wrote are `bounded` (see ProductArgs).
   bool (*backward)(const BackwardArgs&);
   void (*probe)(const GateProbe&, Storage);  // f32 or f64
+  void (*recompute)(const RecomputeArgs&);
   // False, and nothing done, where torch's BLAS is better.
   bool (*product)(const ProductArgs&);
 };
