@@ -28,6 +28,7 @@ class Stack(NamedTuple):
     dropout: float = 0.0  # on the output of every layer but the last; 0 in evaluation
     need_cells: bool = False
     backend: str = "auto"
+    checkpoint: bool = False
     gates_of: int | None = None  # a layer, from 0, whose gates are wanted
 
 
@@ -99,6 +100,7 @@ def lstm(
             reset,
             need_cells=stack.need_cells and k == last,
             backend=stack.backend,
+            checkpoint=stack.checkpoint,
         )
         h_out.append(h_n)
         c_out.append(c_n)

@@ -34,13 +34,16 @@ class LSTM(nn.RNNBase):
         device, dtype: of the parameters.
         backend: "auto" takes the fastest for the device, dtype and shape; a backend of
             ``fastlstm.available_backends()`` is used always, and refuses what it can't serve.
+        checkpoint: for long sequences.  Training keeps the inputs and outputs of each layer and
+            the cell states at a few steps; the backward pass makes the rest again, in chunks.
 
     Raises:
         ValueError: ``backend`` is not the name of a backend; otherwise as ``nn.LSTM``.
     """
 
-    # Modules pickled or swapped in without the attribute have the default.
+    # Modules pickled or swapped in without the attributes have the defaults.
     backend: str = "auto"
+    checkpoint: bool = False
 
     # RNNBase's methods of these names are for one state; nn.LSTM's own are for (h, c).
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -61,6 +64,7 @@ class LSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        checkpoint: bool = False,
     ) -> None:
         backends.check_name(backend)
         # By name and not by super(): in compat.LSTM the next class is nn.LSTM, whose
@@ -80,6 +84,7 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self.backend = backend
+        self.checkpoint = checkpoint
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script asks for this before anything else."""
@@ -87,6 +92,7 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         suffix = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        suffix += ", checkpoint=True" if self.checkpoint else ""
         return super().extra_repr() + suffix
 
     def forward(
@@ -221,6 +227,7 @@ class LSTM(nn.RNNBase):
             self.dropout if self.training else 0.0,
             need_cells,
             self.backend,
+            self.checkpoint,
         )
 
     def _state(self, hx: State | None, like: Tensor, batch: int, batched: bool) -> State:
