@@ -79,7 +79,7 @@ class LSTMCell(Stock):
             h0 = c0 = input.new_zeros(1, batch, self.hidden_size)
         else:
             h0, c0 = checks.check_step_state(hx, input, batched, self.hidden_size)
-        _, h_n, c_n, _ = functional.lstm(
+        _, h_n, c_n, *_ = functional.lstm(
             input,
             torch.full((1,), batch, dtype=torch.int64, device="cpu"),
             h0,

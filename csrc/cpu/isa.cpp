@@ -68,6 +68,7 @@ bool product(const ProductArgs& args) {
 #endif
   (void)args;
   return false;
+}
 
 void recompute(const RecomputeArgs& args) {
   run<Recompute>(args);
