@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, ops, reference
-from .contract import OutputGradients, Requested, Reserve, Weights
+from .contract import Borders, OutputGradients, Requested, Reserve, Weights
 
 
 class _Run(NamedTuple):
@@ -26,6 +26,7 @@ class _Run(NamedTuple):
 
     need_cells: bool
     backend: str
+    checkpoint: bool
 
 
 def lstm_layer(
@@ -38,6 +39,7 @@ def lstm_layer(
     *,
     need_cells: bool = False,
     backend: str = "auto",
+    checkpoint: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run one layer, differentiably.
 
@@ -49,6 +51,8 @@ def lstm_layer(
         reset: (N,) uint8; 1 marks the first step of a new segment.
         need_cells: also return every cell state.
         backend: a name in ``available_backends()``, or "auto".
+        checkpoint: keep the inputs, y and a few cell states for the backward pass, which
+            makes the rest again.
 
     Returns:
         y (N, D*P); every c_t (N, D*H) in ``state_dtype(x.dtype)``, or None; h_n (D, B, P);
@@ -60,7 +64,7 @@ def lstm_layer(
     """
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     flat = [t for w in weights for t in w]
-    run = _Run(need_cells, backend)
+    run = _Run(need_cells, backend, checkpoint)
     if _needs_composite():
         out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
     elif not torch.is_grad_enabled() or not any(
@@ -70,6 +74,9 @@ def lstm_layer(
     elif (chosen := _self_differentiating(run, x, batch_sizes, h0, reset, flat)) is not None:
         out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, need_cells)
     else:
+        # An opaque operator's backward pass can't be torch's own but by running forward again.
+        if ops.is_traced(x) and backends.lacks_backward(backend, x, reset, need_cells):
+            run = run._replace(checkpoint=True)
         if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
             x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
         y, h_n, c_n, *cells = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
@@ -128,7 +135,7 @@ def _self_differentiating(
     flat: Sequence[Tensor | None],
 ) -> backends.Backend | None:
     """The backend to take, if it is one that torch differentiates without our help."""
-    if ops.is_traced(x, h0, *flat):
+    if run.checkpoint or ops.is_traced(x, h0, *flat):
         return None
     call = backends.Call(x, batch_sizes, h0, reset, run.need_cells, need_reserve=False)
     chosen = backends.pick(run.backend, call)
@@ -161,15 +168,20 @@ class LSTMLayer(torch.autograd.Function):
         c0: Tensor,
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        out = ops.layer_forward(
-            x, batch_sizes, h0, c0, _unflatten(flat), reset, True, run.need_cells, run.backend
-        )
+        weights, saved = _unflatten(flat), None
+        if run.checkpoint:
+            out, saved = ops.checkpoint_forward(
+                x, batch_sizes, h0, c0, weights, reset, run.need_cells, run.backend
+            )
+        else:
+            out = ops.layer_forward(
+                x, batch_sizes, h0, c0, weights, reset, True, run.need_cells, run.backend
+            )
         ctx.set_materialize_grads(False)
         ctx.run = run
         # Saved this way, a tensor that is changed in place before the backward pass is noticed.
-        ctx.save_for_backward(
-            out.y, out.c_all, out.gates, out.m, batch_sizes, reset, x, h0, c0, *flat
-        )
+        kept = out.reserve() if saved is None else saved
+        ctx.save_for_backward(*kept, batch_sizes, reset, x, h0, c0, *flat)
         if run.need_cells:
             return out.y, out.h_n, out.c_n, out.c_all
         return out.y, out.h_n, out.c_n
@@ -183,7 +195,9 @@ class LSTMLayer(torch.autograd.Function):
         dc_all: Tensor | None = None,
     ) -> tuple[Any, ...]:
         saved = ctx.saved_tensors  # once: checkpointing recomputes them at each look
-        (*reserve, batch_sizes, reset), inputs = saved[:6], saved[6:]
+        kept: type[Borders] | type[Reserve] = Borders if ctx.run.checkpoint else Reserve
+        count = len(kept._fields)
+        reserve, (batch_sizes, reset, *inputs) = kept(*saved[:count]), saved[count:]
         need = _requested(ctx.needs_input_grad[3:])
         gradients: Sequence[Tensor | None]
         grads = (dy, dc_all, dh_n, dc_n)
@@ -194,19 +208,17 @@ class LSTMLayer(torch.autograd.Function):
                 )
             elif torch.is_grad_enabled() or torch.compiler.is_compiling():
                 gradients = LSTMLayerBackward.apply(
-                    ctx.run, need, Reserve(*reserve), batch_sizes, reset, *grads, *inputs
+                    ctx.run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
             else:  # nobody asks for a graph of it, which would cost time
-                gradients = _first_order(
-                    ctx.run, need, Reserve(*reserve), batch_sizes, reset, grads, inputs
-                )
+                gradients = _first_order(ctx.run, need, reserve, batch_sizes, reset, grads, inputs)
         return None, None, None, *gradients
 
 
 def _first_order(
     run: _Run,
     need: Requested,
-    reserve: Reserve,
+    reserve: Reserve | Borders,
     batch_sizes: Tensor,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
@@ -215,9 +227,11 @@ def _first_order(
     """Gradients of (x, h0, c0, *flat weights), None where not asked for."""
     x, h0, c0, *flat = inputs
     weights = _unflatten(flat)
-    got = ops.layer_backward(
-        OutputGradients(*grads), x, batch_sizes, h0, c0, weights, reset, reserve, need, run.backend
-    )
+    layer = (OutputGradients(*grads), x, batch_sizes, h0, c0, weights, reset)
+    if isinstance(reserve, Borders):
+        got = ops.checkpoint_backward(*layer, reserve, need, run.backend)
+    else:
+        got = ops.layer_backward(*layer, reserve, need, run.backend)
     by_direction = [
         None if kind is None else kind[d]
         for d in range(len(weights))
@@ -257,7 +271,7 @@ class LSTMLayerBackward(torch.autograd.Function):
         ctx: Any,
         run: _Run,
         need: Requested,
-        reserve: Reserve,
+        reserve: Reserve | Borders,
         batch_sizes: Tensor,
         reset: Tensor | None,
         *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights

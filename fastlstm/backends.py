@@ -146,3 +146,10 @@ def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
         return True
     rows, inputs = input.shape
     return rows * (inputs + hidden_size) * 4 * hidden_size < _LEAST_STEP
+
+
+def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bool) -> bool:
+    """Will ``pick`` take a backend without a layer_backward?  From what is known while tracing."""
+    if backend == "auto":
+        return x.device.type != "cpu" and reset is None and not need_cells
+    return backend in _TABLE and _TABLE[backend].layer_backward is None

@@ -79,15 +79,14 @@ class LSTMCell(Stock):
             h0 = c0 = input.new_zeros(1, batch, self.hidden_size)
         else:
             h0, c0 = checks.check_step_state(hx, input, batched, self.hidden_size)
-        result = functional.lstm(
+        _, h_n, c_n, *_ = functional.lstm(
             input,
             torch.full((1,), batch, dtype=torch.int64, device="cpu"),
             h0,
             c0,
             functional.Stack([[weights]], backend=self.backend),
         )
-        h1, c1 = result.h_n[0], result.c_n[0]
-        return (h1, c1) if batched else (h1[0], c1[0])
+        return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
 
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -18,25 +18,26 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .contract import Gradients, OutputGradients, Outputs, Requested, Weights, state_dtype
+from .contract import Borders, Gradients, OutputGradients, Outputs, Requested, Weights, state_dtype
 
-# A chunk has a sixteenth of all rows, if that is enough for matrix products to be efficient,
-# and if its gates do not take more than this.
-_CHUNKS, _LEAST_ROWS, _MOST_BYTES = 16, 256, 8 << 20
+# A chunk has a thirty-second of all rows, if those are enough for products with the weights to be
+# efficient (half as many as there are units), and if their gates do not take more than this.
+_CHUNKS, _LEAST_ROWS, _MOST_BYTES = 32, 128, 8 << 20
 
 
 def chunk_steps(steps: int, x: Tensor, c0: Tensor) -> int:
-    """The steps of a chunk, from shapes alone: of all rows, and of 4H gates a row."""
-    row_bytes = 4 * c0.size(2) * state_dtype(x.dtype).itemsize
-    most = max(_MOST_BYTES // row_bytes, _LEAST_ROWS)
-    rows = torch.sym_max(_LEAST_ROWS, torch.sym_min(most, x.size(0) // _CHUNKS))
+    """The steps of a chunk, from shapes alone."""
+    hidden_size = c0.size(2)
+    least = max(_LEAST_ROWS, hidden_size // 2)
+    most = max(_MOST_BYTES // (4 * hidden_size * state_dtype(x.dtype).itemsize), least)
+    rows = torch.sym_max(least, torch.sym_min(most, x.size(0) // _CHUNKS))
     return torch.sym_max(1, rows * steps // torch.sym_max(x.size(0), 1))
 
 
 class _Chunk(NamedTuple):
     """A range of steps, as one direction takes them."""
 
-    index: int
+    number: int  # counted in this direction's order
     rows: slice  # of all packed rows
     sizes: Tensor  # of its steps
     batch: int  # sequences that have a step in it
@@ -59,21 +60,14 @@ def _chunks(
     starts = [0, *batch_sizes.cumsum(0).tolist()]
     sizes = [*batch_sizes.tolist(), 0]
     ranges = [(t, min(t + per_chunk, steps)) for t in range(0, steps, per_chunk)]
-    for index, (begin, end) in enumerate(ranges if d == 0 else reversed(ranges)):
+    for number, (begin, end) in enumerate(ranges if d == 0 else reversed(ranges)):
         rows = slice(starts[begin], starts[end])
         own_sizes, batch = batch_sizes[begin:end], sizes[begin]
         if d == 0:
             before = starts[begin - 1] if begin else 0
             entering = slice(before, before + (batch if begin else 0))
-            yield _Chunk(
-                index,
-                rows,
-                own_sizes,
-                batch,
-                None,
-                entering,
-                None if reset is None else reset[rows],
-            )
+            marks = None if reset is None else reset[rows]
+            yield _Chunk(number, rows, own_sizes, batch, None, entering, marks)
             continue
         step, sequence = _steps_and_sequences(own_sizes, batch)
         lengths = (own_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
@@ -88,15 +82,16 @@ def _chunks(
             marks = reset.index_select(0, source.to(reset.device))
             own_reset = marks * there.to(reset.device, reset.dtype)
         entering = slice(starts[end], starts[end] + sizes[end])
-        yield _Chunk(index, rows, own_sizes, batch, order.to(x.device), entering, own_reset)
+        yield _Chunk(number, rows, own_sizes, batch, order.to(x.device), entering, own_reset)
 
 
 def _steps_and_sequences(sizes: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """The step and the sequence of each of the packed rows of ``sizes``."""
-    return (sizes.unsqueeze(1) > torch.arange(batch)).nonzero(as_tuple=True)
+    step, sequence = (sizes.unsqueeze(1) > torch.arange(batch)).nonzero(as_tuple=True)
+    return step, sequence
 
 
-def border_count(batch_sizes: Tensor, x: Tensor, c0: Tensor) -> int:
+def chunk_count(batch_sizes: Tensor, x: Tensor, c0: Tensor) -> int:
     """How many chunks there are at the most."""
     steps, per_chunk = batch_sizes.numel(), chunk_steps(batch_sizes.numel(), x, c0)
     return (steps + per_chunk - 1) // per_chunk
@@ -111,21 +106,21 @@ def layer_forward(
     reset: Tensor | None,
     need_cells: bool,
     backend: str,
-) -> tuple[Outputs, Tensor]:
-    """One layer, chunk by chunk; also c at the borders, (chunks, D, B, H), as each was entered."""
+) -> tuple[Outputs, Borders]:
+    """One layer, chunk by chunk."""
     directions, batch, hidden_size = c0.shape
     output_size = h0.size(2)
     y = x.new_empty(x.size(0), directions * output_size)
     c_all = None
     if need_cells:
         c_all = x.new_empty(x.size(0), directions * hidden_size, dtype=state_dtype(x.dtype))
-    borders = x.new_zeros(border_count(batch_sizes, x, c0), directions, batch, hidden_size)
+    borders = x.new_zeros(chunk_count(batch_sizes, x, c0), directions, batch, hidden_size)
     h_n, c_n = h0.clone(), c0.clone()
     for d, w in enumerate(weights):
         y_d = y[:, d * output_size : (d + 1) * output_size]
         for chunk in _chunks(d, x, batch_sizes, c0, reset):
             h, c = h_n[d : d + 1, : chunk.batch], c_n[d : d + 1, : chunk.batch]
-            borders[chunk.index, d, : chunk.batch] = c[0]
+            borders[chunk.number, d, : chunk.batch] = c[0]
             here = chunk.of(x)
             call = backends.Call(here, chunk.sizes, h, chunk.reset, need_cells, False)
             out = backends.pick(backend, call).layer_forward(
@@ -136,7 +131,7 @@ def layer_forward(
                 _put(c_all[:, d * hidden_size : (d + 1) * hidden_size], chunk, out.c_all)
             h.copy_(out.h_n)
             c.copy_(out.c_n)
-    return Outputs(y, c_all, h_n, c_n), borders
+    return Outputs(y, c_all, h_n, c_n), Borders(y, borders)
 
 
 def _put(rows: Tensor, chunk: _Chunk, part: Tensor) -> None:
@@ -155,8 +150,7 @@ def layer_backward(
     c0: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    y: Tensor,
-    borders: Tensor,
+    saved: Borders,
     need: Requested,
     backend: str,
 ) -> Gradients:
@@ -168,19 +162,21 @@ def layer_backward(
     sums: list[dict[str, Tensor]] = [{} for _ in weights]
     for d, w in enumerate(weights):
         for chunk in reversed(list(_chunks(d, x, batch_sizes, c0, reset))):
-            got = _chunk_backward(d, chunk, grads, dh, dc, x, h0, w, y, borders, need, backend)
+            got = _chunk_backward(d, chunk, grads, dh, dc, x, h0, w, saved, need, backend)
             dh[d, : chunk.batch], dc[d, : chunk.batch] = got.h0[0], got.c0[0]  # type: ignore[index]
             if dx is not None and got.x is not None:
-                part = dx[chunk.rows]
                 if chunk.order is None:
-                    part += got.x
+                    dx[chunk.rows] += got.x
                 else:
-                    part.index_add_(0, chunk.order, got.x.to(state))
+                    dx[chunk.rows].index_add_(0, chunk.order, got.x.to(state))
             for kind in Weights._fields:
-                of_kind = getattr(got, kind)
-                if of_kind is not None:
-                    known, part = sums[d].get(kind), of_kind[0]
-                    sums[d][kind] = part.to(state) if known is None else known.add_(part)
+                part = getattr(got, kind)
+                if part is None:
+                    continue
+                if kind in sums[d]:
+                    sums[d][kind] += part[0]
+                else:
+                    sums[d][kind] = part[0].to(state)
 
     def each(kind: str) -> list[Tensor] | None:
         if not getattr(need, kind):
@@ -210,8 +206,7 @@ def _chunk_backward(
     x: Tensor,
     h0: Tensor,
     w: Weights,
-    y: Tensor,
-    borders: Tensor,
+    saved: Borders,
     need: Requested,
     backend: str,
 ) -> Gradients:
@@ -222,10 +217,10 @@ def _chunk_backward(
     def own(rows: Tensor | None, size: int) -> Tensor | None:  # (N, D*size) -> this direction's
         return None if rows is None else chunk.of(rows[:, d * size : (d + 1) * size]).contiguous()
 
-    y_d = y[:, d * output_size : (d + 1) * output_size]
+    y_d = saved.y[:, d * output_size : (d + 1) * output_size]
     known = chunk.entering.stop - chunk.entering.start
     h = torch.cat((y_d[chunk.entering], h0[d, known:batch]))[None]
-    c = borders[chunk.index, d : d + 1, :batch].contiguous()
+    c = saved.c[chunk.number, d : d + 1, :batch].contiguous()
     own_grads = OutputGradients(
         own(grads.y, output_size),
         own(grads.c_all, hidden_size),
@@ -240,10 +235,10 @@ def _chunk_backward(
     if chosen.layer_backward is None:
         return _differentiated(chosen, own_grads, inputs, asked, need_cells)
     if chosen.layer_recompute is not None:
-        saved = chosen.layer_recompute(*inputs, own(y, output_size))
+        reserve = chosen.layer_recompute(*inputs, own(saved.y, output_size))
     else:
-        saved = chosen.layer_forward(*inputs, True, False).reserve()
-    return chosen.layer_backward(own_grads, *inputs, saved, asked)
+        reserve = chosen.layer_forward(*inputs, True, False).reserve()
+    return chosen.layer_backward(own_grads, *inputs, reserve, asked)
 
 
 def _differentiated(
@@ -269,18 +264,13 @@ def _differentiated(
             (o, g) for o, g in zip(out[:4], grads, strict=True) if o is not None and g is not None
         ]
         leaves = {n: t for n, t in zip(flags, (x, h, c, *w), strict=True) if flags[n]}
-        found = dict(
-            zip(
-                leaves,
-                torch.autograd.grad(
-                    [o for o, _ in pairs],
-                    list(leaves.values()),
-                    [g for _, g in pairs],
-                    allow_unused=True,
-                    materialize_grads=True,
-                ),
-                strict=True,
-            )
+        results = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(leaves.values()),  # type: ignore[arg-type]
+            [g for _, g in pairs],
+            allow_unused=True,
+            materialize_grads=True,
         )
+    found = dict(zip(leaves, results, strict=True))
     weights = {n: [found[n]] if n in found else None for n in Weights._fields}
     return Gradients(found.get("x"), found.get("h"), found.get("c"), **weights)

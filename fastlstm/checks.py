@@ -52,6 +52,24 @@ def check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> None
     check_rows(input.data, input_size, weight, RuntimeError)
 
 
+def check_nested(input: Tensor, reset: object, input_size: int, weight: Tensor) -> None:
+    if input.layout != torch.jagged:
+        raise TypeError(f"input: expected a nested tensor of torch.jagged, got {input.layout}")
+    if input.dim() != 3 or input.values().dim() != 2 or input._ragged_idx != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "input: expected a nested tensor of shape (B, T*, I), ragged in its second dimension, "
+            f"got {tuple(input.shape)}"
+        )
+    check_rows(input.values(), input_size, weight, ValueError)
+    if reset is None:
+        return
+    if not isinstance(reset, Tensor) or not reset.is_nested or reset.layout != torch.jagged:
+        raise TypeError(f"reset: expected a nested tensor, as input is one, got {kind(reset)}")
+    check_reset(reset.values(), input.values())
+    if not torch.equal(reset.offsets(), input.offsets()):  # type: ignore[attr-defined]
+        raise ValueError("reset: expected sequences of the lengths that input has")
+
+
 def check_rows(
     input: Tensor, input_size: int, weight: Tensor, dtype_error: type[Exception]
 ) -> None:

@@ -1,8 +1,8 @@
 """Layers and dropout over packed rows, and every form of input as packed rows.
 
 ``lstm`` runs a stack of layers over packed rows (``contract.py`` says what those
-are and what the letters of shapes stand for).  ``lstm_padded``, ``lstm_lengths``
-and ``lstm_packed`` turn what users hold into packed rows and back.  All are
+are and what the letters of shapes stand for).  ``lstm_padded``, ``lstm_lengths``,
+``lstm_packed`` and ``lstm_jagged`` turn what users hold into packed rows and back.  All are
 differentiable.  Arguments are checked in ``module.py``, except for ``lengths`` and
 the fit of a packed ``reset``, which are checked where they are read.
 """
@@ -28,6 +28,7 @@ class Stack(NamedTuple):
     dropout: float = 0.0  # on the output of every layer but the last; 0 in evaluation
     need_cells: bool = False
     backend: str = "auto"
+    checkpoint: bool = False
     gates_of: int | None = None  # a layer, from 0, whose gates are wanted
 
 
@@ -100,6 +101,7 @@ def lstm(
             reset,
             need_cells=stack.need_cells and k == last,
             backend=stack.backend,
+            checkpoint=stack.checkpoint,
         )
         h_out.append(h_n)
         c_out.append(c_n)
@@ -173,18 +175,13 @@ def lstm_lengths(
     if batch == 0 or int(lengths.min()) == steps:
         return lstm_padded(input, h0, c0, stack, batch_first=batch_first, reset=reset)
 
-    # Packed rows want the longest sequence first.  nonzero() walks the steps in order
-    # and each step's sequences in order: the order of packed rows.
-    lengths, order = lengths.sort(descending=True, stable=True)
-    running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)  # (T, B)
-    step, rank = running.nonzero(as_tuple=True)
-    sequence = order[rank]
+    batch_sizes, step, sequence, order = _packing(lengths, steps)
     row = sequence * steps + step if batch_first else step * batch + sequence
     row, unsort, order = (t.to(input.device) for t in (row, order.argsort(), order))
 
     result = lstm(
         input.flatten(0, 1).index_select(0, row),
-        running.sum(1),
+        batch_sizes,
         h0.index_select(1, order),
         c0.index_select(1, order),
         stack,
@@ -196,6 +193,56 @@ def lstm_lengths(
         return output.unflatten(0, input.shape[:2])
 
     return _with_form(result, padded, unsort)
+
+
+def _packing(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of the given ``lengths (B,)`` as packed rows, all on the CPU.
+
+    Returns batch_sizes (steps,), each row's step and its sequence (N,), and the order of the
+    sequences (B,): packed rows want the longest first.
+    """
+    lengths, order = lengths.sort(descending=True, stable=True)
+    running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)  # (T, B)
+    # nonzero() walks the steps in order and each step's sequences in order, as packed rows do.
+    step, rank = running.nonzero(as_tuple=True)
+    return running.sum(1), step, order[rank], order
+
+
+def lstm_jagged(
+    values: Tensor,
+    offsets: Tensor,
+    lengths: Tensor | None,
+    h0: Tensor,
+    c0: Tensor,
+    stack: Stack,
+    *,
+    reset: Tensor | None = None,
+) -> Result:
+    """Sequences laid end to end: sequence b begins with row ``offsets[b]`` of ``values (N, I)``.
+
+    ``offsets (B + 1,)``; ``lengths (B,)`` if there are rows between sequences, which are not
+    read and are zero in the output; ``reset (N,)`` bool.
+    """
+    offsets = offsets.to("cpu", torch.int64)
+    lengths = offsets.diff() if lengths is None else lengths.to("cpu", torch.int64)
+    steps = int(lengths.max()) if len(lengths) else 0
+    batch_sizes, step, sequence, order = _packing(lengths, steps)
+    row, unsort, order = (
+        t.to(values.device) for t in (offsets[sequence] + step, order.argsort(), order)
+    )
+    result = lstm(
+        values.index_select(0, row),
+        batch_sizes,
+        h0.index_select(1, order),
+        c0.index_select(1, order),
+        stack,
+        None if reset is None else reset.index_select(0, row).view(torch.uint8),
+    )
+
+    def jagged(rows: Tensor) -> Tensor:
+        return rows.new_zeros(len(values), rows.size(1)).index_copy_(0, row, rows)
+
+    return _with_form(result, jagged, unsort)
 
 
 def lstm_packed(

@@ -34,13 +34,16 @@ class LSTM(nn.RNNBase):
         device, dtype: of the parameters.
         backend: "auto" takes the fastest for the device, dtype and shape; a backend of
             ``fastlstm.available_backends()`` is used always, and refuses what it can't serve.
+        checkpoint: for long sequences.  Training keeps the inputs and outputs of each layer and
+            the cell states at a few steps; the backward pass makes the rest again, in chunks.
 
     Raises:
         ValueError: ``backend`` is not the name of a backend; otherwise as ``nn.LSTM``.
     """
 
-    # Modules pickled or swapped in without the attribute have the default.
+    # Modules pickled or swapped in without the attributes have the defaults.
     backend: str = "auto"
+    checkpoint: bool = False
 
     # RNNBase's methods of these names are for one state; nn.LSTM's own are for (h, c).
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -61,6 +64,7 @@ class LSTM(nn.RNNBase):
         dtype: torch.dtype | None = None,
         *,
         backend: str = "auto",
+        checkpoint: bool = False,
     ) -> None:
         backends.check_name(backend)
         # By name and not by super(): in compat.LSTM the next class is nn.LSTM, whose
@@ -80,6 +84,7 @@ class LSTM(nn.RNNBase):
             dtype,
         )
         self.backend = backend
+        self.checkpoint = checkpoint
 
     def __prepare_scriptable__(self) -> Any:
         """torch.jit.script asks for this before anything else."""
@@ -87,6 +92,7 @@ class LSTM(nn.RNNBase):
 
     def extra_repr(self) -> str:
         suffix = "" if self.backend == "auto" else f", backend={self.backend!r}"
+        suffix += ", checkpoint=True" if self.checkpoint else ""
         return super().extra_repr() + suffix
 
     def forward(
@@ -102,7 +108,8 @@ class LSTM(nn.RNNBase):
 
         Args:
             input: (T, B, I), or (B, T, I) with ``batch_first``; (T, I) for one sequence;
-                or a PackedSequence.
+                or a PackedSequence; or a nested tensor of layout torch.jagged, (B, T*, I)
+                whatever ``batch_first`` is.
             hx: (h_0, c_0) of shapes (L*D, B, P) and (L*D, B, H), without B for one
                 sequence; zeros by default.
             lengths: (B,) integers, a tensor on any device or a list, for padded input:
@@ -110,7 +117,8 @@ class LSTM(nn.RNNBase):
                 not read; it is zero in the output, and a sequence of length zero gets
                 its initial state back.
             reset: bool, shaped like ``input`` without its features, on the same device;
-                for a PackedSequence, a PackedSequence of bool packed alike.  True marks
+                for a PackedSequence, a PackedSequence of bool packed alike, and for a nested
+                tensor a nested one.  True marks
                 the first step of a new segment: segments are independent sequences with
                 zero initial state, in every layer and both directions.  (The forward
                 direction's h_0 serves the first segment unless that begins with a mark;
@@ -145,7 +153,12 @@ class LSTM(nn.RNNBase):
         reset: Tensor | PackedSequence | None,
         stack: functional.Stack,
     ) -> functional.Result:
-        run = self._run_packed if isinstance(input, PackedSequence) else self._run_padded
+        if isinstance(input, PackedSequence):
+            run = self._run_packed
+        elif isinstance(input, Tensor) and input.is_nested:
+            run = self._run_nested  # type: ignore[assignment]
+        else:
+            run = self._run_padded  # type: ignore[assignment]
         return run(input, hx, lengths, reset, stack)  # type: ignore[arg-type]
 
     def _run_padded(
@@ -211,6 +224,38 @@ class LSTM(nn.RNNBase):
         h0, c0 = self._state(hx, input.data, int(input.batch_sizes[0]), batched=True)
         return functional.lstm_packed(input, h0, c0, stack, reset=reset)
 
+    def _run_nested(
+        self,
+        input: Tensor,
+        hx: State | None,
+        lengths: Tensor | Sequence[int] | None,
+        reset: Tensor | None,
+        stack: functional.Stack,
+    ) -> functional.Result:
+        checks.check_nested(input, reset, self.input_size, stack.layers[0][0].w_ih)
+        if lengths is not None:
+            raise ValueError("lengths: expected padded input beside it, got a nested tensor")
+        values, offsets, own_lengths = input.values(), input.offsets(), input.lengths()  # type: ignore[attr-defined]
+        h0, c0 = self._state(hx, values, input.size(0), batched=True)
+        result = functional.lstm_jagged(
+            values,
+            offsets,
+            own_lengths,
+            h0,
+            c0,
+            stack,
+            reset=None if reset is None else reset.values(),
+        )
+
+        def nested(rows: Any) -> Tensor:
+            return torch.nested.nested_tensor_from_jagged(rows, offsets, own_lengths)
+
+        return result._replace(
+            output=nested(result.output),
+            cells=None if result.cells is None else nested(result.cells),
+            gates=None if result.gates is None else nested(result.gates),
+        )
+
     def _stack(self, need_cells: bool) -> functional.Stack:
         """The weights as they are now: parametrizations, pruning and functional_call replace
         attributes behind ``_flat_weights``."""
@@ -221,6 +266,7 @@ class LSTM(nn.RNNBase):
             self.dropout if self.training else 0.0,
             need_cells,
             self.backend,
+            self.checkpoint,
         )
 
     def _state(self, hx: State | None, like: Tensor, batch: int, batched: bool) -> State:

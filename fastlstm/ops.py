@@ -1,7 +1,8 @@
-"""The two operators of a layer: schemas, fakes, and every shape and dtype error.
+"""The operators of a layer: schemas, fakes, and every shape and dtype error.
 
 ``torch.ops.fastlstm.layer_forward`` and ``layer_backward`` are what torch.compile and
-torch.export see: opaque, functional, none of their outputs aliasing another.  An output
+torch.export see, or ``checkpoint_forward`` and ``checkpoint_backward``: opaque, functional, none
+of their outputs aliasing another.  An output
 that was not asked for is an empty tensor of shape (0,).  The functions of the same name
 in this file speak the contract's types (None for what is absent) and check what they
 are given; shapes and letters are explained in ``contract.py``.
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, checkpoint
 from .contract import (
+    Borders,
     Gradients,
     OutputGradients,
     Outputs,
@@ -39,6 +41,18 @@ _library.define(
     " Tensor[] w_hr, Tensor? reset, Tensor y, Tensor c_all, Tensor gates, Tensor m, bool[] need,"
     " str backend) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, Tensor[] dw_hh,"
     " Tensor[] dbias, Tensor[] dw_hr)"
+)
+_library.define(
+    "checkpoint_forward(Tensor x, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih,"
+    " Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, Tensor? reset, bool need_cells, str backend)"
+    " -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor borders)"
+)
+_library.define(
+    "checkpoint_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
+    " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias,"
+    " Tensor[] w_hr, Tensor? reset, Tensor y, Tensor borders, bool[] need, str backend)"
+    " -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, Tensor[] dw_hh, Tensor[] dbias,"
+    " Tensor[] dw_hr)"
 )
 
 
@@ -106,7 +120,7 @@ def layer_backward(
         return _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
             grads, x, batch_sizes, h0, c0, weights, reset, saved, need
         )
-    dx, dh0, dc0, *dw = torch.ops.fastlstm.layer_backward(
+    results = torch.ops.fastlstm.layer_backward(
         *grads,
         x,
         batch_sizes,
@@ -121,6 +135,54 @@ def layer_backward(
         list(need),
         backend,
     )
+    return _requested(results, need)
+
+
+def checkpoint_forward(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    need_cells: bool,
+    backend: str,
+) -> tuple[Outputs, Borders]:
+    """Run one layer and keep little of it; see ``checkpoint.layer_forward``."""
+    if not is_traced(x, h0, *weights[0]):
+        return checkpoint.layer_forward(x, batch_sizes, h0, c0, weights, reset, need_cells, backend)
+    y, c_all, h_n, c_n, borders = torch.ops.fastlstm.checkpoint_forward(
+        x, batch_sizes, h0, c0, *_lists(weights), reset, need_cells, backend
+    )
+    return Outputs(y, c_all if need_cells else None, h_n, c_n), Borders(y, borders)
+
+
+def checkpoint_backward(
+    grads: OutputGradients,
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Borders,
+    need: Requested,
+    backend: str,
+) -> Gradients:
+    """The backward pass of ``checkpoint_forward``; see ``checkpoint.layer_backward``."""
+    if not is_traced(x, h0, *weights[0]):
+        return checkpoint.layer_backward(
+            grads, x, batch_sizes, h0, c0, weights, reset, saved, need, backend
+        )
+    results = torch.ops.fastlstm.checkpoint_backward(
+        *grads, x, batch_sizes, h0, c0, *_lists(weights), reset, *saved, list(need), backend
+    )
+    return _requested(results, need)
+
+
+def _requested(results: Sequence[Any], need: Requested) -> Gradients:
+    """What a backward operator returned, without what was not asked for."""
+    dx, dh0, dc0, *dw = results
     return Gradients(
         x=dx if need.x else None,
         h0=dh0 if need.h0 else None,
@@ -216,13 +278,21 @@ def _forward_fake(
 def _backward_impl(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     grads, (x, batch_sizes, h0, c0), weights = OutputGradients(*args[:4]), args[4:8], args[8:12]
     reset, y, c_all, gates, m, asked, backend = args[12:]
-    # A layer without biases or projections has no gradients of them, asked for or not.
-    need = Requested(*asked)
-    need = need._replace(bias=need.bias and bool(weights[2]), w_hr=need.w_hr and bool(weights[3]))
+    need = _possible(asked, weights)
     saved = Reserve(y, c_all, gates, m if weights[3] else None)
     g = _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
         grads, x, batch_sizes, h0, c0, _weights(*weights), reset, saved, need
     )
+    return _results(x, g)
+
+
+def _possible(asked: list[bool], weights: Sequence[list[Tensor]]) -> Requested:
+    """A layer without biases or projections has no gradients of them, asked for or not."""
+    need = Requested(*asked)
+    return need._replace(bias=need.bias and bool(weights[2]), w_hr=need.w_hr and bool(weights[3]))
+
+
+def _results(x: Tensor, g: Gradients) -> tuple[Tensor | list[Tensor], ...]:
     tensors = (_none(x) if t is None else t for t in (g.x, g.h0, g.c0))
     return *tensors, *(t or [] for t in (g.w_ih, g.w_hh, g.bias, g.w_hr))
 
@@ -241,14 +311,63 @@ def _backward_fake(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     return *tensors, *lists
 
 
+def _checkpoint_forward_impl(
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: list[Tensor],
+    w_hh: list[Tensor],
+    bias: list[Tensor],
+    w_hr: list[Tensor],
+    reset: Tensor | None,
+    need_cells: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    weights = _weights(w_ih, w_hh, bias, w_hr)
+    out, saved = checkpoint.layer_forward(
+        x, batch_sizes, h0, c0, weights, reset, need_cells, backend
+    )
+    return *(_none(x) if t is None else t for t in out[:4]), saved.c
+
+
+def _checkpoint_forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    x, batch_sizes, _, c0 = args[:4]
+    y, c_all, h_n, c_n, *_ = _forward_fake(*(*args[:9], False, *args[9:]))
+    borders = x.new_empty(checkpoint.chunk_count(batch_sizes, x, c0), *c0.shape)
+    return y, c_all, h_n, c_n, borders
+
+
+def _checkpoint_backward_impl(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
+    grads, (x, batch_sizes, h0, c0), weights = OutputGradients(*args[:4]), args[4:8], args[8:12]
+    reset, y, borders, asked, backend = args[12:]
+    g = checkpoint.layer_backward(
+        grads,
+        x,
+        batch_sizes,
+        h0,
+        c0,
+        _weights(*weights),
+        reset,
+        Borders(y, borders),
+        _possible(asked, weights),
+        backend,
+    )
+    return _results(x, g)
+
+
 def _none(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
 _library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")
 _library.impl("layer_backward", _backward_impl, "CompositeExplicitAutograd")
+_library.impl("checkpoint_forward", _checkpoint_forward_impl, "CompositeExplicitAutograd")
+_library.impl("checkpoint_backward", _checkpoint_backward_impl, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlstm::layer_forward", _forward_fake, lib=_library)
 torch.library.register_fake("fastlstm::layer_backward", _backward_fake, lib=_library)
+torch.library.register_fake("fastlstm::checkpoint_forward", _checkpoint_forward_fake, lib=_library)
+torch.library.register_fake("fastlstm::checkpoint_backward", _backward_fake, lib=_library)
 
 
 def check_layer(

@@ -87,7 +87,8 @@ def restore_lstm_(model: nn.Module) -> Report:
     targets: dict[type, type[nn.Module]] = {LSTM: Stock, CompatLSTM: Stock, LSTMCell: StockCell}
     report = _swap_all(model, targets, lambda m, name: None)
     for name in report.replaced:
-        vars(model.get_submodule(name)).pop("backend", None)
+        for own in ("backend", "checkpoint"):
+            vars(model.get_submodule(name)).pop(own, None)
     return report
 
 

@@ -159,7 +159,7 @@ def onnx_lstm(
         if stack.dropout and k < last:
             x = torch.nn.functional.dropout(x, stack.dropout)
     output = x.transpose(0, 1) if batch_first else x
-    return Result(output, torch.cat(h_out), torch.cat(c_out), None)
+    return Result(output, torch.cat(h_out), torch.cat(c_out), None, None)
 
 
 def _onnx_layer(

@@ -74,6 +74,10 @@ bool product(const ProductArgs& args) {
   return false;
 }
 
+void recompute(const RecomputeArgs& args) {
+  run<Recompute>(args);
+}
+
 template <class T>
 void probe_as(const GateProbe& p) {
   using Math = GateMath<VectorMath<T>>;
