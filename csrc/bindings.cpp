@@ -303,7 +303,11 @@ std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch
   return {c_all, dtype == state ? absent() : gates, m};
 }
 
-// A matrix whose rows are contiguous; returns the distance between them.
+bool has_contiguous_rows(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1;
+}
+
+// A matrix, if its rows are contiguous; returns the distance between them.
 int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
   if (tensor.dim() != 2 || tensor.scalar_type() != dtype || !has_contiguous_rows(tensor))
     fail(std::string(name) + ": expected a matrix of the right dtype with contiguous rows");

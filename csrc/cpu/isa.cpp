@@ -42,10 +42,6 @@ bool backward(const BackwardArgs& args) {
   return false;
 }
 
-void recompute(const RecomputeArgs& args) {
-  run<Recompute>(args);
-}
-
 template <class S>
 bool product_of(const ProductArgs& args) {
   using State = VectorTiles<typename StateOf<S>::type>;
