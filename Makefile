@@ -24,7 +24,7 @@ LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
 NATIVE := fastlstm/build.py $(shell find csrc)
 
-.PHONY: help venv build demo test lint format sanitize bench gpu wheel clean
+.PHONY: help venv build demo gates forecast tune test lint format sanitize bench gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,6 +36,15 @@ build: $(LIBRARY) ## install the package into .venv, recompiling what changed in
 
 demo: build ## train a character model with nn.LSTM and with fastlstm.LSTM
 	$(BIN)/python examples/char_rnn.py $(ARGS)
+
+gates: build ## measure how far an LSTM remembers, and look at its gates
+	$(BIN)/python examples/gates.py $(ARGS)
+
+forecast: build ## forecast sunspots, or a column of a CSV file
+	$(BIN)/python examples/time_series.py $(ARGS)
+
+tune: build ## tune both models' hyperparameters, in under 5 minutes
+	$(BIN)/python examples/tune.py $(ARGS)
 
 test: build ## run the tests
 	$(BIN)/pytest $(ARGS)

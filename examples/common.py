@@ -40,10 +40,12 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def add_common_options(parser: Parser, out: str) -> None:
+def add_common_options(parser: Parser, out: str, threads: int | None = None) -> None:
     """``--threads``, ``--seed`` and ``--out``, which every example has."""
     add = parser.add_argument
-    add("--threads", type=number(int, 1, os.cpu_count() or 1), help="default: torch's choice")
+    default = threads or "torch's choice"
+    cores = number(int, 1, os.cpu_count() or 1)
+    add("--threads", type=cores, default=threads, help=f"default {default}")
     add("--seed", type=number(int, 0, 2**32), default=0, help="default 0")
     add("--out", type=Path, default=Path(out), help=f"where files go (default {out})")
 
