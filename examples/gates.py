@@ -239,10 +239,12 @@ def plot_cells(inside: Inside, sentence: str, path: Path) -> None:
     chosen = torch.cat((order[:12], order[-12:]))
     figure = Figure(figsize=(12, 8), layout="constrained")
     upper, lower = figure.subplots(2, 1)
-    kept = upper.imshow(inside.forget[:, chosen].T, aspect="auto", cmap="gray", vmin=0, vmax=1)
+    kept = upper.imshow(
+        inside.forget[:, chosen].T.numpy(), aspect="auto", cmap="gray", vmin=0, vmax=1
+    )
     state = inside.remember[:, chosen].T
     state = state / state.abs().amax(1, keepdim=True).clamp_min(1e-6)
-    cells = lower.imshow(state, aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
+    cells = lower.imshow(state.numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
     for axes, image, title in (
         (upper, kept, "forget gate $f_t$: 1 (white) keeps the cell state, 0 (black) drops it"),
         (lower, cells, "cell state $c_t$, each unit over its largest value in the sentence"),

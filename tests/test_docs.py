@@ -20,7 +20,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 PUBLIC = {f"fastlstm.{name}": getattr(fastlstm, name) for name in fastlstm.__all__}
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/migration.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/api.md", "docs/guide.md", "docs/migration.md"])
 def test_the_programs_of_a_page_run(page: str) -> None:
     """One after the other, as a reader would type them."""
     blocks = re.findall(
