@@ -14,8 +14,8 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
-DEPS := numpy ninja setuptools wheel pytest pytest-benchmark $(EXAMPLES)
 EXAMPLES := matplotlib tqdm statsmodels optuna
+DEPS := numpy ninja setuptools wheel pytest pytest-benchmark $(EXAMPLES)
 ONNX := onnx onnxscript onnxruntime
 TRITON := triton==3.6.0
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
