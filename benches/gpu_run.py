@@ -62,7 +62,9 @@ def checkout_path() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="fastlstm-") as folder:
         package = Path(folder) / "fastlstm"
         package.mkdir()
-        for source in (*(ROOT / "fastlstm").glob("*.py"), ROOT / "kernels", ROOT / "csrc"):
+        own = (ROOT / "fastlstm").iterdir()
+        own = [path for path in own if path.suffix in (".py", ".json") or path.name == "cli"]
+        for source in (*own, ROOT / "kernels", ROOT / "csrc"):
             (package / source.name).symlink_to(source)
         yield folder
 

@@ -300,7 +300,9 @@ def test_module_trains_on_it() -> None:
 
 def test_what_it_refuses() -> None:
     layer = make_layer(Layer((2, 2), 3, 4), torch.float64)
-    call = backends.Call(layer.x.to(DEVICE), layer.batch_sizes, layer.h0, None, False, False)
+    call = backends.Call(
+        layer.x.to(DEVICE), layer.batch_sizes, layer.h0, layer.weights[0], None, False, False
+    )
     assert "torch.float64" in backend.unsupported(call)
     elsewhere = call._replace(x=layer.x.to("meta"))
     assert "meta" in backend.unsupported(elsewhere)
@@ -323,7 +325,7 @@ def test_auto_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     table = {name: backends._TABLE[name] for name in ("triton", "reference")}
     monkeypatch.setattr(backends, "_TABLE", table)
     layer = layer_of(PACKED, torch.float32)
-    call = backends.Call(layer.x, layer.batch_sizes, layer.h0, None, False, True)
+    call = backends.Call(layer.x, layer.batch_sizes, layer.h0, layer.weights[0], None, False, True)
     assert backends.pick("auto", call).name == "reference"
 
 
