@@ -324,8 +324,8 @@ def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {name: backends._TABLE[name] for name in ("triton", "reference")}
-    monkeypatch.setattr(backends, "_TABLE", table)
+    table = [backends._TABLE[name] for name in ("triton", "reference")]
+    monkeypatch.setattr(backends, "_AUTOMATIC", [each for each in table if each.automatic])
     layer = layer_of(PACKED, torch.float32)
     call = backends.Call(layer.x, layer.batch_sizes, layer.h0, layer.weights[0], None, False, True)
     assert backends.pick("auto", call).name == "reference"
