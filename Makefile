@@ -52,13 +52,13 @@ test: build ## run the tests
 lint: $(VENV)/.lint ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	find csrc benches -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 format: $(VENV)/.lint ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs -r $(BIN)/clang-format -i
+	find csrc benches -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
 
 # python itself is not instrumented, so the sanitizer's runtime must be in the process
 # first, and libstdc++ with it, whose exceptions it intercepts.  Leaks: python's own.

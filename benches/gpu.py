@@ -73,6 +73,7 @@ def measure_mode(contest: DeviceContest, mode: str, seconds: float) -> dict[str,
     contest.clear()
     return {
         **row,
+        "fill": contest.fill(),
         "microseconds_per_step": step,
         "peak_bytes": {
             who: peak_memory(contest, getattr(contest, who), mode) for who in ("ours", "theirs")
@@ -121,15 +122,23 @@ def machine(out: Path, device: torch.device) -> dict[str, Any]:
     return {"device": {"name": name}, "versions": {"torch": str(torch.__version__)}}
 
 
+def new_result(out: Path, device: torch.device) -> dict[str, Any]:
+    """What is recorded, without rows yet."""
+    dry = device.type == "cpu"
+    return {"machine": machine(out, device), "date": now(), "rows": [], "dry": dry, "lost": None}
+
+
+def path_of(result: dict[str, Any], out: Path) -> Path:
+    """Where it is recorded."""
+    return out / f"{stem('gpu', result['date'], result['machine']['device']['name'])}.json"
+
+
 def main() -> int:
     args = arguments(__doc__)
     device = device_of(args.device)
-    dry = device.type == "cpu"
+    result = new_result(args.out, device)
+    path, dry = path_of(result, args.out), result["dry"]
     todo = dry_cases() if dry else cases()
-    result: dict[str, Any] = {"machine": machine(args.out, device), "date": now(), "rows": []}
-    result["dry"] = dry
-    name = stem("gpu", result["date"], result["machine"]["device"]["name"])
-    path = args.out / f"{name}.json"
     lost, slowest = None, 0.0
     for done, case in enumerate(todo):
         begin = monotonic()

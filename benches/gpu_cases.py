@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from fastlstm.cli.compare import difference, tolerance
 from fastlstm.cli.contest import Contest
 from fastlstm.cli.timing import cuda_seconds_per_call, seconds_per_call
 
-STEPS = 512
+STEPS, SHORT = 512, 32  # short: what a call costs beyond its steps counts
 # The most important first: a run that is cut short has those.
 SHAPES = ((16, 512), (64, 1024), (64, 512), (16, 256), (128, 1024), (1, 256), (256, 2048))
 PRECISIONS = {
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     precision: str
     variant: str = "plain"
     steps: int = STEPS
+    backend: str = "triton"
 
 
 def cases() -> list[Case]:
@@ -47,6 +49,7 @@ def cases() -> list[Case]:
 
     return [
         *plain(first, "bf16", "tf32"),
+        *(case._replace(steps=SHORT) for case in plain(first, "bf16", "tf32")),
         *(Case(*s, p, v) for v in VARIANTS for s in first for p in ("bf16", "tf32")),
         *plain(others, "bf16", "tf32"),
         *plain(first, "fp16", "fp32"),
@@ -89,11 +92,10 @@ class DeviceContest(Contest):
             bidirectional=case.variant == "bidirectional",
         )
         directions = 1 + config["bidirectional"]
-        kind: Callable[..., nn.Module] = nn.LSTM
-        if case.variant == "resets":
-            kind = fastlstm_lstm
+        fast = partial(fastlstm.LSTM, backend=case.backend)
+        kind: Callable[..., nn.Module] = fast if case.variant == "resets" else nn.LSTM
         self.theirs = kind(case.hidden, case.hidden, **config, **made)
-        self.ours = fastlstm_lstm(case.hidden, case.hidden, **config, **made)
+        self.ours = fast(case.hidden, case.hidden, **config, **made)
         self.ours.load_state_dict(self.theirs.state_dict())
         states = (2, config["num_layers"] * directions, case.batch, case.hidden)
         self.hx = torch.randn(states, **made).unbind()
@@ -110,6 +112,10 @@ class DeviceContest(Contest):
         self.x.requires_grad_()
         self.dy = torch.randn(*self.x.shape[:-1], directions * case.hidden, **made)
         self.clock = cuda_seconds_per_call if device.type == "cuda" else seconds_per_call
+
+    def fill(self) -> float:
+        """The share of (steps, batch) that has rows."""
+        return self.dy.numel() / self.dy.size(-1) / (self.case.steps * self.case.batch)
 
     def _run(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         if self.batch_sizes is not None:
@@ -162,7 +168,3 @@ class DeviceContest(Contest):
         want = exact.results(exact.theirs)[name]
         far = [float((t.detach().float() - want.detach()).abs().max()) for t in (ours, theirs)]
         return f"; from float32: ours by {far[0]:.2g}, nn.LSTM by {far[1]:.2g}"
-
-
-def fastlstm_lstm(*sizes: int, **config: object) -> nn.Module:
-    return fastlstm.LSTM(*sizes, backend="triton", **config)

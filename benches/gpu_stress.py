@@ -7,14 +7,17 @@ wait that is given up. Results are compared bit by bit wherever the same is comp
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from time import monotonic
 
 import torch
-from gpu_common import device_of, synchronize
+from gpu_common import by_exchanges, captured, device_of, setting, synchronize
 from recording import arguments, write_json
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 from fastlstm import triton as backend
@@ -51,10 +54,13 @@ class Stress:
         return self.values(steps or self.steps, batch or self.batch, self.hidden)
 
 
-def train(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """Outputs, final states and all gradients."""
+def train(
+    module: nn.Module, x: Tensor, dy: Tensor, batch_sizes: Tensor | None = None
+) -> list[Tensor]:
+    """Outputs, final states and all gradients; of packed rows where there are batch_sizes."""
     leaf = x.detach().requires_grad_()
-    y, (h_n, c_n) = module(leaf)
+    y, (h_n, c_n) = module(leaf if batch_sizes is None else PackedSequence(leaf, batch_sizes))
+    y = y if batch_sizes is None else y.data
     gradients = torch.autograd.grad(y, [leaf, *module.parameters()], dy)
     return [y.detach(), h_n.detach(), c_n.detach(), *gradients]
 
@@ -65,17 +71,6 @@ def expect_same(got: list[Tensor], want: list[Tensor], what: str) -> None:
         if not torch.equal(a, b):
             count = int((a != b).sum())
             raise AssertionError(f"{what}: {count} of {a.numel()} values of result {place} differ")
-
-
-@contextlib.contextmanager
-def setting(name: str, value: object) -> Iterator[None]:
-    """``launch.NAME`` for a while."""
-    before = getattr(launch, name)
-    setattr(launch, name, value)
-    try:
-        yield
-    finally:
-        setattr(launch, name, before)
 
 
 def repeated(stress: Stress) -> str:
@@ -134,26 +129,60 @@ def two_streams(stress: Stress) -> str:
 
 
 def graph(stress: Stress) -> str:
-    """Captured once and replayed on new inputs: the bits of a plain call."""
+    """Captured once and replayed on new inputs: the bits of a plain call. In one launch, and with
+    one for each exchange; padded and packed."""
     stress.cuda_only()
     steps, rounds = 500, 5
-    module, x, dy = stress.module(), stress.input(steps), stress.input(steps)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            train(module, x, dy)
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        results = train(module, x, dy)
-    for _ in range(rounds):
-        x.copy_(torch.randn_like(x))
-        captured.replay()
-        synchronize(stress.device)
-        backend.check(stress.device)
-        expect_same([t.clone() for t in results], train(module, x, dy), "replay")
-    return f"T={steps}, {rounds} replays"
+    module, sizes = stress.module(), torch.arange(steps, 0, -1) * stress.batch // steps + 1
+    for batch_sizes in (None, sizes):
+        x = (
+            stress.input(steps)
+            if batch_sizes is None
+            else stress.values(int(sizes.sum()), stress.hidden)
+        )
+        plain = partial(train, module, x, torch.randn_like(x), batch_sizes)
+        for kind in (contextlib.nullcontext, by_exchanges):
+            with kind():
+                replay, results = captured(plain)
+            for _ in range(rounds):
+                x.copy_(torch.randn_like(x))
+                replay()
+                synchronize(stress.device)
+                backend.check(stress.device)
+                expect_same([t.clone() for t in results], plain(), f"replay, {kind.__name__}")
+    return f"T={steps}, {rounds} replays each"
+
+
+def every_exchange(stress: Stress) -> str:
+    """A launch for each exchange computes the bits of a launch for all."""
+    steps = min(stress.steps, 500)
+    module, x, dy = stress.module(bidirectional=True), stress.input(steps), stress.input(steps)
+    dy = torch.cat([dy, dy], -1)
+    want = train(module, x, dy)
+    with by_exchanges():
+        got = train(module, x, dy)
+    expect_same(got, want, "by exchanges")
+    return f"T={steps}"
+
+
+def occupancy(stress: Stress) -> str:
+    """As many programs fit on a multiprocessor as was computed, says the driver."""
+    stress.cuda_only()
+    train(stress.module(), stress.input(2), stress.input(2))
+    driver, found = ctypes.CDLL("libcuda.so.1"), []
+    for prepared in launch._PREPARED.values():
+        taken, count = prepared.compiled.metadata, ctypes.c_int()
+        status = driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            ctypes.byref(count), ctypes.c_void_p(prepared.compiled.function),
+            ctypes.c_int(32 * taken.num_warps), ctypes.c_size_t(taken.shared),
+        )  # fmt: skip
+        computed = launch.limits(stress.device).programs(
+            prepared.compiled.n_regs, taken.shared, taken.num_warps
+        )
+        found.append((taken.name, computed, count.value))
+        if status != 0 or computed != count.value:
+            raise AssertionError(f"status {status}, (kernel, computed, driver's): {found[-1]}")
+    return str(found)
 
 
 def large_offsets(stress: Stress) -> str:
@@ -207,7 +236,10 @@ def given_up(stress: Stress) -> str:
     return message
 
 
-CASES = (repeated, near_stock, two_streams, graph, given_up, large_offsets)
+CASES = (
+    *(occupancy, repeated, near_stock, every_exchange),
+    *(two_streams, graph, given_up, large_offsets),
+)
 
 
 def run_case(case: Callable[[Stress], str], device: torch.device) -> dict[str, object]:

@@ -20,7 +20,10 @@ from recording import ROOT, SKIPPED, arguments, cpu_count, write_json
 
 DEVICE_TESTS = ("test_triton_kernels.py", "test_gate_math.py", "test_triton_protocol.py")
 # Of the CPU's tensors, but with this machine's torch.
-OTHER_TESTS = ("test_module.py", "test_functional.py", "test_autograd.py")
+OTHER_TESTS = (
+    *("test_module.py", "test_functional.py", "test_autograd.py"),
+    *("test_triton_launch.py", "test_dispatch.py"),
+)
 DRY = ("test_triton_kernels.py", "-k", "test_plan or test_jitter or test_rows_lie")
 
 

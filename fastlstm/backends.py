@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, cpu, reference, triton
-from .contract import Gradients, Outputs, Reserve
+from . import aten, cpu, dispatch, reference, triton
+from .contract import Gradients, Outputs, Reserve, Weights
 
 
 class Call(NamedTuple):
@@ -24,9 +24,11 @@ class Call(NamedTuple):
     x: Tensor  # (N, I)
     batch_sizes: Tensor  # (T,)
     h0: Tensor  # (D, B, P)
+    weights: Weights  # of one direction
     reset: Tensor | None
     need_cells: bool
     need_reserve: bool  # will its layer_backward be called?
+    train: bool = False  # will gradients be wanted, by layer_backward or by torch's own means?
 
 
 def _always(_: Call) -> str | None:
@@ -54,7 +56,7 @@ class Backend:
     # The reserve of a forward direction whose y is known (see reference.layer_recompute); None:
     # its layer_forward makes it again.
     layer_recompute: Callable[..., Reserve] | None = None
-    automatic: bool = True  # may "auto" take it? Only what is known to be the fastest.
+    automatic: bool = True  # may "auto" take it, without a record that says it is the fastest?
     compiled: bool = False  # is it the library of csrc/, with its instruction sets?
 
     def refusal(self, call: Call) -> str | None:
@@ -64,7 +66,7 @@ class Backend:
         return self.missing() or self.unsupported(call)
 
 
-# In the order of preference of backend="auto".
+# In the order of preference of backend="auto", where dispatch.json has no record.
 _TABLE = {
     backend.name: backend
     for backend in (
@@ -84,7 +86,7 @@ _TABLE = {
             triton.layer_backward,
             triton.missing,
             triton.unsupported,
-            automatic=False,  # no recorded run says where it is faster than aten
+            automatic=False,  # only where a recorded run has shown it to be faster than aten
         ),
         Backend(
             "reference",
@@ -111,14 +113,16 @@ def check_name(backend: str) -> None:
 
 
 def pick(backend: str, call: Call) -> Backend:
-    """The backend to run a layer with: the one named, or the first of the table that can.
+    """The backend to run a layer with: the one named; or the first that can, of those recorded as
+    the fastest for such calls, and then of the table.
 
     Raises:
         ValueError: no backend has that name.
         Refusal: a RuntimeError; the backend named cannot serve the call.
+        RuntimeError: the records are damaged.
     """
     if backend == "auto":
-        for entry in _AUTOMATIC:
+        for entry in (*_recorded(call), *_AUTOMATIC) if call.x.is_cuda else _AUTOMATIC:
             if entry.refusal(call) is None:
                 return entry
     check_name(backend)
@@ -126,6 +130,17 @@ def pick(backend: str, call: Call) -> Backend:
     if reason is not None:
         raise Refusal(backend, reason)
     return _TABLE[backend]
+
+
+def _recorded(call: Call) -> list[Backend]:
+    """What recorded runs say is faster than torch's own LSTM for such a call, best first."""
+    names = dispatch.recorded(call)
+    unknown = [name for name in names if name not in _TABLE]
+    if unknown:
+        raise RuntimeError(
+            f"{dispatch.PATH}: got backend {unknown[0]!r}, expected one of {', '.join(_TABLE)}"
+        )
+    return [_TABLE[name] for name in names]
 
 
 # A step of fewer multiply-adds is over before our call has begun.

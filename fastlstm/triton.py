@@ -90,9 +90,9 @@ class _Walk(NamedTuple):
 
 def _walk(batch_sizes: Tensor, device: torch.device) -> _Walk:
     """``batch_sizes`` as the kernels take them; equal sizes need nothing on the device."""
-    steps = int((batch_sizes > 0).sum())
-    longest = int(batch_sizes[0])
-    if int(batch_sizes[steps - 1]) == longest:
+    longest, shortest = int(batch_sizes[0]), int(batch_sizes[-1])
+    steps = batch_sizes.numel() if shortest > 0 else int((batch_sizes > 0).sum())
+    if longest in (shortest, int(batch_sizes[steps - 1])):
         return _Walk(steps, longest, None, None)
     sizes = batch_sizes[:steps]
     starts = [0, *itertools.accumulate(sizes.tolist())]
@@ -103,6 +103,11 @@ def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as torch's own products are."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def _product(dtype: torch.dtype) -> str:
+    """The same, as tiles are chosen by it."""
+    return _precision(dtype) if dtype == torch.float32 else "half"
 
 
 def _aligned(tensor: Tensor | None) -> Tensor | None:
@@ -171,8 +176,9 @@ def _walk_forward(
     walk = _walk(batch_sizes, x.device)
     reserve = gates is not None
     chosen = config.choose(
-        config.FORWARD, hidden, output, x.itemsize, walk.rows_per_step, launch.limits(x.device)
-    )
+        config.FORWARD, hidden, output, _product(x.dtype), directions,
+        walk.rows_per_step, launch.limits(x.device),
+    )  # fmt: skip
     teams = directions * -(-walk.rows_per_step // chosen.batch_tile)
     step_bytes = walk.rows_per_step * directions * 4 * hidden * x.itemsize
     positions = walk.steps if reserve else max(1, _GATES_BYTES // step_bytes)
@@ -271,8 +277,9 @@ def _walk_backward(
 
     (directions, batch, hidden), output = c0.shape, weights[0].w_hh.size(1)
     chosen = config.choose(
-        config.BACKWARD, hidden, output, da.itemsize, walk.rows_per_step, launch.limits(da.device)
-    )
+        config.BACKWARD, hidden, output, _product(da.dtype), directions,
+        walk.rows_per_step, launch.limits(da.device),
+    )  # fmt: skip
     teams = directions * -(-walk.rows_per_step // chosen.batch_tile)
     arguments: dict[str, Any] = dict(
         da=da, dh_all=dh_all, dh0=dh0, dc_carry=dc_carry,

@@ -10,7 +10,13 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .exchange import resident_product, resident_slice, step_rows, streamed_product
+from .exchange import (
+    PROJECTION_CHUNK,
+    resident_product,
+    resident_slice,
+    step_rows,
+    streamed_product,
+)
 from .gate_math import cell_backward
 
 # Nothing is compiled for the values of these.
@@ -52,13 +58,15 @@ def lstm_backward(
     BATCH_TILE: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
     RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     EXCHANGES: tl.constexpr = 1 if w_hr is None else 2  # a step has: of da, or of dh and then da
+    PART: tl.constexpr = min(CHUNK, PROJECTION_CHUNK)  # of a projection's depth
     ALONE: tl.constexpr = H <= HIDDEN_TILE and P <= HIDDEN_TILE  # a team of one waits for nobody
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    team = first_team + tl.program_id(1)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    team = first_team + tl.program_id(0)
     batch_tiles = tl.cdiv(rows_per_step, BATCH_TILE)
     d = (team // batch_tiles).to(tl.int64)
     b = (team % batch_tiles) * BATCH_TILE + tl.arange(0, BATCH_TILE)
@@ -67,7 +75,7 @@ def lstm_backward(
 
     w_columns = w_hh + d * (4 * H * P) + j
     if RESIDENT:
-        w_slice = resident_slice(w_columns, j < P, P, 4 * H, CHUNK)
+        w_slice = resident_slice(w_columns, j < P, P, 4 * H, CHUNK, SPLIT)
 
     states = (d * batch + b)[:, None] * H + j[None, :]
     in_states = (b < batch)[:, None] & in_hidden
@@ -129,10 +137,12 @@ def lstm_backward(
             # (eq. 8)
             da_rows = da + (row_out * D + d) * (4 * H)
             if RESIDENT:
-                dh = resident_product(da_rows, carried, w_slice, dh, 4 * H, CHUNK, PRECISION)
+                dh += resident_product(
+                    da_rows, carried, w_slice, HIDDEN_TILE, 4 * H, CHUNK, SPLIT, PRECISION
+                )
             else:
-                dh = streamed_product(
-                    da_rows, carried, w_columns, j < P, dh, P, 4 * H, CHUNK, PRECISION
+                dh += streamed_product(
+                    da_rows, carried, w_columns, j < P, P, 4 * H, CHUNK, SPLIT, PRECISION
                 )
             if dh0 is not None:
                 over = (undone & (b >= count))[:, None] & in_output
@@ -144,7 +154,7 @@ def lstm_backward(
         elif w_hr is not None:
             wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
             dh_rows, w_rows = dh_all + (row * D + d) * P, w_hr + d * (P * H) + j
-            dm = streamed_product(dh_rows, live, w_rows, j < H, dm, H, P, CHUNK, PRECISION)
+            dm = streamed_product(dh_rows, live, w_rows, j < H, H, P, PART, SPLIT, PRECISION)
         da_i, da_f, da_g, da_o, dc_in = cell_backward(i, f, g, o, c_in, c, dm, dc_t)
         dc = tl.where(here, dc_in, dc)
         da_gate = da + (row * D + d)[:, None] * (4 * H) + j[None, :]

@@ -6,6 +6,7 @@ size, and on nothing else that changes from call to call.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -16,6 +17,20 @@ class Limits(NamedTuple):
 
     multiprocessors: int
     shared: int  # bytes of shared memory that one program can have
+    shared_together: int  # .. that all programs of a multiprocessor have
+    registers: int  # of a multiprocessor
+    threads: int  # of a multiprocessor
+
+    def programs(self, registers: int, shared: int, warps: int) -> int:
+        """How many programs a multiprocessor has room for, where each thread takes ``registers``
+        and each program ``shared`` bytes."""
+        # Registers come in blocks of 256 for each warp; the system takes 1 KiB for each program.
+        per_warp = -(-registers * 32 // 256) * 256
+        return min(
+            self.registers // (per_warp * warps),
+            self.shared_together // (shared + 1024),
+            self.threads // (32 * warps),
+        )
 
 
 class Config(NamedTuple):
@@ -25,6 +40,7 @@ class Config(NamedTuple):
     hidden_tile: int  # hidden units (and outputs) of a program
     chunk: int  # of the depth of the exchanged product
     warps: int
+    split: int  # parts of a chunk, each for a warp; 1: warps share out rows and columns instead
     resident: bool  # does the slice of W_hh stay in shared memory, or is it read at every step?
 
     def options(self) -> dict[str, int]:
@@ -48,68 +64,111 @@ class Config(NamedTuple):
 _ALONE_TILES = (16, 32, 64, 128)
 _ALONE_BATCH_TILE = 16
 _TEAM_TILES = (16, 8)
-# (largest number of sequences, batch tile). Beyond 32 the tensor core instructions of sm_90 take
-# their operands by descriptors, and those of a whole slice are more than the registers hold.
-_BATCH_TILES = ((16, 16), (None, 32))
+# The larger batch tile serves where not all teams with the smaller have a multiprocessor for each
+# program. Beyond 32 rows the tensor core instructions of sm_90 take their operands by descriptors,
+# and those of a whole slice are more than the registers hold.
+_BATCH_TILES = (16, 32)
+# (largest number of sequences, batch tile)
 _STREAMED_BATCH_TILES = ((16, 16), (32, 32), (None, 64))
-# Of the depth, by kind, bytes of a weight and batch tile. The rows of a chunk travel together and
-# chunks one after the other, so the longest that leave registers to spare.
+# Of the depth, by kind, product and batch tile: the longest that leave registers to spare, and a
+# shorter one where shared memory has no room. The rows of a chunk travel together, and chunks one
+# after the other, each after a wait for the L2 cache.
 _CHUNKS = {
-    (FORWARD, 2): {16: 512, 32: 256},
-    (FORWARD, 4): {16: 128, 32: 64},
-    (BACKWARD, 2): {16: 256, 32: 256},
-    (BACKWARD, 4): {16: 64, 32: 64},
+    (FORWARD, "half"): {16: (1024, 512), 32: (256,)},
+    (FORWARD, "tf32"): {16: (256,), 32: (128,)},
+    (FORWARD, "ieee"): {16: (128,), 32: (32,)},
+    (BACKWARD, "half"): {16: (2048, 1024, 512), 32: (512,)},
+    (BACKWARD, "tf32"): {16: (256,), 32: (256, 128)},
+    (BACKWARD, "ieee"): {16: (64,), 32: (64,)},
 }
-_STREAMED_TILE, _STREAMED_CHUNKS = 32, {2: 64, 4: 32}
+_STREAMED_TILE = 32
+_STREAMED_CHUNKS = {
+    FORWARD: {"half": 64, "tf32": 32, "ieee": 32},
+    BACKWARD: {"half": 128, "tf32": 128, "ieee": 32},
+}
 _WARPS = 8
+_DOT_DEPTH = 16  # the least that Triton multiplies
+_ITEMSIZE = {"half": 2, "tf32": 4, "ieee": 4}
+_PROJECTION_CHUNK = 128  # as in exchange.py
 
 
 def choose(
-    kind: str, hidden: int, output: int, itemsize: int, sequences: int, limits: Limits
+    kind: str,
+    hidden: int,
+    output: int,
+    product: str,
+    directions: int,
+    sequences: int,
+    limits: Limits,
 ) -> Config:
     """The configuration of a kernel.
 
     Args:
         kind: FORWARD or BACKWARD.
         hidden, output: H and P.
-        itemsize: bytes of a weight.
+        product: of what the weights are and how they are multiplied: "half", "tf32" or "ieee".
         sequences: rows of the longest step.
     """
+    small = _BATCH_TILES[0]
+    teams = 0 if sequences <= small else directions * -(-sequences // small)
+    streamed_batch_tile = _by_class(_STREAMED_BATCH_TILES, sequences)
+    return _chosen(kind, hidden, output, product, teams, streamed_batch_tile, limits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(
+    kind: str,
+    hidden: int,
+    output: int,
+    product: str,
+    teams: int,  # with the smaller batch tile; 0 where the larger would be half empty
+    streamed_batch_tile: int,
+    limits: Limits,
+) -> Config:
     depth = output if kind == FORWARD else 4 * hidden
-    batch_tile = _by_class(_BATCH_TILES, sequences)
     alone = [tile for tile in _ALONE_TILES if tile >= max(hidden, output)][:1]
     candidates = [(tile, _ALONE_BATCH_TILE) for tile in alone]
-    candidates += [(tile, batch_tile) for tile in _TEAM_TILES]
+    for tile in _TEAM_TILES:
+        programs = teams * -(-max(hidden, output) // tile)
+        candidates.append((tile, _BATCH_TILES[programs > limits.multiprocessors]))
     for tile, rows in candidates:
-        chunk = _chunk(depth, _CHUNKS[kind, itemsize][rows])
-        config = Config(rows, tile, chunk, _WARPS, resident=True)
-        fits = shared_bytes(kind, config, depth, itemsize) <= limits.shared
-        if fits and config.tiles(hidden, output) <= limits.multiprocessors:
-            return config
-    return Config(
-        _by_class(_STREAMED_BATCH_TILES, sequences),
-        _STREAMED_TILE,
-        _chunk(depth, _STREAMED_CHUNKS[itemsize]),
-        _WARPS,
-        resident=False,
-    )
+        for most in _CHUNKS[kind, product][rows]:
+            chunk, split = _cut(kind, product, tile, depth, most)
+            config = Config(rows, tile, chunk, _WARPS, split, resident=True)
+            fits = shared_bytes(kind, config, hidden, output, product) <= limits.shared
+            if fits and config.tiles(hidden, output) <= limits.multiprocessors:
+                return config
+    most = _STREAMED_CHUNKS[kind][product]
+    chunk, split = _cut(kind, product, _STREAMED_TILE, depth, most)
+    return Config(streamed_batch_tile, _STREAMED_TILE, chunk, _WARPS, split, resident=False)
 
 
-def shared_bytes(kind: str, config: Config, depth: int, itemsize: int) -> int:
+def _cut(kind: str, product: str, tile: int, depth: int, most: int) -> tuple[int, int]:
+    """How ``depth`` is cut into chunks of up to ``most``, and each of these into parts."""
+    # Warps share out the depth where there are few columns for them, and tensor cores. Rows that
+    # are read element by element, as they begin at any address, would take too many registers.
+    columns = tile * (4 if kind == FORWARD else 1)
+    splits = product != "ieee" and depth % 8 == 0 and (kind == BACKWARD or columns <= 64)
+    least = _WARPS * _DOT_DEPTH if splits else _DOT_DEPTH
+    chunk = min(most, max(_DOT_DEPTH, 1 << (depth - 1).bit_length()))
+    while chunk > least and depth > 256 and -depth % chunk > depth // 8:
+        chunk //= 2  # wastes little of a great depth
+    return chunk, _WARPS if splits and chunk >= least else 1
+
+
+def shared_bytes(kind: str, config: Config, hidden: int, output: int, product: str) -> int:
     """At least what a kernel with a resident slice takes of shared memory."""
+    depth = output if kind == FORWARD else 4 * hidden
     columns = config.hidden_tile * (4 if kind == FORWARD else 1)
-    weights = -(-depth // config.chunk) * config.chunk * columns * itemsize
-    exchange = config.batch_tile * config.chunk * itemsize
-    sums = config.batch_tile * config.hidden_tile * 2 * 4  # half of the gates, changing layout
-    return weights + max(exchange, sums) + 2048  # and a little for the barrier and alignment
-
-
-def _chunk(depth: int, most: int) -> int:
-    """A power of two within what a dot takes and ``most``; of a great depth it wastes little."""
-    chunk = min(most, max(16, 1 << (depth - 1).bit_length()))
-    while depth > 256 and -depth % chunk > depth // 8:
-        chunk //= 2
-    return chunk
+    weights = -(-depth // config.chunk) * config.chunk * columns * _ITEMSIZE[product]
+    exchange = config.batch_tile * config.chunk * _ITEMSIZE[product]
+    # The parts' results; else half of the gates. Both change their layout.
+    sums = config.batch_tile * max(config.split * columns, config.hidden_tile * 2) * 4
+    projected = 0
+    if output != hidden:
+        rows_and_columns = config.batch_tile + config.hidden_tile
+        projected = 2 * min(config.chunk, _PROJECTION_CHUNK) * rows_and_columns * _ITEMSIZE[product]
+    return weights + max(exchange, sums, projected) + 2048  # and the barrier's, and alignment
 
 
 def _by_class(classes: tuple[tuple[int | None, int], ...], sequences: int) -> int:

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, wait
-from .exchange import resident_product, resident_slice, step_rows, streamed_product
+from .exchange import (
+    PROJECTION_CHUNK,
+    resident_product,
+    resident_slice,
+    step_rows,
+    streamed_product,
+)
 from .gate_math import activate, cell_forward
 
 # Nothing is compiled for the values of these.
@@ -52,14 +58,16 @@ def lstm_forward(
     BATCH_TILE: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
     RESIDENT: tl.constexpr,
     RESERVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     EXCHANGES: tl.constexpr = 1 if w_hr is None else 2  # a step has: of h, or of m and then h
+    PART: tl.constexpr = min(CHUNK, PROJECTION_CHUNK)  # of a projection's depth
     ALONE: tl.constexpr = H <= HIDDEN_TILE and P <= HIDDEN_TILE  # a team of one waits for nobody
-    tile, tiles = tl.program_id(0), tl.num_programs(0)
-    team = first_team + tl.program_id(1)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    team = first_team + tl.program_id(0)
     batch_tiles = tl.cdiv(rows_per_step, BATCH_TILE)
     d = (team // batch_tiles).to(tl.int64)
     b = (team % batch_tiles) * BATCH_TILE + tl.arange(0, BATCH_TILE)
@@ -71,7 +79,7 @@ def lstm_forward(
     unit = tile * HIDDEN_TILE + column // 4
     w_columns = w_hh + d * (4 * H * P) + ((column % 4) * H + unit).to(tl.int64) * P
     if RESIDENT:
-        w_slice = resident_slice(w_columns, unit < H, 1, P, CHUNK)
+        w_slice = resident_slice(w_columns, unit < H, 1, P, CHUNK, SPLIT)
 
     states = (d * batch + b)[:, None] * H + j[None, :]
     in_states = (b < batch)[:, None] & in_hidden
@@ -111,12 +119,13 @@ def lstm_forward(
 
             wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
             h_rows = tl.where(from_step, y + (row_in * D + d) * P, h0 + (d * batch + b) * P)
-            acc = tl.zeros((BATCH_TILE, 4 * HIDDEN_TILE), tl.float32)
             if RESIDENT:
-                acc = resident_product(h_rows, entered, w_slice, acc, P, CHUNK, PRECISION)
+                acc = resident_product(
+                    h_rows, entered, w_slice, 4 * HIDDEN_TILE, P, CHUNK, SPLIT, PRECISION
+                )
             else:
                 acc = streamed_product(
-                    h_rows, entered, w_columns, unit < H, acc, 1, P, CHUNK, PRECISION
+                    h_rows, entered, w_columns, unit < H, 1, P, CHUNK, SPLIT, PRECISION
                 )
             i_g, f_o = tl.split(tl.reshape(acc, (BATCH_TILE, HIDDEN_TILE, 2, 2)))
             r_i, r_g = tl.split(i_g)
@@ -142,9 +151,8 @@ def lstm_forward(
                 tl.store(c_all + (row * D + d)[:, None] * H + j[None, :], c_t, mask=here)
         elif w_hr is not None:
             wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
-            h_t = tl.zeros((BATCH_TILE, HIDDEN_TILE), tl.float32)
             w_rows = w_hr + (d * P + j) * H
-            h_t = streamed_product(m_rows, live, w_rows, j < P, h_t, 1, H, CHUNK, PRECISION)
+            h_t = streamed_product(m_rows, live, w_rows, j < P, 1, H, PART, SPLIT, PRECISION)
             tl.store(outputs, h_t, mask=out)
             arrive(counters + team, ALONE)
             tl.store(finals, h_t, mask=last)

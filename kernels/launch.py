@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from .config import Config, Limits
 
@@ -66,73 +67,107 @@ def run(
     """Walk from exchange ``begin`` to ``end``, on the current stream.
 
     Args:
-        arguments: of ``kernel``, but for those that this function knows.
+        arguments: of ``kernel``, but for those that this function knows. Tensors are contiguous
+            and begin at multiples of 16 bytes.
     """
     arguments = {
         **arguments,
         **dict(fault=_fault_word(device), polls=POLLS, jitter=JITTER),
         **dict(BATCH_TILE=config.batch_tile, HIDDEN_TILE=config.hidden_tile),
-        **dict(CHUNK=config.chunk, RESIDENT=config.resident),
+        **dict(CHUNK=config.chunk, SPLIT=config.split, RESIDENT=config.resident),
+        **dict(begin=begin, end=end, first_team=0),
     }
-    options = config.options()
-    together = 0
-    if tiles > 1 and isinstance(kernel, triton.JITFunction):
-        compiled = kernel.warmup(
-            **arguments,
-            **options,
-            **dict(begin=begin, end=end, first_team=0),
-            launch_cooperative_grid=True,
-            grid=(tiles, teams),
-        )
-        together = _programs_together(compiled, device) // tiles
-    for launch in plan(begin, end, teams, tiles, together):
-        cooperative = dict(launch_cooperative_grid=True) if tiles > 1 and together else {}
-        kernel[(tiles, launch.teams)](
-            **arguments,
-            **options,
-            **cooperative,
-            begin=launch.begin,
-            end=launch.end,
-            first_team=launch.first_team,
-        )
+    if not isinstance(kernel, triton.JITFunction):
+        for span in plan(begin, end, teams, tiles, 0):
+            arguments.update(begin=span.begin, end=span.end, first_team=span.first_team)
+            kernel[(span.teams, tiles)](**arguments, **config.options())
+        return
+    prepared = _prepare(kernel, arguments, config, tiles, device)
+    values = _values(kernel, arguments)
+    places = [kernel.arg_names.index(name) for name in ("begin", "end", "first_team")]
+    stream = driver.active.get_current_stream(device.index)
+    for span in plan(begin, end, teams, tiles, prepared.together):
+        for place, value in zip(places, span[:3], strict=True):
+            values[place] = value
+        prepared.compiled[(span.teams, tiles, 1)](*values, stream=stream)
+
+
+class _Prepared(NamedTuple):
+    """A kernel that is compiled for one kind of arguments, and loaded on one device."""
+
+    compiled: Any
+    together: int  # how many teams can be on the device at once
+
+
+# By the kernel, the device and all that it is compiled for: nothing that differs between the calls
+# of a layer, so that a call after the first asks neither the compiler nor the device.
+_PREPARED: dict[tuple[Any, ...], _Prepared] = {}
+
+
+def _prepare(
+    kernel: Any, arguments: Mapping[str, Any], config: Config, tiles: int, device: torch.device
+) -> _Prepared:
+    kinds = [_kind(arguments[name]) for name in _compiled_for(kernel)]
+    key = (kernel, device, config, *kinds)
+    prepared = _PREPARED.get(key)
+    if prepared is None:
+        compiled, together = _compile(kernel, arguments, config, tiles > 1), 0
+        if tiles > 1:
+            room = limits(device)
+            each = room.programs(
+                compiled.n_regs, compiled.metadata.shared, compiled.metadata.num_warps
+            )
+            together = each * room.multiprocessors // tiles
+            if together == 0:  # nobody waits inside a launch
+                compiled = _compile(kernel, arguments, config, cooperative=False)
+        prepared = _PREPARED[key] = _Prepared(compiled, together)
+    return prepared
+
+
+def _compile(kernel: Any, arguments: Mapping[str, Any], config: Config, cooperative: bool) -> Any:
+    """The kernel for these arguments, loaded, so that it knows its registers."""
+    option = dict(launch_cooperative_grid=True) if cooperative else {}
+    compiled = kernel.warmup(**arguments, **config.options(), **option, grid=(1,))
+    _ = compiled.run
+    return compiled
+
+
+@functools.cache
+def _compiled_for(kernel: Any) -> tuple[str, ...]:
+    """The arguments that make a difference to the compiler."""
+    return tuple(p.name for p in kernel.params if not p.do_not_specialize)
+
+
+def _kind(value: Any) -> Any:
+    return value.dtype if isinstance(value, Tensor) else value
+
+
+def _values(kernel: Any, arguments: Mapping[str, Any]) -> list[Any]:
+    """In the kernel's order. Tensors as addresses, about which the launcher need not ask the
+    driver; but for the fault word, which is the host's."""
+    values, addresses = [], 0
+    for name in kernel.arg_names:
+        value = arguments[name]
+        if isinstance(value, Tensor) and name != "fault":
+            value = value.data_ptr()
+            addresses |= value
+        values.append(value)
+    if addresses % 16 != 0:
+        raise ValueError("arguments: got a tensor at an odd address, expected a multiple of 16")
+    return values
 
 
 @functools.cache
 def limits(device: torch.device) -> Limits:
     """What ``device`` has; in the interpreter, which has no limits, an H100's."""
     if device.type != "cuda":
-        return Limits(132, 232448)
+        return Limits(132, 232448, 233472, 65536, 2048)
     properties = torch.cuda.get_device_properties(device)
-    return Limits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
-def programs_per_multiprocessor(
-    registers: int,
-    shared: int,
-    warps: int,
-    most_registers: int,
-    most_shared: int,
-    most_threads: int,
-) -> int:
-    """How many programs that take so much find room where there is so much."""
-    # Registers come in blocks of 256 for each warp; the system takes 1 KiB of each program's share.
-    per_warp = -(-registers * 32 // 256) * 256
-    return min(
-        most_registers // (per_warp * warps),
-        most_shared // (shared + 1024),
-        most_threads // (32 * warps),
-    )
-
-
-def _programs_together(compiled: Any, device: torch.device) -> int:
-    _ = compiled.run  # loads the kernel, which tells its registers
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count * programs_per_multiprocessor(
-        compiled.n_regs,
-        compiled.metadata.shared,
-        compiled.metadata.num_warps,
-        properties.regs_per_multiprocessor,
+    return Limits(
+        properties.multi_processor_count,
+        properties.shared_memory_per_block_optin,
         properties.shared_memory_per_multiprocessor,
+        properties.regs_per_multiprocessor,
         properties.max_threads_per_multi_processor,
     )
 

@@ -2,7 +2,9 @@
 
 A program of its own: it needs Triton's compiler, and the tests' process has the interpreter.
 
-    python tests/compile_ahead.py all|some
+    python tests/compile_ahead.py all|some [K/N]
+
+K/N: of N processes the one with number K, from 0 on; each compiles its share of the cases.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from fastlstm.kernels import config
 from fastlstm.kernels.backward import lstm_backward
 from fastlstm.kernels.forward import lstm_forward
 
-# Multiprocessors and shared memory for a program: A100, H100 and H200, B200.
+# Of A100, H100 and H200, B200.
 LIMITS = {
-    80: config.Limits(108, 166912),
-    90: config.Limits(132, 232448),
-    100: config.Limits(148, 232448),
+    80: config.Limits(108, 166912, 167936, 65536, 2048),
+    90: config.Limits(132, 232448, 233472, 65536, 2048),
+    100: config.Limits(148, 232448, 233472, 65536, 2048),
 }
 KERNELS = {config.FORWARD: lstm_forward, config.BACKWARD: lstm_backward}
-DTYPES = {"bf16": 2, "fp16": 2, "tf32": 4, "ieee": 4}
+PRODUCTS = {"bf16": "half", "fp16": "half", "tf32": "tf32", "ieee": "ieee"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -53,7 +55,7 @@ def cases(everything: bool) -> Iterator[Case]:
     for arch in LIMITS:
         for kind in KERNELS:
             for hidden in (128, 256, 512, 1024):
-                for sequences in (16, 64):
+                for sequences in (16, 64, 256) if everything else (16, 256):
                     yield Case(arch, kind, "bf16", hidden, hidden, sequences)
                     if everything:
                         yield Case(arch, kind, "fp16", hidden, hidden, sequences)
@@ -73,11 +75,12 @@ def cases(everything: bool) -> Iterator[Case]:
 
 def source(case: Case, chosen: config.Config) -> ASTSource:
     """The kernel with its arguments' types, as a launch on aligned tensors would have them."""
-    kernel, storage = KERNELS[case.kind], "fp32" if DTYPES[case.dtype] == 4 else case.dtype
+    kernel, storage = KERNELS[case.kind], case.dtype if PRODUCTS[case.dtype] == "half" else "fp32"
     constants: dict[str, Any] = dict(
         D=2 if case.features else 1, H=case.hidden, P=case.output, RESERVE=True,
         BATCH_TILE=chosen.batch_tile, HIDDEN_TILE=chosen.hidden_tile, CHUNK=chosen.chunk,
-        RESIDENT=chosen.resident, PRECISION="tf32" if case.dtype == "tf32" else "ieee",
+        SPLIT=chosen.split, RESIDENT=chosen.resident,
+        PRECISION="tf32" if case.dtype == "tf32" else "ieee",
     )  # fmt: skip
     absent = set() if case.features else {"reset", "starts", "dc_all", "dh_n"}
     if case.output == case.hidden:
@@ -147,22 +150,41 @@ def order(ttgir: str) -> list[str]:
     return [name for line in lines for step, name in steps.items() if re.search(step, line)]
 
 
+def conversions(ttgir: str) -> int:
+    """Changes of layout in a step before the wait: each is a barrier that waits for what was read,
+    so that reads which could be under way together go one after the other."""
+    lines = ttgir[ttgir.index("tt.func") :].splitlines()
+    loop = next(n for n, line in enumerate(lines) if re.match(r" {4}%\S+ = scf\.while", line))
+    wait = next((n for n, line in enumerate(lines) if "atomic_rmw add, acquire" in line), loop)
+    return sum("ttg.convert_layout" in line for line in lines[loop:wait])
+
+
 def compile_case(case: Case) -> dict[str, Any]:
     chosen = config.choose(
-        case.kind, case.hidden, case.output, DTYPES[case.dtype], case.sequences, LIMITS[case.arch]
+        case.kind,
+        case.hidden,
+        case.output,
+        PRODUCTS[case.dtype],
+        2 if case.features else 1,
+        case.sequences,
+        LIMITS[case.arch],
     )
     compiled = triton.compile(
         source(case, chosen),
         target=GPUTarget("cuda", case.arch, 32),
         options=dict(chosen.options(), launch_cooperative_grid=True),
     )
+    taken, tiles = resources(compiled.asm["cubin"]), chosen.tiles(case.hidden, case.output)
+    each = LIMITS[case.arch].programs(taken["registers"], compiled.metadata.shared, chosen.warps)
     return dict(
         case=case._asdict(),
         config=chosen._asdict(),
-        tiles=chosen.tiles(case.hidden, case.output),
+        tiles=tiles,
+        teams_together=each * LIMITS[case.arch].multiprocessors // tiles,
         limit=LIMITS[case.arch].shared,
         shared=compiled.metadata.shared,
-        **resources(compiled.asm["cubin"]),
+        conversions=conversions(compiled.asm["ttgir"]),
+        **taken,
         **residence(compiled.asm["ttgir"]),
         order=order(compiled.asm["ttgir"]),
         incoherent_loads=compiled.asm["ptx"].count("ld.global.nc"),
@@ -172,6 +194,7 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    unique = dict.fromkeys(cases(sys.argv[1:] == ["all"]))
-    for each in unique:
+    index, count = map(int, sys.argv[2].split("/")) if len(sys.argv) > 2 else (0, 1)
+    unique = list(dict.fromkeys(cases(sys.argv[1] == "all")))
+    for each in unique[index::count]:
         print(json.dumps(compile_case(each)), flush=True)

@@ -142,7 +142,11 @@ def test_sigmoid_and_tanh_within_four_ulp(dtype: torch.dtype, instruction_set: s
 
 
 def test_triton_sigmoid_and_tanh() -> None:
-    """On a GPU exponential and division are approximations, each of about two units."""
+    """On a GPU exponential and division are approximations, each of about two units.
+
+    exp(x) is 2 to the power of x log2(e), whose rounding to float32 costs up to 7e-8 |x|: what is
+    near 1e-38 has five digits left. Below that is zero.
+    """
     values = whole_range(torch.float32)
     a = torch.stack((values, values, values, values))
     zeros = torch.zeros_like(values)
@@ -152,7 +156,11 @@ def test_triton_sigmoid_and_tanh() -> None:
     else:
         exact = torch.stack([values.double().sigmoid()] * 4)
         exact[2] = values.double().tanh()
-        torch.testing.assert_close(gates.double(), exact, rtol=2e-6, atol=1e-37, equal_nan=True)
+        finite = values.double().nan_to_num(posinf=0.0, neginf=0.0).abs()
+        error = (gates.double() - exact).abs()
+        allowed = (1e-6 + 7e-8 * finite) * exact.abs() + 1e-37
+        within = error <= allowed  # and no NaN
+        assert within.all(), values[~within.all(0)]
 
 
 def whole_range(dtype: torch.dtype) -> Tensor:

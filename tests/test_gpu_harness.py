@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastlstm import build
@@ -15,6 +16,7 @@ from fastlstm import build
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benches"))
 
+import gpu_micro  # noqa: E402
 import gpu_run  # noqa: E402
 
 
@@ -37,10 +39,12 @@ def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
     assert all(row["failures"] == 0 < row["tests"] for row in read(tmp_path / "tests.json"))
     stress = {row["case"]: row["result"] for row in read(tmp_path / "stress.json")}
     assert {name for name, result in stress.items() if result == "ok"} == {
-        *("repeated", "near_stock", "given_up"),
+        *("repeated", "near_stock", "given_up", "every_exchange"),
     }
     assert "failed" not in stress.values()
-    assert read(tmp_path / "micro.json")[0]["microseconds"]["median"] > 0
+    barrier, walk, clusters = read(tmp_path / "micro.json")
+    assert barrier["microseconds"]["median"] > 0 and walk["host_microseconds"]["median"] > 0
+    assert "9.0" in clusters["missing"]
     (path,) = tmp_path.glob("gpu-*.json")
     check_measured(read(path))
     text = path.with_suffix(".md").read_text()
@@ -122,3 +126,17 @@ def test_kernels_come_from_this_checkout() -> None:
 def test_make_asks_where_to() -> None:
     done = subprocess.run(["make", "gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "OUT=FOLDER" in done.stderr
+
+
+def test_the_cluster_benchmark_compiles(tmp_path: Path) -> None:
+    """And says what is wrong where it cannot run."""
+    nvcc = gpu_micro.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    program = tmp_path / "clusters"
+    assert gpu_micro.build_clusters(nvcc, (9, 0), str(program)) is None
+    done = subprocess.run([program], capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows and any("error" in row for row in rows) == (done.returncode != 0)
+    problem = gpu_micro.build_clusters(nvcc, (1, 0), str(program))
+    assert "unsupported gpu architecture" in problem.lower()

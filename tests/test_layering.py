@@ -17,7 +17,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # Bottom to top: a module imports only what stands above it in this list.  A new module
 # must be given its place here.
 LAYERS = (
-    *("contract", "build", "native", "products"),
+    *("contract", "build", "native", "products", "dispatch"),
     *("reference", "aten", "cpu", "triton"),
     *("backends", "checkpoint", "ops", "autograd", "functional", "tracers"),
     *("checks", "module", "cell", "inspect", "compat", "surgery", "cli", "__init__", "__main__"),

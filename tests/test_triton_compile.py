@@ -67,6 +67,20 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
     assert checked >= 48
 
 
+def test_a_team_finds_room(compiled: list[dict[str, Any]]) -> None:
+    """All of its programs at once, so that the walk is one launch."""
+    for result in compiled:
+        assert result["teams_together"] >= 1, of(result)
+
+
+def test_reads_before_the_wait_go_together(compiled: list[dict[str, Any]]) -> None:
+    """Where warps share out the depth, whose results are laid out as what is read."""
+    split = [r for r in compiled if r["config"]["split"] > 1 and r["tiles"] > 1]
+    assert len(split) > 20
+    for result in split:
+        assert result["conversions"] == 0, f"{of(result)}: {result['conversions']}"
+
+
 def test_exchange_is_ordered(compiled: list[dict[str, Any]]) -> None:
     """Reads of exchanged values come after an acquire, writes before a release."""
     for result in compiled:

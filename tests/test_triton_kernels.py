@@ -23,8 +23,9 @@ ALL = Requested(*[True] * 7)
 PACKED = Layer((7, 5, 5, 1), 6, 20, directions=2, reset=0.3)
 PROJECTED = Layer((7, 5, 5, 1), 6, 20, projection=17, directions=2, reset=0.3)
 # Small tiles, so that small layers have several programs in a team and several chunks.
-TEAMS = config.Config(batch_tile=16, hidden_tile=16, chunk=16, warps=4, resident=True)
-TILINGS = {"chosen": None, "teams": TEAMS}
+TEAMS = config.Config(batch_tile=16, hidden_tile=16, chunk=16, warps=4, split=1, resident=True)
+SPLIT = TEAMS._replace(chunk=128, warps=8, split=8)
+TILINGS = {"chosen": None, "teams": TEAMS, "split": SPLIT}
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +107,10 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype) -> None:
     check_layer(case, dtype)
 
 
+@pytest.mark.parametrize("tiles", ["teams", "split"])
 @pytest.mark.parametrize("case", [LAYERS[n] for n in (4, 8, 9, 14, 16)], ids=str)
-def test_teams_equal_reference(case: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, TEAMS)
+def test_teams_equal_reference(case: Layer, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, TILINGS[tiles])
     check_layer(case, torch.float32)
 
 
@@ -117,7 +119,7 @@ def test_teams_equal_reference(case: Layer, monkeypatch: pytest.MonkeyPatch) -> 
 def test_streamed_weights_equal_reference(
     case: Layer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, TEAMS._replace(resident=False))
+    use(monkeypatch, (SPLIT if dtype == torch.float16 else TEAMS)._replace(resident=False))
     check_layer(case, dtype)
 
 
@@ -300,7 +302,9 @@ def test_module_trains_on_it() -> None:
 
 def test_what_it_refuses() -> None:
     layer = make_layer(Layer((2, 2), 3, 4), torch.float64)
-    call = backends.Call(layer.x.to(DEVICE), layer.batch_sizes, layer.h0, None, False, False)
+    call = backends.Call(
+        layer.x.to(DEVICE), layer.batch_sizes, layer.h0, layer.weights[0], None, False, False
+    )
     assert "torch.float64" in backend.unsupported(call)
     elsewhere = call._replace(x=layer.x.to("meta"))
     assert "meta" in backend.unsupported(elsewhere)
@@ -320,10 +324,10 @@ def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {name: backends._TABLE[name] for name in ("triton", "reference")}
-    monkeypatch.setattr(backends, "_TABLE", table)
+    table = [backends._TABLE[name] for name in ("triton", "reference")]
+    monkeypatch.setattr(backends, "_AUTOMATIC", [each for each in table if each.automatic])
     layer = layer_of(PACKED, torch.float32)
-    call = backends.Call(layer.x, layer.batch_sizes, layer.h0, None, False, True)
+    call = backends.Call(layer.x, layer.batch_sizes, layer.h0, layer.weights[0], None, False, True)
     assert backends.pick("auto", call).name == "reference"
 
 
@@ -355,46 +359,50 @@ def test_teams_that_go_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> N
     assert_same_bits(backend.layer_forward(*layer, True, True), want)
 
 
-def test_programs_per_multiprocessor() -> None:
-    h100 = dict(most_registers=65536, most_shared=233472, most_threads=2048)
-    fit = launch.programs_per_multiprocessor
-    assert fit(registers=128, shared=1024, warps=8, **h100) == 2  # by registers
-    assert fit(registers=32, shared=100 << 10, warps=4, **h100) == 2  # by shared memory
-    assert fit(registers=32, shared=0, warps=16, **h100) == 4  # by threads
-    assert fit(registers=255, shared=228 << 10, warps=8, **h100) == 0
-
-
-H100, A100 = config.Limits(132, 232448), config.Limits(108, 166912)
+H100 = config.Limits(132, 232448, 233472, 65536, 2048)
+A100 = config.Limits(108, 166912, 167936, 65536, 2048)
 
 
 def test_configurations() -> None:
-    def choose(hidden: int, itemsize: int, limits: config.Limits, kind: str = config.FORWARD):
-        return config.choose(kind, hidden, hidden, itemsize, 16, limits)
+    def choose(hidden: int, product: str, limits: config.Limits, kind: str = config.FORWARD):
+        return config.choose(kind, hidden, hidden, product, 1, 16, limits)
 
-    assert choose(128, 2, H100).tiles(128, 128) == 1  # no barrier
-    assert choose(1024, 2, H100).tiles(1024, 1024) == 64
-    assert choose(1024, 4, H100).tiles(1024, 1024) == 128
-    assert not choose(1024, 4, A100).resident  # 128 programs, 108 multiprocessors
-    assert not choose(2048, 2, H100).resident
+    assert choose(128, "half", H100).tiles(128, 128) == 1  # no barrier
+    assert choose(1024, "half", H100).tiles(1024, 1024) == 64
+    assert choose(1024, "tf32", H100).tiles(1024, 1024) == 128
+    assert not choose(1024, "tf32", A100).resident  # 128 programs, 108 multiprocessors
+    assert choose(1024, "half", A100, config.BACKWARD).resident  # with a shorter chunk
+    assert not choose(2048, "half", H100).resident
     for hidden in (1, 16, 100, 333, 1000, 5000):
-        for itemsize in (2, 4):
+        for product in ("half", "tf32", "ieee"):
             for limits in (H100, A100):
                 for kind in (config.FORWARD, config.BACKWARD):
-                    chosen = choose(hidden, itemsize, limits, kind)
-                    depth = hidden if kind == config.FORWARD else 4 * hidden
-                    taken = config.shared_bytes(kind, chosen, depth, itemsize)
+                    chosen = choose(hidden, product, limits, kind)
+                    taken = config.shared_bytes(kind, chosen, hidden, hidden, product)
                     assert not chosen.resident or taken <= limits.shared
-                    assert chosen.chunk >= 16 and chosen.batch_tile >= 16
+                    assert chosen.chunk // chosen.split >= 16 and chosen.batch_tile >= 16
 
 
 @pytest.mark.parametrize("batch", [1, 16, 17, 64, 65, 10_000])
 def test_batch_size_matters_by_class_only(batch: int) -> None:
     sizes = {
-        config.choose(kind, hidden, hidden, 2, batch, H100)
+        config.choose(kind, hidden, hidden, "half", 1, batch, H100)
         for kind in (config.FORWARD, config.BACKWARD)
         for hidden in (128, 1024, 4096)
     }
     assert {c.batch_tile for c in sizes} <= {16, 32, 64}
+
+
+def test_small_batch_tiles_where_every_program_has_a_multiprocessor() -> None:
+    def rows(hidden: int, sequences: int, directions: int = 1) -> int:
+        found = config.choose(config.FORWARD, hidden, hidden, "half", directions, sequences, H100)
+        return found.batch_tile
+
+    assert rows(512, 64) == 16 and rows(512, 65) == 32  # 32 programs a team, 132 multiprocessors
+    assert rows(512, 32, directions=2) == 16 and rows(512, 33, directions=2) == 32
+    assert rows(1024, 32) == 16 and rows(1024, 64) == 32
+    assert rows(1024, 16, directions=2) == 16  # the larger tile would be half empty
+    assert rows(128, 10_000) == 16  # nobody waits
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -412,41 +420,3 @@ def rows_kernel(out, starts, t: tl.int32, steps: tl.int32, rows_per_step: tl.int
     start, count = exchange.step_rows(starts, t, steps, rows_per_step)
     tl.store(out, start)
     tl.store(out + 1, count.to(tl.int64))
-
-
-class FakeKernel:
-    """Stands where a compiled kernel would, on a device with room for ``room`` programs."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[Any, ...]] = []
-
-    def warmup(self, grid: tuple[int, int], launch_cooperative_grid: bool, **_: Any) -> object:
-        assert launch_cooperative_grid
-        return object()
-
-    def __getitem__(self, grid: tuple[int, int]) -> Any:
-        def record(begin: int, end: int, first_team: int, **rest: Any) -> None:
-            cooperative = rest.get("launch_cooperative_grid", False)
-            self.launches.append((grid, begin, end, first_team, cooperative))
-
-        return record
-
-
-@pytest.mark.parametrize(
-    ("room", "tiles", "want"),
-    [
-        (100, 4, [((4, 3), 0, 2, 0, True)]),
-        (9, 4, [((4, 2), 0, 2, 0, True), ((4, 1), 0, 2, 2, True)]),
-        (3, 4, [((4, 3), 0, 1, 0, False), ((4, 3), 1, 2, 0, False)]),
-        (1, 1, [((1, 3), 0, 2, 0, False)]),
-    ],
-    ids=["together", "in turns", "by exchanges", "alone"],
-)
-def test_launches_are_cooperative_where_programs_wait(
-    room: int, tiles: int, want: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kernel = FakeKernel()
-    monkeypatch.setattr(triton, "JITFunction", FakeKernel)
-    monkeypatch.setattr(launch, "_programs_together", lambda *_: room)
-    launch.run(kernel, {}, TEAMS, 0, 2, 3, tiles, DEVICE)
-    assert kernel.launches == want
