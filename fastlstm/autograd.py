@@ -137,7 +137,8 @@ def _self_differentiating(
     """The backend to take, if it is one that torch differentiates without our help."""
     if run.checkpoint or ops.is_traced(x, h0, *flat):
         return None
-    call = backends.Call(x, batch_sizes, h0, reset, run.need_cells, need_reserve=False)
+    weights = _unflatten(flat)[0]
+    call = backends.Call(x, batch_sizes, h0, weights, reset, run.need_cells, need_reserve=False)
     chosen = backends.pick(run.backend, call)
     return chosen if chosen.layer_backward is None else None
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, cpu, reference, triton
-from .contract import Gradients, Outputs, Reserve
+from . import aten, cpu, cuda, reference, triton
+from .contract import Gradients, Outputs, Reserve, Weights
 
 
 class Call(NamedTuple):
@@ -24,6 +24,7 @@ class Call(NamedTuple):
     x: Tensor  # (N, I)
     batch_sizes: Tensor  # (T,)
     h0: Tensor  # (D, B, P)
+    weights: Weights  # of one direction
     reset: Tensor | None
     need_cells: bool
     need_reserve: bool  # will its layer_backward be called?
@@ -85,6 +86,14 @@ _TABLE = {
             triton.missing,
             triton.unsupported,
             automatic=False,  # no recorded run says where it is faster than aten
+        ),
+        Backend(
+            "cuda",
+            cuda.layer_forward,
+            cuda.layer_backward,
+            cuda.missing,
+            cuda.unsupported,
+            automatic=False,  # no recorded run says where it is faster, nor that it is right
         ),
         Backend(
             "reference",

@@ -122,7 +122,7 @@ def layer_forward(
             h, c = h_n[d : d + 1, : chunk.batch], c_n[d : d + 1, : chunk.batch]
             borders[chunk.number, d, : chunk.batch] = c[0]
             here = chunk.of(x)
-            call = backends.Call(here, chunk.sizes, h, chunk.reset, need_cells, False)
+            call = backends.Call(here, chunk.sizes, h, w, chunk.reset, need_cells, False)
             out = backends.pick(backend, call).layer_forward(
                 here, chunk.sizes, h, c, [w], chunk.reset, False, need_cells
             )
@@ -229,7 +229,7 @@ def _chunk_backward(
     )
     inputs = (here, chunk.sizes, h, c, [w], chunk.reset)
     need_cells = grads.c_all is not None
-    call = backends.Call(here, chunk.sizes, h, chunk.reset, need_cells, False)
+    call = backends.Call(here, chunk.sizes, h, w, chunk.reset, need_cells, False)
     chosen = backends.pick(backend, call)
     asked = need._replace(h0=True, c0=True)
     if chosen.layer_backward is None:

@@ -75,7 +75,7 @@ def layer_forward(
         RuntimeError: the backend named cannot serve this call; the message says why.
     """
     if not is_traced(x, h0, *weights[0]):  # the dispatcher would only cost time
-        call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve)
+        call = backends.Call(x, batch_sizes, h0, weights[0], reset, need_cells, need_reserve)
         return backends.pick(backend, call).layer_forward(
             x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
         )
@@ -117,9 +117,9 @@ def layer_backward(
 ) -> Gradients:
     """Run one layer's backward pass; see ``reference.layer_backward``."""
     if not is_traced(x, h0, *weights[0]):
-        return _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
-            grads, x, batch_sizes, h0, c0, weights, reset, saved, need
-        )
+        return _pick_backward(
+            backend, x, batch_sizes, h0, weights[0], reset, grads.c_all is not None
+        )(grads, x, batch_sizes, h0, c0, weights, reset, saved, need)
     results = torch.ops.fastlstm.layer_backward(
         *grads,
         x,
@@ -214,10 +214,11 @@ def _pick_backward(
     x: Tensor,
     batch_sizes: Tensor,
     h0: Tensor,
+    weights: Weights,
     reset: Tensor | None,
     need_cells: bool,
 ) -> Callable[..., Gradients]:
-    call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve=True)
+    call = backends.Call(x, batch_sizes, h0, weights, reset, need_cells, need_reserve=True)
     chosen = backends.pick(backend, call).layer_backward
     assert chosen is not None  # pick takes no backend without one where a reserve is needed
     return chosen
@@ -240,8 +241,8 @@ def _forward_impl(
     need_cells: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    call = backends.Call(x, batch_sizes, h0, reset, need_cells, need_reserve)
     weights = _weights(w_ih, w_hh, bias, w_hr)
+    call = backends.Call(x, batch_sizes, h0, weights[0], reset, need_cells, need_reserve)
     out = backends.pick(backend, call).layer_forward(
         x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
     )
@@ -280,8 +281,9 @@ def _backward_impl(*args: Any) -> tuple[Tensor | list[Tensor], ...]:
     reset, y, c_all, gates, m, asked, backend = args[12:]
     need = _possible(asked, weights)
     saved = Reserve(y, c_all, gates, m if weights[3] else None)
-    g = _pick_backward(backend, x, batch_sizes, h0, reset, grads.c_all is not None)(
-        grads, x, batch_sizes, h0, c0, _weights(*weights), reset, saved, need
+    layer = _weights(*weights)
+    g = _pick_backward(backend, x, batch_sizes, h0, layer[0], reset, grads.c_all is not None)(
+        grads, x, batch_sizes, h0, c0, layer, reset, saved, need
     )
     return _results(x, g)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, native
+from ..contract import Weights
 from ..module import LSTM
 from .arguments import DTYPES, backend_of, seconds_of
 from .compare import difference
@@ -122,7 +123,9 @@ def _places(only: str) -> Iterator[Place]:
 def _places_on(device: torch.device, name: str) -> Iterator[Place]:
     """None where the backend does not serve that device."""
     x, sizes = torch.zeros(1, 1, device=device), torch.ones(1, dtype=torch.int64)
-    call = backends.Call(x, sizes, x[None], None, need_cells=False, need_reserve=False)
+    w = x.expand(4, 1)
+    weights = Weights(w, w, bias=None, w_hr=None)
+    call = backends.Call(x, sizes, x[None], weights, None, need_cells=False, need_reserve=False)
     try:
         backend = backends.pick(name, call)
     except RuntimeError:
