@@ -152,7 +152,7 @@ FASTLSTM_HOST_DEVICE constexpr int operands_of_lane(Kind kind, int pairs) {
 }
 FASTLSTM_HOST_DEVICE constexpr int operands_in_registers(Kind kind, int pairs, int n_tiles) {
   // What a walk needs beside them grows with the sequences.
-  const int most = kind == Kind::forward ? (n_tiles == 4 ? 20 : 32)
+  const int most = kind == Kind::forward ? (n_tiles == 4 ? 16 : 32)
                    : n_tiles == 4        ? 24
                    : n_tiles == 2        ? 28
                                          : 32;
