@@ -78,7 +78,7 @@ bench: build ## time against nn.LSTM
 	$(BIN)/python benches/run.py $(ARGS)
 
 # On a machine with a GPU and a python that has torch and triton; no .venv and no network.
-gpu: ## test, stress and time the Triton kernels on a GPU, into OUT=FOLDER
+gpu: ## test, stress and time the kernels for GPUs on one, into OUT=FOLDER
 	@test -n "$(OUT)" || { echo 'make gpu: expected OUT=FOLDER' >&2; exit 2; }
 	$(PYTHON) benches/gpu_run.py --out "$(OUT)" $(ARGS)
 

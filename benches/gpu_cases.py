@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
+from fastlstm import cuda
 from fastlstm.cli.compare import difference, tolerance
 from fastlstm.cli.contest import Contest
 from fastlstm.cli.timing import cuda_seconds_per_call, seconds_per_call
@@ -36,6 +38,7 @@ class Case(NamedTuple):
     precision: str
     variant: str = "plain"
     steps: int = STEPS
+    backend: str = "triton"
 
 
 def cases() -> list[Case]:
@@ -47,17 +50,27 @@ def cases() -> list[Case]:
 
     return [
         *plain(first, "bf16", "tf32"),
+        *_cuda(plain(first, "bf16", "fp16", "tf32")),
+        *_cuda(Case(*s, "bf16", v) for v in VARIANTS for s in first),
         *(Case(*s, p, v) for v in VARIANTS for s in first for p in ("bf16", "tf32")),
         *plain(others, "bf16", "tf32"),
         *plain(first, "fp16", "fp32"),
         *plain(others, "fp16", "fp32"),
+        *_cuda(plain(others, "bf16", "tf32")),
         *plain(SHAPES[-1:], *PRECISIONS),
     ]
 
 
+def _cuda(these: Iterable[Case]) -> Iterator[Case]:
+    """The same for the cuda backend, where it is there."""
+    for case in these if cuda.missing() is None else ():
+        yield case._replace(backend="cuda")
+
+
 def dry_cases() -> list[Case]:
     """Of a dry run: every variant, tiny."""
-    return [Case(2, 4, "fp32", variant, 2) for variant in ("plain", *VARIANTS)]
+    tiny = [Case(2, 4, "fp32", variant, 2) for variant in ("plain", *VARIANTS)]
+    return [*tiny, *_cuda(Case(2, 8, "bf16", variant, 2) for variant in ("plain", *VARIANTS))]
 
 
 def set_precision(name: str) -> torch.dtype:
@@ -89,11 +102,10 @@ class DeviceContest(Contest):
             bidirectional=case.variant == "bidirectional",
         )
         directions = 1 + config["bidirectional"]
-        kind: Callable[..., nn.Module] = nn.LSTM
-        if case.variant == "resets":
-            kind = fastlstm_lstm
+        fast = partial(fastlstm.LSTM, backend=case.backend)
+        kind: Callable[..., nn.Module] = fast if case.variant == "resets" else nn.LSTM
         self.theirs = kind(case.hidden, case.hidden, **config, **made)
-        self.ours = fastlstm_lstm(case.hidden, case.hidden, **config, **made)
+        self.ours = fast(case.hidden, case.hidden, **config, **made)
         self.ours.load_state_dict(self.theirs.state_dict())
         states = (2, config["num_layers"] * directions, case.batch, case.hidden)
         self.hx = torch.randn(states, **made).unbind()
@@ -162,7 +174,3 @@ class DeviceContest(Contest):
         want = exact.results(exact.theirs)[name]
         far = [float((t.detach().float() - want.detach()).abs().max()) for t in (ours, theirs)]
         return f"; from float32: ours by {far[0]:.2g}, nn.LSTM by {far[1]:.2g}"
-
-
-def fastlstm_lstm(*sizes: int, **config: object) -> nn.Module:
-    return fastlstm.LSTM(*sizes, backend="triton", **config)

@@ -9,7 +9,7 @@ from typing import Any
 from fastlstm.cli.table import means, table
 
 COLUMNS = (
-    *("mode", "B, H", "precision", "variant", "× rival (quartiles)"),
+    *("mode", "B, H", "precision", "variant", "backend", "× rival (quartiles)"),
     *("µs per step: ours / rival", "peak MiB: ours / rival", "kernels of the rival"),
 )
 MODES = {"train": "forward + backward", "infer": "forward"}
@@ -48,7 +48,7 @@ def pair(row: dict[str, Any], name: str, scale: float = 1.0) -> str:
 def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table, for COLUMNS."""
     lead = [MODES[row["mode"]], f"{row['batch']}, {row['hidden']}"]
-    lead += [row["precision"], row["variant"]]
+    lead += [row["precision"], row["variant"], row["backend"]]
     if "error" in row:
         error = row["error"].replace("\n", " ").replace("|", "/")
         return [*lead, f"not timed: {error}", "", "", ""]
@@ -63,13 +63,14 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Geometric mean and minimum of the ratio by mode, precision and variant."""
+    """Geometric mean and minimum of the ratio, by all but the sizes of batch and layer."""
     lines = []
-    keys = dict.fromkeys((row["mode"], row["precision"], row["variant"]) for row in rows)
+    names = ("mode", "precision", "variant", "backend")
+    keys = dict.fromkeys(tuple(row[name] for name in names) for row in rows)
     for key in keys:
-        group = [r for r in rows if (r["mode"], r["precision"], r["variant"]) == key]
+        group = [row for row in rows if tuple(row[name] for name in names) == key]
         lines.append([MODES[key[0]], *key[1:], *means(group)])
-    columns = ("mode", "precision", "variant", "geometric mean", "minimum", "rows timed")
+    columns = ("mode", "precision", "variant", "backend", "geometric mean", "minimum", "rows timed")
     return table(lines, columns)
 
 
@@ -104,7 +105,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     )
     for axis, mode in zip(axes, MODES, strict=True):
         bars = [row for row in rows if row["mode"] == mode][::-1]
-        labels = [f"{r['precision']} {r['variant']} {r['batch']}, {r['hidden']}" for r in bars]
+        names = ("precision", "variant", "batch", "hidden", "backend")
+        labels = [" ".join(str(row[name]) for name in names) for row in bars]
         ratios = [row["ratio"]["median"] for row in bars]
         axis.barh(labels, ratios, color=["C0" if ratio >= 1 else "C3" for ratio in ratios])
         axis.axvline(1.0, color="black", linewidth=1)

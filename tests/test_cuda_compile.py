@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for GPUs that are not there: registers, spills, tensor cores; and linked.
+"""The CUDA kernels compiled and linked where no GPU is: registers, spills, tensor cores.
 
 Where nvcc is. By default a selection, about a minute on one core; FASTLSTM_COMPILE=all compiles
 every instance for every architecture, about four.
