@@ -117,7 +117,7 @@ class Waiter {
                                   (C::kind == Kind::forward ? 1 : 2));
     }
     if (jitter_ > 0)
-      for (int k = (position * 30011 + tile_ * 40503) % (jitter_ + 1); k > 0; --k)
+      for (int64_t k = (position * int64_t(30011) + tile_ * 40503) % (jitter_ + 1); k > 0; --k)
         machine_.arrived(flag, position);
   }
 
