@@ -22,9 +22,10 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
-NATIVE := fastlstm/build.py $(shell find csrc)
+NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
+SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
-.PHONY: help venv build demo gates forecast tune test lint format sanitize bench gpu wheel clean
+.PHONY: help venv build cuda demo gates forecast tune test lint format sanitize bench gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +34,9 @@ help: ## this list
 venv: $(VENV)/.deps ## create .venv with the dependencies
 
 build: $(LIBRARY) ## install the package into .venv, recompiling what changed in csrc
+
+cuda: $(VENV)/.installed ## build the CUDA library into the package, with nvcc
+	$(BIN)/python -P fastlstm/build.py --cuda
 
 demo: build ## train a character model with nn.LSTM and with fastlstm.LSTM
 	$(BIN)/python examples/char_rnn.py $(ARGS)
@@ -52,13 +56,13 @@ test: build ## run the tests
 lint: $(VENV)/.lint ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc benches -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs -r $(BIN)/clang-format --dry-run -Werror
+	$(SOURCES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 format: $(VENV)/.lint ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc benches -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs -r $(BIN)/clang-format -i
+	$(SOURCES) | xargs -r $(BIN)/clang-format -i
 
 # python itself is not instrumented, so the sanitizer's runtime must be in the process
 # first, and libstdc++ with it, whose exceptions it intercepts.  Leaks: python's own.
@@ -74,7 +78,7 @@ bench: build ## time against nn.LSTM
 	$(BIN)/python benches/run.py $(ARGS)
 
 # On a machine with a GPU and a python that has torch and triton; no .venv and no network.
-gpu: ## test, stress and time the Triton kernels on a GPU, into OUT=FOLDER
+gpu: ## test, stress and time the kernels for GPUs on one, into OUT=FOLDER
 	@test -n "$(OUT)" || { echo 'make gpu: expected OUT=FOLDER' >&2; exit 2; }
 	$(PYTHON) benches/gpu_run.py --out "$(OUT)" $(ARGS)
 
@@ -83,7 +87,7 @@ wheel: build ## build the wheel into dist
 	--no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache $(LIBRARY)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache fastlstm/*.so
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

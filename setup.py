@@ -1,8 +1,8 @@
-"""Installs the package with the native library that fastlstm/build.py makes.
+"""Installs the package with the native libraries that fastlstm/build.py makes.
 
 The metadata is in pyproject.toml; this file only says when to build and how the wheel is
-tagged.  The library is no Python extension module, so a wheel with it is py3-none-<platform>
-and one without it is py3-none-any.
+tagged.  They are no Python extension modules, so a wheel with any is py3-none-<platform>
+and one without is py3-none-any.
 """
 
 import importlib.util
@@ -27,23 +27,23 @@ def load_build_module():
 class BuildLibrary(Command):
     """A step of ``build``; not part of build_py, whose errors editable installs swallow."""
 
-    description = "build the native library"
+    description = "build the native libraries"
     user_options = []
 
     def initialize_options(self):
         self.build_lib = None
         self.editable_mode = False
-        self.library = None
+        self.libraries = []
 
     def finalize_options(self):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
         module = load_build_module()
-        self.library = module.build_for_install(ROOT / "build" / "native")
-        if self.library is not None:
+        self.libraries = module.build_for_install(ROOT / "build" / "native")
+        for library in self.libraries:
             package = ROOT if self.editable_mode else Path(self.build_lib)
-            module.copy_library(self.library, package / "fastlstm")
+            module.copy_library(library, package / "fastlstm")
 
     # What setuptools asks of a step of an editable build: nothing of ours needs linking.
     def get_source_files(self):
@@ -65,7 +65,7 @@ class BdistWheel(bdist_wheel):
         # What an earlier build left there would travel in this wheel.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         self.run_command("build")
-        built = self.get_finalized_command("build_library").library is not None
+        built = bool(self.get_finalized_command("build_library").libraries)
         self.root_is_pure = not built
         self.distribution.has_ext_modules = lambda: built  # platlib or purelib
         super().run()

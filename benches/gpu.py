@@ -1,4 +1,4 @@
-"""A step of ``make gpu``: times fastlstm's triton backend against nn.LSTM (cuDNN) on a GPU.
+"""A step of ``make gpu``: times fastlstm's GPU kernels against nn.LSTM (cuDNN) on a GPU.
 
 Same weights, same inputs, paired and in turn. A row whose results differ from nn.LSTM's is not
 timed. What is finished is on disk after every row; the most important rows come first.
@@ -21,9 +21,10 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from fastlstm import triton as backend
+from fastlstm import cuda, triton
 
 MODES = ("train", "infer")
+CHECKS = {"triton": triton.check, "cuda": cuda.check}  # have kernels reported a fault?
 SECONDS = 0.4  # for each row, at least
 KERNELS = 4  # of nn.LSTM, by their time
 
@@ -92,11 +93,11 @@ def measure_case(case: Case, device: torch.device, seconds: float) -> list[dict[
         contest = DeviceContest(case, device)
         problem = contest.problem()
         synchronize(device)
-        backend.check(device)
+        CHECKS[case.backend](device)
         for row in rows:
             row |= {"error": problem} if problem else measure_mode(contest, row["mode"], seconds)
         synchronize(device)
-        backend.check(device)
+        CHECKS[case.backend](device)
     except Exception as error:  # whatever it is belongs to this row, and the others go on
         text = f"{type(error).__name__}: {error}"[:400]
         return [row if "error" in row else {**row, "error": text} for row in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastlstm
+from fastlstm import cuda
 from fastlstm.cli.compare import difference, tolerance
 from fastlstm.cli.contest import Contest
 from fastlstm.cli.timing import cuda_seconds_per_call, seconds_per_call
@@ -50,17 +51,27 @@ def cases() -> list[Case]:
     return [
         *plain(first, "bf16", "tf32"),
         *(case._replace(steps=SHORT) for case in plain(first, "bf16", "tf32")),
+        *_cuda(plain(first, "bf16", "fp16", "tf32")),
+        *_cuda(Case(*s, "bf16", v) for v in VARIANTS for s in first),
         *(Case(*s, p, v) for v in VARIANTS for s in first for p in ("bf16", "tf32")),
         *plain(others, "bf16", "tf32"),
         *plain(first, "fp16", "fp32"),
         *plain(others, "fp16", "fp32"),
+        *_cuda(plain(others, "bf16", "tf32")),
         *plain(SHAPES[-1:], *PRECISIONS),
     ]
 
 
+def _cuda(these: Iterable[Case]) -> Iterator[Case]:
+    """The same for the cuda backend, where it is there."""
+    for case in these if cuda.missing() is None else ():
+        yield case._replace(backend="cuda")
+
+
 def dry_cases() -> list[Case]:
     """Of a dry run: every variant, tiny."""
-    return [Case(2, 4, "fp32", variant, 2) for variant in ("plain", *VARIANTS)]
+    tiny = [Case(2, 4, "fp32", variant, 2) for variant in ("plain", *VARIANTS)]
+    return [*tiny, *_cuda(Case(2, 8, "bf16", variant, 2) for variant in ("plain", *VARIANTS))]
 
 
 def set_precision(name: str) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""``make gpu OUT=dir``: tests, stresses and measures the Triton kernels on a GPU.
+"""``make gpu OUT=dir``: tests, stresses and measures the kernels for GPUs on one.
 
 Needs python with torch, triton and nothing else: installs nothing, asks no network. Every step is
 a process with a time limit of its own, so that one that hangs or crashes leaves the others, and
@@ -38,12 +38,13 @@ def steps(device: str, out: Path) -> list[Step]:
     """The split of BUDGET, and what is run in this order."""
     split = (
         ("describe", 20),
-        ("build", 45),  # the library for the CPU, which some tests compare with
-        ("compile", 75),  # the kernels to be measured, many at a time
+        ("build", 60),  # libraries: for the CPU, which some tests compare with, and of CUDA C++
+        ("compile", 70),  # the kernels to be measured, many at a time
         ("tests", 100),
-        ("stress", 60),
-        ("micro", 40),  # compiles a program of CUDA C++
-        ("measure", 140),
+        ("stress", 50),
+        ("cuda", 50),  # the same for the cuda backend, and compute-sanitizer
+        ("micro", 35),  # compiles a program of CUDA C++
+        ("measure", 95),
     )
     return [Step(name, limit, command(name, device, out)) for name, limit in split]
 

@@ -5,51 +5,15 @@
 // because a kernel reads and writes through raw pointers. What is not asked for is returned as an
 // empty vector. fastlstm/cpu.py is the only caller.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <initializer_list>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/scratch.h"
+#include "tensor_checks.h"
 
 namespace {
-
-using fastlstm::max_directions;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Optional = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
-
-std::string shown(const int64_t* sizes, size_t count) {
-  std::string text = "(";
-  for (size_t k = 0; k < count; ++k) text += (k ? ", " : "") + std::to_string(sizes[k]);
-  return text + ")";
-}
-
-[[noreturn]] void fail(const std::string& message) {
-  throw std::runtime_error("fastlstm: " + message);
-}
-
-void check(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
-  if (!tensor.is_cpu()) fail(std::string(name) + ": expected a cpu tensor");
-  if (tensor.scalar_type() != dtype) fail(std::string(name) + ": has an unexpected dtype");
-  const auto got = tensor.sizes();
-  bool same = got.size() == sizes.size();
-  for (size_t k = 0; same && k < sizes.size(); ++k) same = got[k] == sizes.begin()[k];
-  if (!same) {
-    fail(std::string(name) + ": got shape " + shown(got.data(), got.size()) + ", expected " +
-         shown(sizes.begin(), sizes.size()));
-  }
-  if (!tensor.is_contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
-}
 
 // A checked input pointer; null for an absent optional tensor.
 const void* input(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
@@ -69,25 +33,6 @@ void inputs(const char* name, const Tensors& tensors, int64_t directions, Sizes 
     fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
          std::to_string(directions));
   for (size_t d = 0; d < tensors.size(); ++d) out[d] = input(name, tensors[d], sizes, dtype);
-}
-
-fastlstm::Storage storage_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return fastlstm::Storage::f32;
-    case ScalarType::Double:
-      return fastlstm::Storage::f64;
-    case ScalarType::Half:
-      return fastlstm::Storage::f16;
-    case ScalarType::BFloat16:
-      return fastlstm::Storage::bf16;
-    default:
-      fail("expected float32, float64, float16 or bfloat16 tensors");
-  }
-}
-
-ScalarType state_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these three

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, cpu, dispatch, reference, triton
+from . import aten, cpu, cuda, dispatch, reference, triton
 from .contract import Gradients, Outputs, Reserve, Weights
 
 
@@ -87,6 +87,14 @@ _TABLE = {
             triton.missing,
             triton.unsupported,
             automatic=False,  # only where a recorded run has shown it to be faster than aten
+        ),
+        Backend(
+            "cuda",
+            cuda.layer_forward,
+            cuda.layer_backward,
+            cuda.missing,
+            cuda.unsupported,
+            automatic=False,  # no recorded run says where it is faster, nor that it is right
         ),
         Backend(
             "reference",

@@ -1,4 +1,4 @@
-"""Builds the native CPU library: when the package is installed, else at its first use.
+"""Builds the native libraries: the CPU's when the package is installed, else at its first use.
 
 ``library_path()`` is what the loader asks.  It answers with, in this order,
 
@@ -9,8 +9,11 @@
    a developer who has edited ``csrc/`` must hear of it, not measure the old code;
 3. a library built now, once, in this user's cache directory.
 
-The library uses LibTorch's stable ABI and no Python, so one file serves every Python and
-every torch from 2.10 on.  ``setup.py`` loads this file by its path, before the package
+The CUDA library, ``_cuda.so``, is made where nvcc is and only when asked for:
+``FASTLSTM_BUILD=cuda`` on installation, ``make cuda`` in a checkout.
+
+Both use LibTorch's stable ABI and no Python, so one file serves every Python and every torch
+from 2.10 on.  ``setup.py`` loads this file by its path, before the package
 is importable: it imports the standard library only, and torch inside functions.
 """
 
@@ -22,6 +25,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,7 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
-LIBRARY = "_C.so"
+LIBRARY, CUDA_LIBRARY = "_C.so", "_cuda.so"
 MODES = ("auto", "cpu", "cuda", "none")
 TORCH_MINIMUM = (2, 10)
 
@@ -66,6 +70,15 @@ if platform.machine() == "x86_64":
 # On every machine, so that no source of an instruction set is taken for a common one.
 ISA_SOURCES = {**dict.fromkeys(ISA_FLAGS, "cpu/isa.cpp"), "amx": "cpu/amx.cpp"}
 
+# No fast math for CUDA either: gate_math.h's primitives name the approximations they take.
+CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+# The last also as PTX, which a driver can compile for what is newer.
+CUDA_ARCHITECTURES = ("90a", "100a", "80")
+# One object each: (storage dtype, rows of h of up to 512 bytes times so many).
+CUDA_INSTANCES = tuple((dtype, n) for dtype in ("bf16", "f16", "f32") for n in (1, 2, 3, 4, 8))
+# The runtime is part of the library, and looks for the driver when it is first called.
+CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
+
 _STAMP = b"fastlstm-build:"  # what stands before the stamp inside a library
 
 
@@ -88,12 +101,21 @@ class Toolchain(NamedTuple):
     torch_version: str
 
 
+class Cuda(NamedTuple):
+    """CUDA's compiler, and where it is installed."""
+
+    nvcc: str
+    home: Path
+    version: str
+
+
 class Step(NamedTuple):
     """One source file made into one object."""
 
     output: str
     source: Path
     flags: tuple[str, ...]
+    rule: str = "compile"
 
 
 def library_path() -> Path:
@@ -114,22 +136,43 @@ def library_path() -> Path:
     return shipped
 
 
-def build_for_install(build_dir: Path) -> Path | None:
-    """What an installation ships, obeying FASTLSTM_BUILD; None: the first use builds."""
+def cuda_library_path() -> Path:
+    """The CUDA library to load; it is not built here."""
+    override = os.environ.get("FASTLSTM_CUDA_LIBRARY")
+    if override:
+        if not Path(override).is_file():
+            raise BuildError(f"FASTLSTM_CUDA_LIBRARY={override}: no such file")
+        return Path(override)
+    shipped = PACKAGE / CUDA_LIBRARY
+    if not shipped.is_file():
+        raise MissingError(
+            "its library was not built: install with FASTLSTM_BUILD=cuda where nvcc is, "
+            "or run `make cuda` in a checkout"
+        )
+    if build_info(shipped).get("sources") != cuda_sources_digest():
+        raise BuildError(
+            f"{shipped} was built from other sources than those in {sources_dir()}: "
+            "run `make cuda` in a checkout, else reinstall fastlstm"
+        )
+    return shipped
+
+
+def build_for_install(build_dir: Path) -> list[Path]:
+    """What an installation ships, obeying FASTLSTM_BUILD; nothing: the first use builds."""
     mode = os.environ.get("FASTLSTM_BUILD", "auto")
     if mode not in MODES:
         raise BuildError(f"FASTLSTM_BUILD={mode}: expected one of {', '.join(MODES)}")
-    if mode == "cuda":
-        raise BuildError("FASTLSTM_BUILD=cuda: this version has no CUDA sources yet")
     if mode == "none":
-        return None
+        return []
     try:
-        return build(build_dir)
+        if mode == "cuda":
+            return [build(build_dir), build_cuda(build_dir.parent / "cuda")]
+        return [build(build_dir)]
     except MissingError as error:
-        if mode == "cpu":
+        if mode != "auto":
             raise
         _say(f"installing without the CPU library, its first use will build it: {error}")
-        return None
+        return []
 
 
 def build(build_dir: Path, sanitize: bool = False) -> Path:
@@ -137,10 +180,37 @@ def build(build_dir: Path, sanitize: bool = False) -> Path:
     tools = find_toolchain()
     build_dir.mkdir(parents=True, exist_ok=True)
     with _locked(build_dir / "lock"):
-        output = _run_ninja(build_dir, tools, sanitize)
+        output = _make(build_dir, tools, sanitize)
     if "warning:" in output:
         _say(f"the compiler warns:\n{output}")
     return build_dir.resolve() / LIBRARY
+
+
+def build_cuda(
+    build_dir: Path,
+    instances: Sequence[tuple[str, int]] = CUDA_INSTANCES,
+    architectures: Sequence[str] = CUDA_ARCHITECTURES,
+) -> Path:
+    """Brings ``build_dir``'s CUDA library up to date with the sources and returns its path."""
+    tools, cuda = find_toolchain(), find_cuda()
+    build_dir.mkdir(parents=True, exist_ok=True)
+    build_dir = build_dir.resolve()
+    with _locked(build_dir / "lock"):
+        info = {
+            "sources": cuda_sources_digest(),
+            "compiler": cuda.version,
+            "torch": tools.torch_version,
+            "architectures": list(architectures),
+        }
+        _write_if_new(build_dir / "stamp.cpp", _stamp_source(info))
+        _write_if_new(build_dir / "instances.cpp", _instances_source(instances))
+        steps = _cuda_steps(tools, build_dir, instances, architectures)
+        link = [f"-L{cuda.home / folder}" for folder in ("lib64", "lib")]
+        link += [f"-L{tools.torch_dir / 'lib'}", *LINK_FLAGS, *CUDA_LINK_FLAGS]
+        text = _ninja_file(tools.compiler, steps, CUDA_LIBRARY, link, nvcc=cuda.nvcc)
+        _write_if_new(build_dir / "build.ninja", text)
+        _run_ninja(build_dir, tools.ninja, CUDA_LIBRARY)
+    return build_dir / CUDA_LIBRARY
 
 
 def build_info(library: Path) -> dict[str, Any]:
@@ -162,10 +232,22 @@ def sources_dir() -> Path:
 
 
 def sources_digest() -> str:
-    """Names and contents of the sources, and the flags they are compiled with."""
-    digest = hashlib.sha256(repr((COMPILE_FLAGS, TORCH_FLAGS, LINK_FLAGS, ISA_FLAGS)).encode())
+    """Names and contents of the CPU library's sources, and the flags they are compiled with."""
+    return _digest((COMPILE_FLAGS, TORCH_FLAGS, LINK_FLAGS, ISA_FLAGS), but="cuda")
+
+
+def cuda_sources_digest() -> str:
+    """The same of the CUDA library."""
+    flags = (COMPILE_FLAGS, TORCH_FLAGS, LINK_FLAGS, CUDA_FLAGS, CUDA_INSTANCES, CUDA_LINK_FLAGS)
+    return _digest(flags, but="cpu")
+
+
+def _digest(flags: object, but: str) -> str:
+    """Of all sources but those in folder ``but``."""
+    digest = hashlib.sha256(repr(flags).encode())
     root = sources_dir()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".cpp", ".h")):
+    sources = (p for p in root.rglob("*") if p.suffix in (".cpp", ".h", ".cu"))
+    for path in sorted(p for p in sources if p.relative_to(root).parts[0] != but):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         digest.update(f"{path.relative_to(root).as_posix()} {content}\n".encode())
     return digest.hexdigest()
@@ -182,6 +264,23 @@ def find_toolchain() -> Toolchain:
     torch_dir, torch_version = _find_torch()
     isa = tuple(name for name in ISA_FLAGS if name != "amx" or _takes(compiler, ISA_FLAGS[name]))
     return Toolchain(compiler, version, isa, _find_ninja(), torch_dir, torch_version)
+
+
+def find_cuda() -> Cuda:
+    """CUDA's compiler, or MissingError."""
+    home = os.environ.get("CUDA_HOME")
+    named = os.environ.get("NVCC") or (f"{home}/bin/nvcc" if home else "nvcc")
+    nvcc = shutil.which(named)
+    if not nvcc:
+        raise MissingError(f"no CUDA compiler: {named} does not run; name it in NVCC or CUDA_HOME")
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    # nvcc may be a script elsewhere: it says itself where the rest is.
+    dry = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stderr, re.MULTILINE)
+    if answer.returncode != 0 or top is None:
+        raise MissingError(f"no CUDA compiler: {nvcc} fails: {(answer.stderr + dry.stderr)[-300:]}")
+    (version,) = re.findall(r"release.*", answer.stdout)
+    return Cuda(nvcc, Path(top[1]).resolve(), f"nvcc {version}")
 
 
 def _find_compiler() -> tuple[tuple[str, ...], str]:
@@ -239,17 +338,12 @@ def _find_torch() -> tuple[Path, str]:
 
 def _steps(tools: Toolchain, build_dir: Path, sanitize: bool) -> list[Step]:
     root = sources_dir()
-    include = tools.torch_dir / "include"
-    # The prefix maps keep this machine's paths out of the library's error messages.
     common = (
-        *COMPILE_FLAGS,
+        *_common_flags(tools),
         *(SANITIZE_FLAGS if sanitize else ()),
-        f"-I{root}",
-        f"-ffile-prefix-map={root}=csrc",
-        f"-ffile-prefix-map={include}=include",
         *(("-DFASTLSTM_AMX",) if "amx" in tools.isa else ()),
     )
-    with_torch = (*common, *TORCH_FLAGS, "-isystem", str(include))
+    with_torch = (*common, *_torch_flags(tools))
     steps = [Step("stamp.o", build_dir / "stamp.cpp", common)]
     for source in sorted(root.glob("*.cpp")):  # the bindings; only they may include torch
         steps.append(Step(f"{source.stem}.o", source, with_torch))
@@ -262,12 +356,68 @@ def _steps(tools: Toolchain, build_dir: Path, sanitize: bool) -> list[Step]:
     return steps
 
 
-def _ninja_file(tools: Toolchain, steps: Sequence[Step], sanitize: bool) -> str:
-    link = [f"-L{tools.torch_dir / 'lib'}", *(SANITIZE_FLAGS if sanitize else ()), *LINK_FLAGS]
-    compiler = _ninja_words(tools.compiler)
+def _cuda_steps(
+    tools: Toolchain,
+    build_dir: Path,
+    instances: Sequence[tuple[str, int]],
+    architectures: Sequence[str],
+) -> list[Step]:
+    root, common = sources_dir(), _common_flags(tools)
+    *others, last = architectures
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in others]
+    code.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
+    device = (*CUDA_FLAGS, *code, f"-I{root}")
+    steps = [
+        Step("stamp.o", build_dir / "stamp.cpp", common),
+        Step("instances.o", build_dir / "instances.cpp", common),
+        Step("dispatch.o", root / "cuda" / "dispatch.cpp", common),
+        Step("bindings.o", root / "cuda" / "bindings.cpp", (*common, *_torch_flags(tools))),
+        Step("probe.o", root / "cuda" / "probe.cu", device, "nvcc"),
+    ]
+    for dtype, pairs in instances:
+        named = (*device, f"-DFASTLSTM_STORAGE={dtype}", f"-DFASTLSTM_PAIRS={pairs}")
+        steps.append(Step(f"walk.{dtype}.{pairs}.o", root / "cuda" / "walk.cu", named, "nvcc"))
+    return steps
+
+
+def _common_flags(tools: Toolchain) -> tuple[str, ...]:
+    """Of every host source; the prefix maps keep this machine's paths out of error messages."""
+    root, include = sources_dir(), tools.torch_dir / "include"
+    maps = (f"-ffile-prefix-map={root}=csrc", f"-ffile-prefix-map={include}=include")
+    return (*COMPILE_FLAGS, f"-I{root}", *maps)
+
+
+def _torch_flags(tools: Toolchain) -> tuple[str, ...]:
+    return (*TORCH_FLAGS, "-isystem", str(tools.torch_dir / "include"))
+
+
+def _instances_source(instances: Sequence[tuple[str, int]]) -> str:
+    """A C++ file that lists the tables of all objects made of cuda/walk.cu."""
+    names = [f"instances_{dtype}_{pairs}" for dtype, pairs in instances]
+    declared = "".join(f"extern const Instance {name}[];\n" for name in names)
+    return (
+        '#include "cuda/dispatch.h"\n\nnamespace fastlstm {\nnamespace cuda {\n\n'
+        f"{declared}const Instance* const instance_tables[] = {{{', '.join(names)}, nullptr}};\n\n"
+        "}  // namespace cuda\n}  // namespace fastlstm\n"
+    )
+
+
+def _ninja_file(
+    compiler_words: Sequence[str],
+    steps: Sequence[Step],
+    library: str,
+    link: Sequence[str],
+    nvcc: str = "nvcc",
+) -> str:
+    compiler = _ninja_words(compiler_words)
     lines = [
         "rule compile",
         f"  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out",
+        "  description = $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule nvcc",
+        f"  command = {_ninja_words([nvcc])} $flags -MD -MF $out.d -c $in -o $out",
         "  description = $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -276,9 +426,9 @@ def _ninja_file(tools: Toolchain, steps: Sequence[Step], sanitize: bool) -> str:
         "  description = $out",
     ]
     for step in steps:
-        lines.append(f"build {step.output}: compile {_ninja_path(step.source)}")
+        lines.append(f"build {step.output}: {step.rule} {_ninja_path(step.source)}")
         lines.append(f"  flags = {_ninja_words(step.flags)}")
-    lines.append(f"build {LIBRARY}: link {' '.join(step.output for step in steps)}")
+    lines.append(f"build {library}: link {' '.join(step.output for step in steps)}")
     lines.append(f"  flags = {_ninja_words(link)}")
     return "\n".join(lines) + "\n"
 
@@ -291,15 +441,8 @@ def _ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _stamp_source(tools: Toolchain, sanitize: bool) -> str:
+def _stamp_source(info: dict[str, Any]) -> str:
     """A C++ file whose one constant is what ``build_info`` reads back."""
-    info = {
-        "sources": sources_digest(),
-        "compiler": tools.compiler_version,
-        "torch": tools.torch_version,
-        "isa": list(tools.isa),
-        "flags": shlex.join(COMPILE_FLAGS + (SANITIZE_FLAGS if sanitize else ())),
-    }
     text = f"{_STAMP.decode()}{json.dumps(info)}"
     return (
         "extern const char fastlstm_build_stamp[];\n"
@@ -307,14 +450,27 @@ def _stamp_source(tools: Toolchain, sanitize: bool) -> str:
     )
 
 
-def _run_ninja(build_dir: Path, tools: Toolchain, sanitize: bool) -> str:
-    """Makes ``build_dir``'s library and returns what ninja and the compiler said."""
+def _make(build_dir: Path, tools: Toolchain, sanitize: bool) -> str:
+    """Makes ``build_dir``'s CPU library and returns what ninja and the compiler said."""
     build_dir = build_dir.resolve()
-    _write_if_new(build_dir / "stamp.cpp", _stamp_source(tools, sanitize))
+    info = {
+        "sources": sources_digest(),
+        "compiler": tools.compiler_version,
+        "torch": tools.torch_version,
+        "isa": list(tools.isa),
+        "flags": shlex.join(COMPILE_FLAGS + (SANITIZE_FLAGS if sanitize else ())),
+    }
+    _write_if_new(build_dir / "stamp.cpp", _stamp_source(info))
     steps = _steps(tools, build_dir, sanitize)
-    _write_if_new(build_dir / "build.ninja", _ninja_file(tools, steps, sanitize))
+    link = [f"-L{tools.torch_dir / 'lib'}", *(SANITIZE_FLAGS if sanitize else ()), *LINK_FLAGS]
+    text = _ninja_file(tools.compiler, steps, LIBRARY, link)
+    _write_if_new(build_dir / "build.ninja", text)
+    return _run_ninja(build_dir, tools.ninja, LIBRARY)
+
+
+def _run_ninja(build_dir: Path, ninja: str, library: str) -> str:
     done = subprocess.run(
-        [tools.ninja, "-C", str(build_dir), LIBRARY],
+        [ninja, "-C", str(build_dir), library],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -323,7 +479,7 @@ def _run_ninja(build_dir: Path, tools: Toolchain, sanitize: bool) -> str:
     )
     if done.returncode != 0:
         tail = "\n".join(done.stdout.splitlines()[-40:])
-        raise BuildError(f"compiling the CPU library failed; the last output was:\n{tail}")
+        raise BuildError(f"compiling {library} failed; the last output was:\n{tail}")
     return done.stdout
 
 
@@ -360,7 +516,7 @@ def _build_into(library: Path, tools: Toolchain) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     _say(f"building the CPU library, once, in {library.parent}: up to a minute")
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder:
-        _run_ninja(Path(folder), tools, sanitize=False)
+        _make(Path(folder), tools, sanitize=False)
         os.replace(Path(folder) / LIBRARY, library)
 
 
@@ -400,8 +556,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def copy_library(library: Path, folder: Path) -> Path:
     """Copies by renaming: a process that has the old file loaded keeps the old file."""
-    target = folder / LIBRARY
-    partial = folder / f"{LIBRARY}.{os.getpid()}"
+    target = folder / library.name
+    partial = folder / f"{library.name}.{os.getpid()}"
     shutil.copyfile(library, partial)
     os.replace(partial, target)
     return target
@@ -413,12 +569,16 @@ def _say(message: str) -> None:
 
 def main() -> int:
     """``python -P fastlstm/build.py`` in a checkout: builds and prints the library's path."""
-    parser = argparse.ArgumentParser(description="Build the CPU library of this checkout.")
-    parser.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
-    sanitize = parser.parse_args().sanitize
+    parser = argparse.ArgumentParser(description="Build a library of this checkout.")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sanitize", action="store_true", help="with AddressSanitizer and UBSan")
+    kind.add_argument("--cuda", action="store_true", help="the CUDA library, not the CPU's")
+    args = parser.parse_args()
     folder = PACKAGE.parent / "build"
     try:
-        if sanitize:
+        if args.cuda:
+            print(copy_library(build_cuda(folder / "cuda"), PACKAGE))
+        elif args.sanitize:
             print(build(folder / "sanitize", sanitize=True))
         else:
             print(copy_library(build(folder / "native"), PACKAGE))

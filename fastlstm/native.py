@@ -1,4 +1,4 @@
-"""Loads the compiled library (csrc/) once, and says why where it cannot."""
+"""Loads the compiled libraries (csrc/) once, and says why where it cannot."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def instruction_sets() -> list[str]:
 def use_instruction_set(name: str) -> str:
     """Let the CPU's kernels use this one of ``instruction_sets()``; returns the one before."""
     return str(torch.ops.fastlstm_C.cpu_use_instruction_set(name))
+
+
+@functools.cache
+def missing_cuda() -> str | None:
+    """Load the CUDA library; None once it is loaded, else the reason why it is not."""
+    try:
+        torch.ops.load_library(build.cuda_library_path())
+    except (build.BuildError, OSError) as error:
+        return str(error)  # few have it, so nobody is warned
+    return None

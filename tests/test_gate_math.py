@@ -217,6 +217,7 @@ def test_the_same_equations_are_cited() -> None:
         *ROOT.glob("kernels/*.py"),
         *ROOT.glob("csrc/**/*.h"),
         *ROOT.glob("csrc/**/*.cpp"),
+        *ROOT.glob("csrc/**/*.cu"),
     ]
     everywhere = cited(*(str(path.relative_to(ROOT)) for path in sources))
     assert everywhere <= cited("docs/design.md") == set(range(1, 10))

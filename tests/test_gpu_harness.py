@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import emulated
 from fastlstm import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +26,10 @@ def read(path: Path) -> object:
 
 
 def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
-    env = os.environ | {"FASTLSTM_LIBRARY": str(build.library_path())}
+    env = os.environ | {
+        "FASTLSTM_LIBRARY": str(build.library_path()),
+        "FASTLSTM_CUDA_LIBRARY": str(emulated.library()),
+    }
     words = ["make", "gpu", f"OUT={tmp_path}", "ARGS=--device cpu", f"PYTHON={sys.executable}"]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
@@ -45,16 +49,21 @@ def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
     barrier, walk, clusters = read(tmp_path / "micro.json")
     assert barrier["microseconds"]["median"] > 0 and walk["host_microseconds"]["median"] > 0
     assert "9.0" in clusters["missing"]
+    of_cuda = {row["case"]: row["result"] for row in read(tmp_path / "cuda.json")}
+    assert {name for name, result in of_cuda.items() if result == "ok"} == {
+        *("repeated", "near_stock", "given_up"),
+    }
+    assert "failed" not in of_cuda.values() and "racecheck" in of_cuda
     (path,) = tmp_path.glob("gpu-*.json")
     check_measured(read(path))
     text = path.with_suffix(".md").read_text()
-    assert "A dry run" in text and text.count("| forward + backward |") == 10
+    assert "A dry run" in text and text.count("| forward + backward |") == 20
     assert path.with_suffix(".png").is_file()
 
 
 def check_measured(result: dict) -> None:
     rows = result["rows"]
-    assert result["dry"] and result["not_reached"] == [] and len(rows) == 10
+    assert result["dry"] and result["not_reached"] == [] and len(rows) == 20
     for row in rows:
         assert "error" not in row
         assert row["microseconds_per_step"]["ours"]["median"] > 0

@@ -17,8 +17,8 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # Bottom to top: a module imports only what stands above it in this list.  A new module
 # must be given its place here.
 LAYERS = (
-    *("contract", "build", "native", "products", "dispatch"),
-    *("reference", "aten", "cpu", "triton"),
+    *("contract", "build", "native", "products", "dispatch", "walks"),
+    *("reference", "aten", "cpu", "triton", "cuda"),
     *("backends", "checkpoint", "ops", "autograd", "functional", "tracers"),
     *("checks", "module", "cell", "inspect", "compat", "surgery", "cli", "__init__", "__main__"),
 )
@@ -27,8 +27,11 @@ NATIVE = {
     "load_library": {"native"},
     "fastlstm_C": {"native", "cpu"},
     "_C.so": {"build", "native"},
+    "fastlstm_cuda": {"native", "cuda"},
+    "_cuda.so": {"build", "native"},
 }
-BACKENDS = {"aten", "cpu", "triton"}  # reference is also the oracle, which autograd falls back on
+# Without reference, which is also the oracle and what autograd falls back on.
+BACKENDS = {"aten", "cpu", "triton", "cuda"}
 
 
 def room(path: Path) -> str:

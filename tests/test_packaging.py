@@ -183,13 +183,14 @@ def test_without_a_compiler_the_error_says_so(
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("cuda", "FASTLSTM_BUILD=cuda: this version has no CUDA sources yet"),
+        ("cuda", "no CUDA compiler: no-such-nvcc does not run"),
         ("yes", "FASTLSTM_BUILD=yes: expected one of auto, cpu, cuda, none"),
     ],
 )
 def test_what_cannot_be_built_fails_the_installation(
-    tmp_path: Path, mode: str, message: str
+    tmp_path: Path, mode: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("NVCC", "no-such-nvcc")
     done = pip_wheel(tmp_path, mode)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
@@ -200,7 +201,7 @@ def test_only_auto_installs_without_what_is_missing(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-c++")
     monkeypatch.setenv("FASTLSTM_BUILD", "auto")
-    assert build.build_for_install(tmp_path) is None
+    assert build.build_for_install(tmp_path) == []
     assert "no-such-c++" in capsys.readouterr().err
     monkeypatch.setenv("FASTLSTM_BUILD", "cpu")
     with pytest.raises(build.MissingError, match="no-such-c"):

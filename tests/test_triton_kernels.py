@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 import fastlstm
-from cases import LAYERS, Layer, LayerTensors, make_layer, tolerance
-from fastlstm import backends, reference
+from cases import LAYERS, Layer, make_layer, tolerance
+from fastlstm import backends
 from fastlstm import triton as backend
-from fastlstm.contract import OutputGradients, Outputs, Requested
+from fastlstm.contract import OutputGradients, Requested
 from fastlstm.kernels import barrier, config, exchange, launch
+from kernel_checks import ALL, Kernels, assert_same_bits, need_of
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ALL = Requested(*[True] * 7)
+KERNELS = Kernels(backend, DEVICE)
 PACKED = Layer((7, 5, 5, 1), 6, 20, directions=2, reset=0.3)
 PROJECTED = Layer((7, 5, 5, 1), 6, 20, projection=17, directions=2, reset=0.3)
 # Small tiles, so that small layers have several programs in a team and several chunks.
@@ -52,66 +50,17 @@ def use(monkeypatch: pytest.MonkeyPatch, tiles: config.Config | None) -> None:
         monkeypatch.setattr(config, "choose", lambda *_: tiles)
 
 
-def on_device(values: Any) -> Any:
-    """The same tree of tensors on DEVICE; batch_sizes, the only int64, stays where it is."""
-    if isinstance(values, Tensor):
-        return values if values.dtype == torch.int64 else values.to(DEVICE)
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*map(on_device, values))
-    return list(map(on_device, values)) if isinstance(values, list) else values
-
-
-def layer_of(case: Layer, dtype: torch.dtype) -> LayerTensors:
-    return on_device(make_layer(case, dtype))
-
-
-def need_of(case: Layer) -> Requested:
-    return ALL._replace(bias=case.bias, w_hr=bool(case.projection))
-
-
-def random_gradients(out: Outputs) -> OutputGradients:
-    return OutputGradients(*(None if t is None else torch.randn_like(t) for t in out[:4]))
-
-
-def flat(results: Any) -> list[tuple[str, Tensor | None]]:
-    """(name, tensor) of every tensor in a named tuple."""
-    pairs = []
-    for name in results._fields:
-        value = getattr(results, name)
-        pairs += [(name, t) for t in (value if isinstance(value, list) else [value])]
-    return pairs
-
-
-def assert_near(got: Any, want: Any, dtype: torch.dtype) -> None:
-    for (name, a), (_, b) in zip(flat(got), flat(want), strict=True):
-        assert (a is None) == (b is None), name
-        if a is None or b is None:
-            continue
-        assert a.dtype == b.dtype and a.is_contiguous(), name
-        # Sums over many rows grow; compare them on their own scale.
-        scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
-        torch.testing.assert_close(
-            a.double() / scale, b.double() / scale, **tolerance(dtype),
-            msg=lambda text, name=name: f"{name}: {text}",
-        )  # fmt: skip
-
-
-def assert_same_bits(got: Any, want: Any) -> None:
-    for (name, a), (_, b) in zip(flat(got), flat(want), strict=True):
-        assert (a is None and b is None) or torch.equal(a, b), name
-
-
 @pytest.mark.parametrize("case", LAYERS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_equals_reference(case: Layer, dtype: torch.dtype) -> None:
-    check_layer(case, dtype)
+    KERNELS.check_layer(case, dtype)
 
 
 @pytest.mark.parametrize("tiles", ["teams", "split"])
 @pytest.mark.parametrize("case", [LAYERS[n] for n in (4, 8, 9, 14, 16)], ids=str)
 def test_teams_equal_reference(case: Layer, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, TILINGS[tiles])
-    check_layer(case, torch.float32)
+    KERNELS.check_layer(case, torch.float32)
 
 
 @pytest.mark.parametrize("case", [LAYERS[4], PACKED, PROJECTED], ids=str)
@@ -120,95 +69,41 @@ def test_streamed_weights_equal_reference(
     case: Layer, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, (SPLIT if dtype == torch.float16 else TEAMS)._replace(resident=False))
-    check_layer(case, dtype)
-
-
-def check_layer(case: Layer, dtype: torch.dtype) -> None:
-    layer = layer_of(case, dtype)
-    want = reference.layer_forward(*layer, True, True)
-    assert_near(backend.layer_forward(*layer, True, True), want, dtype)
-    grads = random_gradients(want)
-    inputs = (*layer, want.reserve())
-    assert_near(
-        backend.layer_backward(grads, *inputs, need_of(case)),
-        reference.layer_backward(grads, *inputs, need_of(case)),
-        dtype,
-    )
+    KERNELS.check_layer(case, dtype)
 
 
 @pytest.mark.parametrize("case", [PACKED, PROJECTED], ids=str)
 def test_same_bits_every_time(case: Layer, tiling: None) -> None:
-    """Over two forward and two backward passes: sums have one order, and nothing saved changes."""
-    layer = layer_of(case, torch.bfloat16)
-    first, second = (backend.layer_forward(*layer, True, True) for _ in range(2))
-    assert_same_bits(first, second)
-    grads = random_gradients(first)
-    results = [
-        backend.layer_backward(grads, *layer, first.reserve(), need_of(case)) for _ in range(2)
-    ]
-    assert_same_bits(*results)
-    assert_same_bits(first, second)
+    KERNELS.check_same_bits(case)
 
 
 @pytest.mark.parametrize("flag", Requested._fields)
 def test_only_requested_gradients(flag: str) -> None:
-    layer = layer_of(PROJECTED, torch.float32)
-    saved = reference.layer_forward(*layer, True, True)
-    inputs = (random_gradients(saved), *layer, saved.reserve())
-    need = Requested(*(name == flag for name in Requested._fields))
-    got = backend.layer_backward(*inputs, need)
-    assert_near(got, reference.layer_backward(*inputs, need), torch.float32)
-    assert [name for name in got._fields if getattr(got, name) is not None] == [flag]
+    KERNELS.check_requested(PROJECTED, flag)
 
 
 @pytest.mark.parametrize("absent", range(4))
 @pytest.mark.parametrize("case", [PACKED, PROJECTED], ids=str)
 def test_absent_gradients_count_as_zeros(case: Layer, absent: int) -> None:
-    layer = layer_of(case, torch.float32)
-    saved = reference.layer_forward(*layer, True, True)
-    grads = list(random_gradients(saved))
-    rest = (*layer, saved.reserve(), need_of(case))
-    zeros = [torch.zeros_like(g) if i == absent else g for i, g in enumerate(grads)]
-    grads[absent] = None
-    assert_same_bits(
-        backend.layer_backward(OutputGradients(*grads), *rest),
-        backend.layer_backward(OutputGradients(*zeros), *rest),
-    )
+    KERNELS.check_absent(case, absent)
 
 
 def test_expanded_and_strided_gradients() -> None:
-    layer = layer_of(Layer((4, 4, 2), 3, 6), torch.float32)
-    saved = reference.layer_forward(*layer, True, True)
-    rest = (*layer, saved.reserve(), need_of(Layer((4, 4, 2), 3, 6)))
-    ones = torch.ones((), device=DEVICE).expand(10, 6)
-    wide = torch.randn(1, 4, 12, device=DEVICE)[..., ::2]
-    given = OutputGradients(ones, None, wide, None)
-    copied = OutputGradients(ones.clone(), None, wide.clone(), None)
-    assert_same_bits(backend.layer_backward(given, *rest), backend.layer_backward(copied, *rest))
+    KERNELS.check_strides(6)
 
 
 @pytest.mark.parametrize("case", [LAYERS[8], PACKED, PROJECTED], ids=str)
 def test_inference_keeps_nothing(
     case: Layer, tiling: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And computes the same bits, however few steps' gates there is room for at a time."""
-    layer = layer_of(case, torch.bfloat16)
-    want = backend.layer_forward(*layer, True, True)
-    step = max(case.batch_sizes) * case.directions * 4 * case.hidden * 2
-    for steps, cells in ((100, True), (2, False), (1, True)):
-        monkeypatch.setattr(backend, "_GATES_BYTES", steps * step)
-        got = backend.layer_forward(*layer, False, cells)
-        assert got.gates is None and got.m is None
-        assert_same_bits(
-            got, want._replace(gates=None, m=None, c_all=want.c_all if cells else None)
-        )
+    KERNELS.check_inference(case, monkeypatch)
 
 
 @pytest.mark.parametrize("case", [PACKED, PROJECTED], ids=str)
 def test_the_whole_walk_equals_its_steps(case: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     """One launch of programs that wait for nobody, and a launch for each step."""
     use(monkeypatch, TEAMS._replace(hidden_tile=64))
-    layer = layer_of(case, torch.float16)
+    layer = KERNELS.layer(case, torch.float16)
 
     def run() -> tuple:
         out = backend.layer_forward(*layer, True, True)
@@ -228,17 +123,12 @@ def test_the_whole_walk_equals_its_steps(case: Layer, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values_stay_in_their_sequence(value: float) -> None:
-    layer = layer_of(Layer((5, 5, 5, 3), 4, 18, directions=2), torch.float32)
-    layer.x[7, 2] = value
-    want = reference.layer_forward(*layer, True, True)
-    got = backend.layer_forward(*layer, True, True)
-    for a, b in zip(got[:4], want[:4], strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+    KERNELS.check_special_value(value, 18)
 
 
 def test_jitter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, TEAMS)
-    layer = layer_of(PACKED, torch.float32)
+    layer = KERNELS.layer(PACKED, torch.float32)
     want = backend.layer_forward(*layer, True, True)
     monkeypatch.setattr(launch, "JITTER", 3)
     assert_same_bits(backend.layer_forward(*layer, True, True), want)
@@ -248,7 +138,7 @@ def test_jitter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_who_gives_up_waiting_is_reported(projection: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A walk whose first step nobody takes: the next call says so, and the one after is served."""
     use(monkeypatch, TEAMS)
-    layer = layer_of(Layer((3, 3), 4, 40, projection=projection), torch.float32)
+    layer = KERNELS.layer(Layer((3, 3), 4, 40, projection=projection), torch.float32)
     real = launch.plan
     with monkeypatch.context() as patch:
         patch.setattr(launch, "POLLS", 3)
@@ -326,7 +216,7 @@ def test_why_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     table = [backends._TABLE[name] for name in ("triton", "reference")]
     monkeypatch.setattr(backends, "_AUTOMATIC", [each for each in table if each.automatic])
-    layer = layer_of(PACKED, torch.float32)
+    layer = KERNELS.layer(PACKED, torch.float32)
     call = backends.Call(layer.x, layer.batch_sizes, layer.h0, layer.weights[0], None, False, True)
     assert backends.pick("auto", call).name == "reference"
 
@@ -347,7 +237,7 @@ def test_plan(tiles: int, together: int, want: list[tuple[int, ...]]) -> None:
 def test_teams_that_go_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences do not depend on each other: any share of the teams may walk first."""
     use(monkeypatch, TEAMS)
-    layer = layer_of(Layer((40, 33, 17), 5, 20, directions=2), torch.float32)
+    layer = KERNELS.layer(Layer((40, 33, 17), 5, 20, directions=2), torch.float32)
     want = backend.layer_forward(*layer, True, True)
 
     def one_team_at_a_time(begin: int, end: int, teams: int, *_: int):

@@ -123,7 +123,8 @@ def _places(only: str) -> Iterator[Place]:
 def _places_on(device: torch.device, name: str) -> Iterator[Place]:
     """None where the backend does not serve that device."""
     x, sizes = torch.zeros(1, 1, device=device), torch.ones(1, dtype=torch.int64)
-    weights = Weights(x.expand(4, 1), x.expand(4, 1), None, None)
+    w = x.expand(4, 1)
+    weights = Weights(w, w, bias=None, w_hr=None)
     call = backends.Call(x, sizes, x[None], weights, None, need_cells=False, need_reserve=False)
     try:
         backend = backends.pick(name, call)
