@@ -44,12 +44,10 @@ CASES = (
     Case("one layer", (5, 3, 17, 33)),
     Case("one sequence", (40, 1, 9, 20)),
     Case("two layers, both directions", (6, 4, 10, 16), _BOTH),
-    Case(
-        "many rows, several threads", (8, 40, 64, 96), {"bias": False}, threads=min(4, cpu_count())
-    ),
     Case("projection", (4, 5, 7, 19), {"proj_size": 5, **_BOTH}),
     Case("lengths", (7, 5, 6, 10), _BOTH, lengths=[3, 7, 1, 0, 7]),
     Case("resets and cells", (9, 7, 10, 40), _BOTH, reset=0.3, cells=True),
+    Case("several threads", (8, 40, 64, 96), {"bias": False}, threads=min(4, cpu_count())),
 )
 
 
