@@ -24,7 +24,8 @@ def hooks_of_opacus(module: nn.Module) -> Any | None:
 
 def check_call(hooks: Any, module: nn.RNNBase, input: object, hx: object, options: object) -> None:
     """Raise for what the hooks would not see."""
-    if hx is not None or options or not isinstance(input, Tensor) or input.dim() != 3:
+    padded = isinstance(input, Tensor) and input.dim() == 3 and not input.is_nested
+    if hx is not None or options or not padded:
         raise RuntimeError(
             "opacus sees a module's first argument alone: call fastlstm.LSTM with a padded batch, "
             "without hx, lengths, reset and return_cells; or use grad_sample_mode='no_op' and "
