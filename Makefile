@@ -17,6 +17,8 @@ TORCH := torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 EXAMPLES := matplotlib tqdm statsmodels optuna
 DEPS := numpy ninja setuptools wheel pytest pytest-benchmark $(EXAMPLES)
 ONNX := onnx onnxscript onnxruntime
+# Without what they depend on: they name torch, and any torch is a CUDA build.
+OPACUS := opacus opt-einsum scipy
 TRITON := triton==3.6.0
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
@@ -101,6 +103,7 @@ $(VENV)/.deps: Makefile | $(BIN)/python
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(TRITON)
 	$(PIP_INSTALL) $(DEPS) $(ONNX)
+	$(PIP_INSTALL) --no-deps $(OPACUS)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.deps

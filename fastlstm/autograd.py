@@ -145,9 +145,18 @@ def _self_differentiating(
     return chosen if chosen.layer_backward is None else None
 
 
+def has_autocast(device_type: str) -> bool:
+    """Does autocast know this type of device?"""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# Dynamo of torch 2.10 can't trace torch's function, so it is to ask this one and keep the answer.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """A layer's dtypes are settled when it is called: autocast must not change its products."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import layer_gates, lstm_layer, without_autocast
+from .autograd import has_autocast, layer_gates, lstm_layer, without_autocast
 from .contract import Weights
 
 
@@ -53,7 +53,7 @@ class _Rows(NamedTuple):
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast asks for on ``device``, or None where it is off."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not has_autocast(device.type):
         return None
     if not torch.is_autocast_enabled(device.type):
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, checks, functional, tracers
+from . import backends, checks, functional, per_sample, tracers
 from .contract import Weights
 
 State = tuple[Tensor, Tensor]
@@ -140,7 +140,14 @@ class LSTM(nn.RNNBase):
             if tracers.is_fx(input):
                 return tracers.fx_leaf(self, input, hx, options)
             return tracers.jit_lstm(self, input, hx, options, self.backend)
+        watcher = per_sample.hooks_of_opacus(self) if self._forward_hooks else None
+        if watcher is not None:
+            options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
+            per_sample.check_call(watcher, self, input, hx, options)
         result = self._run(input, hx, lengths, reset, self._stack(return_cells))
+        if watcher is not None:
+            guarded = {name: per_sample.guard(getattr(result, name)) for name in ("h_n", "c_n")}
+            result = result._replace(**guarded)
         if return_cells:
             return result.output, (result.h_n, result.c_n), result.cells
         return result.output, (result.h_n, result.c_n)

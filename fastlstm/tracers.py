@@ -144,6 +144,8 @@ def onnx_lstm(
         _refuse_onnx("reset")
     if stack.need_cells:
         _refuse_onnx("return_cells")
+    if stack.gates_of is not None:
+        _refuse_onnx("fastlstm.gates")
     if stack.layers[0][0].w_hr is not None:
         _refuse_onnx("proj_size")
     x = input.transpose(0, 1) if batch_first else input

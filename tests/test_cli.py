@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ def python_m(*words: str) -> subprocess.CompletedProcess[str]:
     command = (sys.executable, "-m", "fastlstm", *words)
     # Without a GPU conftest.py has Triton's kernels interpreted, which users' processes don't.
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
 
 
 def test_info_says_what_a_bug_report_needs() -> None:
@@ -50,10 +50,12 @@ def test_info_without_the_library_says_why(capsys: pytest.CaptureFixture[str], m
 
 
 def test_check_passes_in_time() -> None:
-    begin = time.monotonic()
-    done = python_m("check")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = python_m("check", "--seconds", "100")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - begin < 30
+    # In time of the processor: what else this machine does must not fail a test.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
     assert done.stdout.endswith("no differences\n")
     every = len(check.CASES) * len(DTYPES)
     for name in native.instruction_sets():

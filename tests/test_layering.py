@@ -19,8 +19,9 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LAYERS = (
     *("contract", "build", "native", "products", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
-    *("backends", "checkpoint", "ops", "autograd", "functional", "tracers"),
-    *("checks", "module", "cell", "inspect", "compat", "surgery", "cli", "__init__", "__main__"),
+    *("backends", "checkpoint", "ops", "autograd", "functional", "tracers", "per_sample"),
+    *("checks", "module", "cell", "inspect", "compat", "surgery", "opacus"),
+    *("cli", "__init__", "__main__"),
 )
 # Who may name the compiled library: what builds it, what loads it, what calls it.
 NATIVE = {

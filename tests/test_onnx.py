@@ -102,6 +102,20 @@ def test_what_onnx_has_not_is_refused(config, options, says) -> None:
     assert "TorchExportError" in type(caught.value).__name__
 
 
+def test_gates_are_refused() -> None:
+    class Shows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = fastlstm.LSTM(IN, H)
+
+        def forward(self, x):
+            return fastlstm.gates(self.lstm, x).f
+
+    says = "fastlstm.gates: ONNX's LSTM has none"
+    with warnings.catch_warnings(action="ignore"), pytest.raises(Exception, match=says):
+        torch.onnx.export(Shows(), (torch.randn(T, B, IN),), dynamo=True, verbose=False)
+
+
 def test_packed_rows_are_refused() -> None:
     class Packs(nn.Module):
         def __init__(self) -> None:
