@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,8 @@ from .contract import (
     Reserve,
     Weights,
 )
-from .products import Products, first_rows, on_device
+from .products import Products
+from .walks import Walk, aligned, copied, stacked, walk_of, with_inputs
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -76,29 +76,6 @@ def check(device: torch.device) -> None:
     launch.check(torch.empty(0, device=device).device)  # with its index
 
 
-class _Walk(NamedTuple):
-    """The rows of a walk. Steps without rows are left out."""
-
-    steps: int
-    rows_per_step: int  # of the longest step
-    starts: list[int] | None  # (steps + 1) first row of each step; None where all are as long
-    device_starts: Tensor | None  # the same
-
-    def first_row(self, step: int) -> int:
-        return step * self.rows_per_step if self.starts is None else self.starts[step]
-
-
-def _walk(batch_sizes: Tensor, device: torch.device) -> _Walk:
-    """``batch_sizes`` as the kernels take them; equal sizes need nothing on the device."""
-    longest, shortest = int(batch_sizes[0]), int(batch_sizes[-1])
-    steps = batch_sizes.numel() if shortest > 0 else int((batch_sizes > 0).sum())
-    if longest in (shortest, int(batch_sizes[steps - 1])):
-        return _Walk(steps, longest, None, None)
-    sizes = batch_sizes[:steps]
-    starts = [0, *itertools.accumulate(sizes.tolist())]
-    return _Walk(steps, longest, starts, first_rows(on_device(sizes, device)))
-
-
 def _precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as torch's own products are."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -108,22 +85,6 @@ def _precision(dtype: torch.dtype) -> str:
 def _product(dtype: torch.dtype) -> str:
     """The same, as tiles are chosen by it."""
     return _precision(dtype) if dtype == torch.float32 else "half"
-
-
-def _aligned(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, and at a multiple of 16 bytes: else Triton compiles for the odd address."""
-    if tensor is None:
-        return None
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """One tensor for all directions, or None; a copy only where there are two."""
-    present = [t for t in tensors if t is not None]
-    if not present:
-        return None
-    return torch.stack(present) if len(present) == 2 else _aligned(present[0].unsqueeze(0))
 
 
 def layer_forward(
@@ -173,7 +134,7 @@ def _walk_forward(
     from .kernels import config, forward, launch
 
     (directions, batch, output), hidden = h0.shape, c_carry.size(-1)
-    walk = _walk(batch_sizes, x.device)
+    walk = walk_of(batch_sizes, x.device)
     reserve = gates is not None
     chosen = config.choose(
         config.FORWARD, hidden, output, _product(x.dtype), directions,
@@ -187,27 +148,19 @@ def _walk_forward(
     if m is None and weights[0].w_hr is not None:
         m = x.new_empty(batch, directions * hidden)
     arguments: dict[str, Any] = dict(
-        gates=gates, y=y, c_all=c_all, m=m, h_n=h_n, c_carry=c_carry, h0=_aligned(h0),
-        w_hh=_stacked([w.w_hh for w in weights]), w_hr=_stacked([w.w_hr for w in weights]),
-        reset=_aligned(reset), starts=walk.device_starts,
+        gates=gates, y=y, c_all=c_all, m=m, h_n=h_n, c_carry=c_carry, h0=aligned(h0),
+        w_hh=stacked([w.w_hh for w in weights]), w_hr=stacked([w.w_hr for w in weights]),
+        reset=aligned(reset), starts=walk.device_starts,
         counters=x.new_zeros(teams, dtype=torch.int64),
         steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
         D=directions, H=hidden, P=output, RESERVE=reserve, PRECISION=_precision(x.dtype),
     )  # fmt: skip
     exchanges = 1 if arguments["w_hr"] is None else 2
-    for begin in range(0, walk.steps, positions):
-        end = min(begin + positions, walk.steps)
-        spans = [(begin, end), (walk.steps - end, walk.steps - begin)][:directions]
-        origins = [walk.first_row(first) for first, _ in spans]
-        for d, (w, (first, last)) in enumerate(zip(weights, spans, strict=True)):
-            part = x[walk.first_row(first) : walk.first_row(last)]
-            if w.bias is None:
-                torch.mm(part, w.w_ih.T, out=gates[: len(part), d])
-            else:
-                torch.addmm(w.bias, part, w.w_ih.T, out=gates[: len(part), d])
-        arguments.update(origin_forward=origins[0], origin_reverse=origins[-1])
+    for part in with_inputs(x, walk, weights, gates, positions):
+        arguments.update(origin_forward=part.origins[0], origin_reverse=part.origins[1])
         launch.run(
-            forward.lstm_forward, arguments, chosen, begin * exchanges, end * exchanges, teams,
+            forward.lstm_forward, arguments, chosen, part.begin * exchanges,
+            part.end * exchanges, teams,
             chosen.tiles(hidden, output), x.device,
         )  # fmt: skip
 
@@ -235,11 +188,11 @@ def layer_backward(
     da = x.new_empty(rows, directions, 4 * hidden)
     projected = weights[0].w_hr is not None
     dh_all = x.new_empty(rows, directions * output) if projected else None
-    dh0 = _copied(grads.h_n, h0, x.dtype) if need.h0 else None
-    dc_carry = _copied(grads.c_n, c0, torch.float32)
+    dh0 = copied(grads.h_n, h0, x.dtype) if need.h0 else None
+    dc_carry = copied(grads.c_n, c0, torch.float32)
     with torch.cuda.device_of(x):
         if rows > 0:
-            walk = _walk(batch_sizes, x.device)
+            walk = walk_of(batch_sizes, x.device)
             positions = walk.steps + (need.h0 or need.c0)
             _walk_backward(
                 grads, walk, positions, c0, weights, reset, saved, da, dh_all, dh0, dc_carry
@@ -253,15 +206,9 @@ def layer_backward(
     return products.gradients(dh0, dc0)._replace(x=dx)
 
 
-def _copied(gradient: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if gradient is None:
-        return torch.zeros(like.shape, dtype=dtype, device=like.device)
-    return gradient.to(dtype, memory_format=torch.contiguous_format, copy=True)
-
-
 def _walk_backward(
     grads: OutputGradients,
-    walk: _Walk,
+    walk: Walk,
     positions: int,
     c0: Tensor,
     weights: Sequence[Weights],
@@ -283,10 +230,10 @@ def _walk_backward(
     teams = directions * -(-walk.rows_per_step // chosen.batch_tile)
     arguments: dict[str, Any] = dict(
         da=da, dh_all=dh_all, dh0=dh0, dc_carry=dc_carry,
-        dy=_aligned(grads.y), dc_all=_aligned(grads.c_all), dh_n=_aligned(grads.h_n),
-        gates=_aligned(saved.gates), c_all=_aligned(saved.c_all), c0=_aligned(c0),
-        w_hh=_stacked([w.w_hh for w in weights]), w_hr=_stacked([w.w_hr for w in weights]),
-        reset=_aligned(reset), starts=walk.device_starts,
+        dy=aligned(grads.y), dc_all=aligned(grads.c_all), dh_n=aligned(grads.h_n),
+        gates=aligned(saved.gates), c_all=aligned(saved.c_all), c0=aligned(c0),
+        w_hh=stacked([w.w_hh for w in weights]), w_hr=stacked([w.w_hr for w in weights]),
+        reset=aligned(reset), starts=walk.device_starts,
         counters=da.new_zeros(teams, dtype=torch.int64),
         steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
         D=directions, H=hidden, P=output, PRECISION=_precision(da.dtype),

@@ -31,9 +31,9 @@ class Walk(NamedTuple):
 
 def walk_of(batch_sizes: Tensor, device: torch.device) -> Walk:
     """``batch_sizes``, of which one at least is not 0; equal sizes need nothing on the device."""
-    steps = int((batch_sizes > 0).sum())
-    longest = int(batch_sizes[0])
-    if int(batch_sizes[steps - 1]) == longest:
+    longest, shortest = int(batch_sizes[0]), int(batch_sizes[-1])
+    steps = batch_sizes.numel() if shortest > 0 else int((batch_sizes > 0).sum())
+    if longest in (shortest, int(batch_sizes[steps - 1])):
         return Walk(steps, longest, None, None)
     sizes = batch_sizes[:steps]
     starts = [0, *itertools.accumulate(sizes.tolist())]
@@ -41,7 +41,7 @@ def walk_of(batch_sizes: Tensor, device: torch.device) -> Walk:
 
 
 def aligned(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous, and at a multiple of 16 bytes."""
+    """Contiguous, and at a multiple of 16 bytes, which kernels may be compiled to rely on."""
     if tensor is None:
         return None
     tensor = tensor.contiguous()
