@@ -93,8 +93,7 @@ const char* launch(const void* args, int, int teams, void* stream) {
 
 template <Kind kind, int n_tiles>
 constexpr Instance instance() {
-  if constexpr (is_compiled(kind, Storage::FASTLSTM_STORAGE, FASTLSTM_BLOCKS, FASTLSTM_UNITS,
-                            n_tiles)) {
+  if constexpr (is_compiled(Storage::FASTLSTM_STORAGE, FASTLSTM_BLOCKS, FASTLSTM_UNITS, n_tiles)) {
     using C =
         ClusterConfig<kind, Storage::FASTLSTM_STORAGE, FASTLSTM_BLOCKS, FASTLSTM_UNITS, n_tiles>;
     return cluster_instance<C>(&together<C>, &launch<C>);
@@ -104,8 +103,10 @@ constexpr Instance instance() {
 
 }  // namespace
 
-#define FASTLSTM_DIVISION FASTLSTM_PASTE(FASTLSTM_BLOCKS, x, FASTLSTM_UNITS)
-#define FASTLSTM_TABLE FASTLSTM_PASTE(clusters_, FASTLSTM_STORAGE, FASTLSTM_DIVISION)
+#define FASTLSTM_DIVISION_(blocks, units) blocks##x##units
+#define FASTLSTM_DIVISION(blocks, units) FASTLSTM_DIVISION_(blocks, units)
+#define FASTLSTM_TABLE \
+  FASTLSTM_PASTE(clusters_, FASTLSTM_STORAGE, FASTLSTM_DIVISION(FASTLSTM_BLOCKS, FASTLSTM_UNITS))
 extern const Instance FASTLSTM_TABLE[6];
 const Instance FASTLSTM_TABLE[6] = {
     instance<Kind::forward, 1>(),  instance<Kind::forward, 2>(),  instance<Kind::forward, 4>(),

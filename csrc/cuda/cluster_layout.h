@@ -31,11 +31,11 @@ FASTLSTM_HOST_DEVICE constexpr int cluster_units(int blocks, int units) {
   return blocks * units;
 }
 // The widest layers are held by 16 blocks of 32 units, all of whose operands fit in registers, or
-// by as many of floats as take no more bytes. With 32 sequences they would have no room for sums.
-FASTLSTM_HOST_DEVICE constexpr bool is_compiled(Kind kind, Storage storage, int blocks, int units,
+// by as many of floats as take no more bytes. Blocks of 32 units have no registers for 32
+// sequences.
+FASTLSTM_HOST_DEVICE constexpr bool is_compiled(Storage storage, int blocks, int units,
                                                 int n_tiles) {
-  return cluster_units(blocks, units) * item_size(storage) <= 1024 &&
-         !(kind == Kind::forward && units > 16 && n_tiles > 2);
+  return cluster_units(blocks, units) * item_size(storage) <= 1024 && units * n_tiles <= 64;
 }
 
 // --- the product ---------------------------------------------------------------------------
@@ -53,7 +53,7 @@ FASTLSTM_HOST_DEVICE constexpr int cluster_pairs(Kind kind, Storage storage, int
 FASTLSTM_HOST_DEVICE constexpr int cluster_operands_in_registers(Kind kind, int operands,
                                                                  int n_tiles) {
   // What a walk needs beside them grows with the sequences.
-  const int most = n_tiles == 1 ? 32 : kind == Kind::backward && n_tiles == 2 ? 28 : 20;
+  const int most = n_tiles == 1 ? 32 : kind == Kind::backward ? 24 : 20;
   return operands < most ? operands : most;
 }
 
@@ -87,7 +87,7 @@ struct ClusterConfig {
   static constexpr int in_registers = cluster_operands_in_registers(kind, operands, n_tiles);
   static constexpr int sharing = kind == Kind::forward ? warps : 1;
   static constexpr bool rows_in_shared = true;
-  static constexpr int chains = Config<kind, storage, 1, n_tiles>::chains;
+  static constexpr int chains = m_tiles * n_tiles >= 4 ? 1 : 4 / (m_tiles * n_tiles);
   static constexpr int ahead = pairs < 2 ? pairs : 2;
 
   // Bytes of an exchanged row, and of what a block receives each time, at most.

@@ -24,7 +24,7 @@ const char* launch(const void* args, int tiles, int teams, void*) {
 
 template <Kind kind, Storage storage, int blocks, int units, int n_tiles>
 constexpr Instance instance() {
-  if constexpr (is_compiled(kind, storage, blocks, units, n_tiles)) {
+  if constexpr (is_compiled(storage, blocks, units, n_tiles)) {
     using C = ClusterConfig<kind, storage, blocks, units, n_tiles>;
     return cluster_instance<C>(&together, &launch<C>);
   }
