@@ -41,7 +41,8 @@ def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_weights_are_read_before_the_time_loop(compiled: list[dict[str, Any]]) -> None:
-    """A resident slice is put into shared memory before the loop, and not read inside it."""
+    """A resident slice is put into shared memory before the loop, and not read inside it from
+    elsewhere; one in registers is taken from there before the loop, too."""
     for result in compiled:
         case, config = result["case"], result["config"]
         if not config["resident"]:
@@ -52,6 +53,9 @@ def test_weights_are_read_before_the_time_loop(compiled: list[dict[str, Any]]) -
         chunks = -(-depth // config["chunk"])
         assert result["chunks_before"] == result["allocs_before"] == chunks, of(result)
         assert result["chunks_inside"] == result["allocs_inside"] == 0, of(result)
+        held = chunks if config["registers"] else 0
+        assert result["operands_before"] == held, of(result)
+        assert (result["operands_inside"] == 0) == config["registers"], of(result)
         # A projection's own weights are read at every step.
         assert (result["loads_inside"] > 0) == (case["output"] != case["hidden"]), of(result)
 
