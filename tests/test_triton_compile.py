@@ -1,7 +1,7 @@
 """The Triton kernels compiled for GPUs that are not there: what is resident, spilled and ordered.
 
 By default a selection of what dispatch can choose, about a minute and a half on one core when
-Triton's cache is empty; FASTLSTM_COMPILE=all compiles everything.
+Triton's cache is empty; FASTLSTM_COMPILE=all compiles every configuration, in half an hour.
 """
 
 from __future__ import annotations
@@ -61,12 +61,15 @@ def test_weights_are_read_before_the_time_loop(compiled: list[dict[str, Any]]) -
 
 
 def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
-    """Plain layers with half-precision weights; all others spill a few bytes at the most."""
+    """Plain layers with half-precision weights; all others spill a few bytes at the most, but for
+    odd sizes at the edges of what a configuration serves."""
     checked = 0
     for result in compiled:
         case = result["case"]
         plain = case["dtype"] in ("bf16", "fp16") and not case["features"]
-        assert result["local"] <= (0 if plain else 32), f"{of(result)}: {result['local']} bytes"
+        plain &= not case["swept"]
+        most = 1024 if case["swept"] else 0 if plain else 32
+        assert result["local"] <= most, f"{of(result)}: {result['local']} bytes"
         checked += plain and case["hidden"] in (128, 256, 512, 1024)
     assert checked >= 48
 
