@@ -71,7 +71,7 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
         case = result["case"]
         plain = case["dtype"] in ("bf16", "fp16") and not case["features"]
         plain &= not case["swept"]
-        most = 2048 if case["swept"] else 0 if plain else 32
+        most = 2048 if case["swept"] else 0 if plain else 64
         assert result["local"] <= most, f"{of(result)}: {result['local']} bytes"
         checked += plain and case["hidden"] in (128, 256, 512, 1024)
     assert checked >= 48
@@ -111,5 +111,5 @@ def test_exchange_is_ordered(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_what_does_not_fit_is_streamed(compiled: list[dict[str, Any]]) -> None:
-    large = [r for r in compiled if r["case"]["hidden"] == 2048]
+    large = [r for r in compiled if r["case"]["hidden"] == r["case"]["output"] == 2048]
     assert large and not any(r["config"]["resident"] for r in large)
