@@ -71,16 +71,18 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
         case = result["case"]
         plain = case["dtype"] in ("bf16", "fp16") and not case["features"]
         plain &= not case["swept"]
-        most = 2048 if case["swept"] else 0 if plain else 64
+        most = 4096 if case["swept"] else 0 if plain else 64
         assert result["local"] <= most, f"{of(result)}: {result['local']} bytes"
         checked += plain and case["hidden"] in (128, 256, 512, 1024)
     assert checked >= 48
 
 
 def test_a_team_finds_room(compiled: list[dict[str, Any]]) -> None:
-    """All of its programs at once, so that the walk is one launch."""
+    """All of its programs at once, so that the walk is one launch; streamed weights of the largest
+    layers are walked through by exchanges."""
     for result in compiled:
-        assert result["teams_together"] >= 1, of(result)
+        by_exchanges = result["case"]["swept"] and not result["config"]["resident"]
+        assert by_exchanges or result["teams_together"] >= 1, of(result)
 
 
 def test_reads_before_the_wait_go_together(compiled: list[dict[str, Any]]) -> None:
