@@ -16,7 +16,9 @@ nn.LSTM and fastlstm do; ``char.png`` and ``series.png`` in ``--out`` show what 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import itertools
 import math
 import statistics
@@ -196,6 +198,14 @@ def open_study(task: Task, args: Namespace) -> optuna.Study:
     return study
 
 
+@contextlib.contextmanager
+def one_at_a_time(args: Namespace) -> Iterator[None]:
+    """Of several processes that start together the first makes the study, the others wait."""
+    with open(f"{args.study}.lock", "w") as file:  # unlocked when it is closed, or by a kill
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def prepare_study(study: optuna.Study, task: Task, args: Namespace) -> dict[str, Any]:
     """The range test and the untuned model, done once and kept in the study."""
     if "prepared" not in study.user_attrs:
@@ -203,6 +213,9 @@ def prepare_study(study: optuna.Study, task: Task, args: Namespace) -> dict[str,
         untuned = train(task, UNTUNED, args.seed)
         prepared = {"curves": curves, "untuned": untuned._asdict(), "size": task.size}
         study.set_user_attr("prepared", prepared)
+        # The first trial: the untuned model, but with a rate from the range test that decays.
+        first = {name: value for name, value in UNTUNED.items() if name != "lr"}
+        study.enqueue_trial({**first, "lr factor": 1.0, "schedule": "cosine"})
     prepared = study.user_attrs["prepared"]
     if prepared["size"] != task.size:  # its losses would be compared with others'
         raise UserError(f"--study {args.study} was made with --characters {prepared['size']}")
@@ -221,9 +234,6 @@ def search(
     the range test suggests."""
     # No trial may take more than an eighth of the search, if it took all its epochs.
     longest = (deadline - time.monotonic()) / 8 / task.epochs
-    if not study.trials:  # first the untuned model, but with a rate from the range test that decays
-        first = {name: value for name, value in UNTUNED.items() if name != "lr"}
-        study.enqueue_trial({**first, "lr factor": 1.0, "schedule": "cosine"})
     bar = tqdm(desc=f"tuning {task.name}", unit="trial", initial=len(finished(study)))
 
     def objective(trial: optuna.Trial) -> float:
@@ -278,11 +288,12 @@ def seconds_of_a_trial(task: Task, choice: Choice, limit: float, seed: int) -> l
 # %% The program
 def tune(task: Task, deadline: float, args: Namespace) -> None:
     """Search, compare with the untuned model and with nn.LSTM, report."""
-    study = open_study(task, args)
-    before = len(finished(study))
-    if before:
-        print(f"{task.name}: going on with {before} trials of {args.study}")
-    prepared = prepare_study(study, task, args)
+    with one_at_a_time(args):
+        study = open_study(task, args)
+        before = len(finished(study))
+        if before:
+            print(f"{task.name}: going on with {before} trials of {args.study}")
+        prepared = prepare_study(study, task, args)
     rates = {name: suggested_rate(*curve) for name, curve in prepared["curves"].items()}
     start = time.monotonic()
     left = deadline - start

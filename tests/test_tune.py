@@ -16,6 +16,7 @@ import optuna
 import pytest
 import torch
 import tune
+from common import UserError
 from tasks import TASKS, CharTask, SeriesTask
 from test_char_rnn import check_error, png_size, same_threads_afterwards  # noqa: F401
 
@@ -88,7 +89,7 @@ def test_trials_are_pruned_and_their_hyperparameters_vary(searched):
 
 
 def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
-    """The study of a killed process is taken up by two at once; each trial is counted once."""
+    """Two start at once without a study and are killed; two take it up; no trial is lost."""
     command = [sys.executable, str(SCRIPT), *SMALL, "--out", str(tmp_path), "--minutes", "2"]
 
     def start(*options: str) -> subprocess.Popen[str]:
@@ -104,13 +105,20 @@ def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
         except sqlite3.OperationalError:  # the tables are not made yet
             return 0
 
-    with start() as first:
+    def finished_or_ended(*processes: subprocess.Popen[str]) -> bool:
+        return count() >= 2 or any(process.poll() is not None for process in processes)
+
+    with start() as one, start("--seed", "1") as other:
         until = time.monotonic() + 90
-        while count() < 1 and first.poll() is None and time.monotonic() < until:
+        while not finished_or_ended(one, other) and time.monotonic() < until:
             time.sleep(0.2)
-        os.kill(first.pid, signal.SIGKILL)
+        ended = [process.poll() for process in (one, other)]
+        for process in (one, other):
+            os.kill(process.pid, signal.SIGKILL)
+        said = [process.communicate()[1] for process in (one, other)]
+    assert ended == [None, None], said
     before = count()
-    assert before >= 1
+    assert before >= 2
     total = str(before + 3)
     with start("--trials", total, "--seed", "1") as one, start("--trials", total) as other:
         outputs = [process.communicate(timeout=120) for process in (one, other)]
@@ -120,6 +128,8 @@ def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
     assert before + 3 <= count() <= before + 5  # whoever was at it finishes its trial
     study = open_study(tmp_path)
     assert [trial.number for trial in study.trials] == list(range(len(study.trials)))
+    firsts = [t for t in study.trials if "fixed_params" in t.system_attrs]
+    assert len(firsts) == 1  # prepared once, by one of them
 
 
 def test_a_range_test_finds_the_rates_that_learn():
@@ -180,6 +190,14 @@ BAD = {
     "--study .": "is a directory",
     "--out words.txt": "words.txt",
 }
+
+
+def test_a_study_of_another_text_is_refused():
+    study = optuna.create_study()
+    study.set_user_attr("prepared", {"size": 20_000})
+    args = tune.make_parser().parse_args(["--study", "study.db"])
+    with pytest.raises(UserError, match=r"--study study\.db was made with --characters 20000"):
+        tune.prepare_study(study, CharTask(30_000), args)
 
 
 @pytest.mark.parametrize("options", BAD)
