@@ -231,8 +231,8 @@ def generate(model: CharModel, vocabulary: str, prime: str, args: Namespace) -> 
 
 
 def beginning_of(text: str) -> str:
-    """Some 20 characters to go on from, from the first whole word."""
-    return (text.split(" ", 1)[-1] or text)[:20]
+    """Something to go on from: the whole words among the first 50 characters."""
+    return " ".join(text[:50].split(" ")[1:-1]) or text[:50]
 
 
 # %% The command line
@@ -253,7 +253,7 @@ def make_parser() -> Parser:
     add("--temperature", type=number(float, 1e-3, 1e3), default=0.7, help="below 1: cautious (0.7)")
     add("--top-k", type=number(int, 0, 10**6), default=0, help="best to draw from (0: all)")
     add("--sample-length", type=count, default=500, help="characters to write (default 500)")
-    add("--prime", help="text to go on from (default: 20 characters of the validation text)")
+    add("--prime", help="text to go on from (default: from the validation text)")
     add("--save", type=Path, metavar="FILE", help="write a checkpoint after training")
     add("--save-every", type=number(int, 0, 10**9), default=0, help="and each so many steps")
     add("--load", type=Path, metavar="FILE", help="start from a checkpoint")

@@ -106,13 +106,16 @@ def plot_study(
     panels[2].set(title="importance (PED-ANOVA)" if found else "importance: too few trials")
 
     untuned, trials = prepared["untuned"]["loss"], trials_of(study, TrialState.COMPLETE)
-    values = sorted(trial.value for trial in trials)
-    low, top = min([untuned, *values]), max([untuned, *values[: len(values) * 3 // 4]])
+    values = sorted(trial.value for trial in trials) or [untuned]
+    low, most = values[0], values[len(values) * 3 // 4]
     for axes, name in zip(panels[3:], LABELS, strict=True):
         if trials:
             plot_choices(axes, trials, name)
     for axes in (panels[1], *panels[3:]):
+        top = max(untuned, most) if axes is panels[1] else most  # the worst quarter is left out
         axes.axhline(untuned, color="black", linestyle="--", linewidth=1, label="untuned")
         axes.set_ylim(low - 0.1 * (top - low) - 1e-3, top + 0.15 * (top - low) + 1e-3)
     panels[1].legend(fontsize=8)
+    for axes in (panels[3], panels[5]):
+        axes.set_ylabel("validation loss")
     figure.savefig(path, dpi=70)

@@ -111,10 +111,11 @@ def test_a_step_that_waited_does_not_count(capsys):
     assert found["ratio"] == (2, 2, 2)
 
 
-def test_the_default_prime_begins_with_a_word():
-    assert char_rnn.beginning_of("ight of an old abbey, in spring") == "of an old abbey, in "
-    assert char_rnn.beginning_of("x" * 30) == "x" * 20
-    assert char_rnn.beginning_of("word ") == "word "
+def test_the_default_prime_is_whole_words():
+    text = "ight of an old abbey, in spring, when the river was high"
+    assert char_rnn.beginning_of(text) == "of an old abbey, in spring, when the river"
+    for whole in ("x" * 30, "word ", "two words"):
+        assert char_rnn.beginning_of(whole) == whole
 
 
 def test_a_checkpoint_loads_into_either_model(trained):
