@@ -232,7 +232,7 @@ def generate(model: CharModel, vocabulary: str, prime: str, args: Namespace) -> 
 
 def beginning_of(text: str) -> str:
     """Something to go on from: the whole words among the first 50 characters."""
-    return " ".join(text[:50].split(" ")[1:-1]) or text[:50]
+    return " ".join(text[:50].split(" ")[1:-1]).strip() or text[:50]
 
 
 # %% The command line
