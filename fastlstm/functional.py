@@ -9,6 +9,7 @@ the fit of a packed ``reset``, which are checked where they are read.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -294,9 +295,13 @@ def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) ->
         try:
             lengths = torch.as_tensor(given, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"lengths: expected integers, got {given!r}") from error
+            raise TypeError(
+                f"lengths: expected integers, got {reprlib.repr(given)}: {error}"
+            ) from error
         if lengths.numel() == 0:  # an empty list makes a float tensor
             lengths = lengths.long()
+    if lengths.layout != torch.strided:
+        raise TypeError(f"lengths: expected a dense tensor, got layout {lengths.layout}")
     if lengths.device.type == "meta":
         raise ValueError("lengths: expected values, got a tensor on meta, which has none")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -308,9 +313,10 @@ def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) ->
         )
     lengths = lengths.to("cpu", torch.int64)
     if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
+        wrong = int(((lengths < 0) | (lengths > steps)).nonzero()[0])
         raise ValueError(
             f"lengths: expected values from 0 to {steps}, the number of steps of input, "
-            f"got {lengths.tolist()}"
+            f"got {int(lengths[wrong])} for sequence {wrong}"
         )
     return lengths
 

@@ -319,9 +319,16 @@ def test_autocast_cells_have_the_dtype_of_output():
     assert output.dtype == cells.dtype == torch.bfloat16
 
 
+def test_checkpoint_is_a_bool_as_bias_is():
+    with pytest.raises(TypeError, match="checkpoint should be of type bool, got: str"):
+        fastlstm.LSTM(IN, H, checkpoint="no")
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend.*'nonesuch'.*'auto'.*'reference'"):
         fastlstm.LSTM(IN, H, backend="nonesuch")
+    with pytest.raises(ValueError, match=r"backend: got \['cpu'\]"):
+        fastlstm.LSTM(IN, H, backend=["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -397,6 +404,8 @@ def test_wrong_dtypes_among_the_weights_are_refused(backend):
     [
         (None, None, "input: expected a Tensor or a PackedSequence, got NoneType"),
         ([1.0], None, r"input: .*got list of \(float\)"),
+        ([1.0] * 1000, None, r"got list of \(float, float, float, float, \.\.\.\)$"),
+        (PackedSequence(X.numpy(), PACKED.batch_sizes), None, r"input\.data: .*got ndarray"),
         (X, HX, r"hx: expected a tuple of two Tensors \(h_0, c_0\), got Tensor"),
         (X, (None, None), r"hx: .*got tuple of \(NoneType, NoneType\)"),
         (PACKED, HX, "hx: .*got Tensor"),
