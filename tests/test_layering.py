@@ -19,7 +19,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LAYERS = (
     *("contract", "build", "native", "products", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
-    *("backends", "checkpoint", "ops", "autograd", "functional", "tracers", "per_sample"),
+    *("backends", "checkpoint", "ops", "packing", "autograd", "functional", "tracers", "per_sample"),
     *("checks", "module", "cell", "inspect", "compat", "surgery", "opacus"),
     *("cli", "__init__", "__main__"),
 )
