@@ -19,6 +19,7 @@ DEPS := numpy ninja setuptools wheel pytest pytest-benchmark $(EXAMPLES)
 ONNX := onnx onnxscript onnxruntime
 # Without what they depend on: they name torch, and any torch is a CUDA build.
 OPACUS := opacus opt-einsum scipy
+LIGHTNING := lightning pytorch-lightning torchmetrics lightning-utilities
 TRITON := triton==3.6.0
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
@@ -102,8 +103,8 @@ $(BIN)/python:
 $(VENV)/.deps: Makefile | $(BIN)/python
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(TRITON)
-	$(PIP_INSTALL) $(DEPS) $(ONNX)
-	$(PIP_INSTALL) --no-deps $(OPACUS)
+	$(PIP_INSTALL) $(DEPS) $(ONNX) transformers
+	$(PIP_INSTALL) --no-deps $(OPACUS) $(LIGHTNING)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.deps

@@ -251,13 +251,30 @@ def test_functional_call_uses_the_weights_it_is_given():
     assert ours(x.float())[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrap", ["parametrization", "hook", "prune"])
+class LowRank(nn.Module):
+    """A weight and what LoRA adds to it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.down = nn.Parameter(weight.new_ones(2, weight.size(1)))
+        self.up = nn.Parameter(weight.new_ones(weight.size(0), 2) / 10)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+@pytest.mark.parametrize("wrap", ["parametrization", "spectral", "lora", "hook", "prune"])
 def test_replaced_weights_take_effect_and_get_gradients(wrap):
     stock, ours = make_pair()
     for module in (stock, ours):
         torch.manual_seed(5)
         if wrap == "parametrization":
             parametrizations.weight_norm(module, "weight_hh_l0")
+        elif wrap == "spectral":
+            parametrizations.spectral_norm(module, "weight_hh_l0").eval()
+        elif wrap == "lora":
+            low_rank = LowRank(module.weight_hh_l0)
+            nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", low_rank)
         elif wrap == "hook":
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 nn.utils.weight_norm(module, "weight_hh_l0")
