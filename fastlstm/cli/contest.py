@@ -87,9 +87,7 @@ class Contest:
             module.train(mode == "train")  # nn.LSTM keeps what a backward needs when training
         step = self.train if mode == "train" else self.infer
         calls = partial(step, self.ours), partial(step, self.theirs)
-        timed = paired(*calls, self.clear, seconds, self.clock)
-        quartiles = {name: getattr(timed, name)._asdict() for name in ("ours", "theirs", "ratio")}
-        return {"pairs": timed.pairs, "calls": timed.calls} | quartiles
+        return paired(*calls, self.clear, seconds, self.clock).row()
 
     def row(self, shape: Shape, mode: str, seconds: float) -> Row:
         """As ``time``, with the rate of both."""
