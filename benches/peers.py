@@ -62,14 +62,15 @@ class Compiled(nn.Module):
 
     def __init__(self, stock: nn.LSTM, threads: int) -> None:
         super().__init__()
-        self.w_ih, self.w_hh = stock.weight_ih_l0, stock.weight_hh_l0
-        self.b_ih, self.b_hh = stock.bias_ih_l0, stock.bias_hh_l0
+        for name, parameter in stock.named_parameters():
+            self.register_parameter(name, parameter)
         self.loop = torch.compile(self.plain, fullgraph=True, dynamic=False)
 
     def plain(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ahead, outputs = torch.addmm(self.b_ih + self.b_hh, x.flatten(0, 1), self.w_ih.t()), []
+        bias, outputs = self.bias_ih_l0 + self.bias_hh_l0, []
+        ahead = torch.addmm(bias, x.flatten(0, 1), self.weight_ih_l0.t())
         for part in ahead.unflatten(0, x.shape[:2]):
-            i, f, g, o = torch.addmm(part, h, self.w_hh.t()).chunk(4, -1)
+            i, f, g, o = torch.addmm(part, h, self.weight_hh_l0.t()).chunk(4, -1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             outputs.append(h)
