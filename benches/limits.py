@@ -47,7 +47,9 @@ def caches(folder: Path = CACHES) -> dict[str, int]:
     """Bytes of each level of cache that holds data: ``{"L1": 49152, ...}``; empty if unknown."""
     found = {}
     for entry in sorted(folder.glob("index*")):
-        level, kind, size = ((entry / name).read_text().strip() for name in ("level", "type", "size"))
+        level, kind, size = (
+            (entry / name).read_text().strip() for name in ("level", "type", "size")
+        )
         if kind != "Instruction":
             found[f"L{level}"] = int(size.removesuffix("K")) * 1024
     return found

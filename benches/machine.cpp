@@ -26,8 +26,8 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes)));
 };
 
-// What is computed counts as used. Their total, and not the sums, since what is in memory here would
-// be there all the time.
+// What is computed counts as used. Their total, and not the sums, since what is in memory here
+// would be there all the time.
 template <class V, int n>
 void use(V (&sums)[n]) {
   V total = sums[0];

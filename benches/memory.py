@@ -50,7 +50,12 @@ def main() -> None:
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         found = dict(zip(todo, pool.starmap(measure, todo, chunksize=1), strict=True))
     table = [
-        {"shape": s, "mode": m, "threads": 1, "peak_bytes": {who: found[s, m, who] for who in SIDES}}
+        {
+            "shape": s,
+            "mode": m,
+            "threads": 1,
+            "peak_bytes": {who: found[s, m, who] for who in SIDES},
+        }
         for s in shapes
         for m in MODES
     ]

@@ -11,37 +11,39 @@ from fastlstm.cli.contest import Contest
 
 
 class HalfContest(Contest):
-    """A module in half precision against fastlstm in float32."""
+    """A module in half precision against fastlstm in float32, which has weights of its own."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__(shape, dtype)
-        self.stock, (_, _, inputs, hidden) = self.theirs, shape
-        self.theirs = fastlstm.LSTM(inputs, hidden)
-        self.wide = {name: getattr(self, name).float() for name in ("x", "dy")}
-        self.wide["x"] = self.wide["x"].detach().requires_grad_()
-        self.wide["hx"] = tuple(state.float() for state in self.hx)
+        self.stock = self.theirs
+        self.theirs = self.single = fastlstm.LSTM(*shape[2:])
+        self.wide_x = self.x.detach().float().requires_grad_()
+        self.wide_hx = tuple(state.float() for state in self.hx)
+        self.wide_dy = self.dy.float()
 
     def run(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        wide = module is self.theirs
-        output, (h_n, c_n) = module(*((self.wide if wide else vars(self))[n] for n in ("x", "hx")))
+        wide = module is self.single
+        given = (self.wide_x, self.wide_hx) if wide else (self.x, self.hx)
+        output, (h_n, c_n) = module(*given)
         return output, h_n, c_n
 
     def train(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         found = self.run(module)
-        found[0].backward(self.wide["dy"] if module is self.theirs else self.dy)
+        found[0].backward(self.wide_dy if module is self.single else self.dy)
         return found
 
     def clear(self) -> None:
         super().clear()
-        self.wide["x"].grad = None
+        self.wide_x.grad = None
 
     def problem(self) -> str | None:
-        """How ours differs from nn.LSTM in half precision; of the float32 rival others tell."""
-        rival, self.theirs = self.theirs, self.stock
+        """How ours differs from nn.LSTM in half precision; other rows tell of the float32 rival."""
+        self.theirs = self.stock
         try:
             return super().problem()
         finally:
-            self.theirs = rival
+            self.clear()
+            self.theirs = self.single
 
 
 class ThreadsContest(Contest):

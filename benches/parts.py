@@ -1,7 +1,7 @@
 """What ``make bench`` measures, part by part: each a list of jobs, and each job gives rows.
 
-A row names what was timed (part, shape, variant, dtype, mode, threads, rival), and has its times and
-the work of a call, or the error that kept it from being timed.
+A row names what was timed (part, shape, variant, dtype, mode, threads, rival), and has its times
+and the work of a call, or the error that kept it from being timed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ BATCHES = (1, 4, 16, 64, 256)
 WIDTHS = (32, 64, 128, 256, 512, 1024)
 BASE = (64, 16, 256, 256)
 BUSY = tuple(shape for shape in SPEED if shape[3] >= 256 and shape[1] >= 16)  # threads' own aim
-KEY = ("part", "shape", "variant", "dtype", "mode", "threads", "rival")
+
+
+Make = Callable[[], Any]  # a contest
+Count = Callable[[str], Work]  # the work of a call in a mode
 
 
 class Job(NamedTuple):
@@ -47,9 +50,7 @@ def row_of(part: str, shape: Shape, mode: str, threads: int, **more: str) -> Row
     return {"part": part, "shape": list(shape), "mode": mode, "threads": threads} | usual | more
 
 
-def measured(
-    rows: Iterable[Row], contest: Callable[[], Any], work: Callable[[str], Work], seconds: float
-) -> Iterator[Row]:
+def measured(rows: Iterable[Row], contest: Make, work: Count, seconds: float) -> Iterator[Row]:
     """Rows of one contest, which is made and checked once; a rival that refuses is an error too."""
     try:
         made = contest()
@@ -65,9 +66,9 @@ def measured(
         yield row | {"gflops": {who: rate / row[who]["median"] for who in ("ours", "theirs")}}
 
 
-def plain_work(shape: Shape, dtype: str, mode: str, **more: int) -> Work:
+def plain_work(shape: Shape, dtype: str, mode: str) -> Work:
     steps, batch, inputs, hidden = shape
-    return lstm_work(steps * batch, steps, inputs, hidden, mode, dtype=dtype, **more)
+    return lstm_work(steps * batch, steps, inputs, hidden, mode, dtype=dtype)
 
 
 def plain(part: str, shapes: Iterable[Shape], args: argparse.Namespace) -> Iterator[Job]:
@@ -100,44 +101,44 @@ def scaling(args: argparse.Namespace) -> Iterator[Job]:
 
 def features(args: argparse.Namespace) -> Iterator[Job]:
     """What else the module does, and half precision against our own float32."""
-    steps, batch, inputs, hidden = FEATURE
-    lead = partial(row_of, "features")
-    for threads in args.threads:
-        variants = ("packed", "lengths", "projection", "two layers, both directions", "resets")
-        for variant, dtype in (
-            *((variant, "float32") for variant in variants),
-            *(("plain", dtype) for dtype in ("bfloat16", "float16", "float64")),
-        ):
+
+    def job(count: int, contest: Make, work: Count, shape: Shape = FEATURE, **names: str) -> Job:
+        modes = [mode for mode in args.modes if mode == "infer" or shape is not STREAMING]
+        rows = [row_of("features", shape, mode, count, **names) for mode in modes]
+        return Job(count, partial(measured, rows, contest, work, args.seconds))
+
+    single = torch.float32
+    for count in args.threads:
+        for variant in ("packed", "lengths", "projection", "two layers, both directions", "resets"):
             rival = "fastlstm without resets" if variant == "resets" else "nn.LSTM"
-            names = dict(variant=variant, dtype=dtype, rival=rival)
-            rows = [lead(FEATURE, mode, threads, **names) for mode in args.modes]
-            contest = partial(VariantContest, FEATURE, getattr(torch, dtype), variant)
-            work = partial(variant_work, variant, dtype)
-            yield Job(threads, partial(measured, rows, contest, work, args.seconds))
+            contest = partial(VariantContest, FEATURE, single, variant)
+            work = partial(variant_work, variant)
+            yield job(count, contest, work, variant=variant, rival=rival)
+        for dtype in ("bfloat16", "float16", "float64"):
+            contest = partial(Contest, FEATURE, getattr(torch, dtype))
+            yield job(count, contest, partial(plain_work, FEATURE, dtype), dtype=dtype)
         for dtype in ("bfloat16", "float16"):
-            names = dict(dtype=dtype, rival="fastlstm in float32")
-            rows = [lead(FEATURE, mode, threads, **names) for mode in args.modes]
             contest = partial(HalfContest, FEATURE, getattr(torch, dtype))
             work = partial(plain_work, FEATURE, dtype)
-            yield Job(threads, partial(measured, rows, contest, work, args.seconds))
-        rows = [lead(FEATURE, mode, threads, variant="cell") for mode in args.modes]
-        work = partial(cell_work, *FEATURE)
-        contest = partial(CellContest, FEATURE, torch.float32)
-        yield Job(threads, partial(measured, rows, contest, work, args.seconds))
-        rows = [lead(STREAMING, "infer", threads, variant="one step")] * ("infer" in args.modes)
-        contest = partial(Contest, STREAMING, torch.float32)
-        work = partial(plain_work, STREAMING, "float32")
-        yield Job(threads, partial(measured, rows, contest, work, args.seconds))
+            yield job(count, contest, work, dtype=dtype, rival="fastlstm in float32")
+        contest, work = partial(CellContest, FEATURE, single), partial(cell_work, *FEATURE)
+        yield job(count, contest, work, variant="cell", rival="nn.LSTMCell")
+        contest, work = (
+            partial(Contest, STREAMING, single),
+            partial(plain_work, STREAMING, "float32"),
+        )
+        yield job(count, contest, work, STREAMING, variant="one step")
 
 
-def variant_work(variant: str, dtype: str, mode: str) -> Work:
+def variant_work(variant: str, mode: str) -> Work:
     """Of FEATURE; rows are counted, not estimated."""
     steps, _, inputs, hidden = FEATURE
     options = config(variant, hidden)
     rows = VariantContest(FEATURE, torch.float32, variant).rows()
     sizes = dict(projection=options["proj_size"], layers=options["num_layers"])
-    directions = 1 + options["bidirectional"]
-    return lstm_work(rows, steps, inputs, hidden, mode, dtype=dtype, directions=directions, **sizes)
+    return lstm_work(
+        rows, steps, inputs, hidden, mode, directions=1 + options["bidirectional"], **sizes
+    )
 
 
 def threads(args: argparse.Namespace) -> Iterator[Job]:

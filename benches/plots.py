@@ -73,7 +73,9 @@ def of_group(row: Row, mode: str, threads: int) -> bool:
 def roofline(figure: Figure, rows: Sequence[Row], result: Result) -> None:
     """Rate against flops for each byte of weights that the steps read; one thread and all."""
     counts = sorted({row["threads"] for row in rows})
-    for axis, threads in zip(figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True):
+    for axis, threads in zip(
+        figure.subplots(1, len(counts), squeeze=False)[0], counts, strict=True
+    ):
         points = [r for r in rows if r["threads"] == threads and "work" in r]
         intensities = [intensity(row) for row in points]
         reach = (min(intensities) / 2, max(intensities) * 2)
@@ -150,7 +152,8 @@ def gain(row: Row) -> float:
 
 def memory(figure: Figure, rows: Sequence[Row], result: Result) -> None:
     """Peak bytes of both, beyond inputs, outputs and gradients."""
-    for axis, mode in zip(figure.subplots(1, len(MODES)), MODES, strict=True):
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    for axis, mode in zip(figure.subplots(1, len(modes), squeeze=False)[0], modes, strict=True):
         chosen = [row for row in rows if row["mode"] == mode]
         labels = [",".join(map(str, row["shape"])) for row in chosen]
         for place, who in enumerate(SIDES):

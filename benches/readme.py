@@ -7,8 +7,8 @@ from summary import Result, compact, header
 BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 FOLDER = "benches/results"
 READING = (
-    "Medians of paired ratios; above 1, fastlstm is faster. Of several shapes, the geometric mean and"
-    " the least. Memory is beyond inputs, outputs and gradients."
+    "Medians of paired ratios; above 1, fastlstm is faster. Of several shapes, the geometric mean"
+    " and the least. Memory is beyond inputs, outputs and gradients."
 )
 
 
@@ -16,7 +16,10 @@ def block(result: Result, stem: str) -> str:
     """What stands between the marks; ``stem`` is the recorded run's name without its ending."""
     parts = (
         header(result),
-        [READING, f"All rows, and how far from the machine's limits: [{stem}]({FOLDER}/{stem}.md)."],
+        [
+            READING,
+            f"All rows, and how far from the machine's limits: [{stem}]({FOLDER}/{stem}.md).",
+        ],
         compact(result),
         [f"![Times of nn.LSTM over times of fastlstm, by shape]({FOLDER}/{stem}.png)"],
     )

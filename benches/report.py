@@ -20,7 +20,12 @@ from fastlstm.cli.table import measured, table
 
 COLUMNS = (
     *("T,B,I,H", "what", "mode", "threads", "rival", "× rival (quartiles)"),
-    *("ms: ours / rival", "GF/s: ours / rival", "% of the FMA peak: ours / rival", "% of the limit"),
+    *(
+        "ms: ours / rival",
+        "GF/s: ours / rival",
+        "% of the FMA peak: ours / rival",
+        "% of the limit",
+    ),
 )
 HEADINGS = {
     "speed": "The layer",
@@ -34,11 +39,11 @@ HEADINGS = {
 }
 EXPLANATION = """\
 Paired and interleaved in one process, same weights, same inputs, checked before they are timed.
-Ratios are medians over the pairs, with quartiles; above 1, fastlstm is faster. The limit of a row is the
-time that its products take at the peak named, or its weights to be read from the level of cache that
-holds them, where that is longer (benches/floors.py). The matrix unit makes a float product of six
-bfloat16 ones, a float16 product of three, so its peak is divided by so many; the FMA peak is of
-vector instructions, and can be surpassed by the matrix unit."""
+Ratios are medians over the pairs, with quartiles; above 1, fastlstm is faster. The limit of a row
+is the time that its products take at the peak named, or its weights to be read from the level of
+cache that holds them, where that is longer (benches/floors.py). The matrix unit makes a float
+product of six bfloat16 ones and a float16 product of three, so its peak is divided by so many. The
+FMA peak is of vector instructions: the matrix unit can surpass it."""
 
 
 def limits(result: Result) -> list[str]:

@@ -33,7 +33,7 @@ def title(row: Row) -> str:
 def header(result: Result) -> list[str]:
     """The hardware, the versions, the date, and the limits of the machine."""
     hardware, versions, sets = (result[k] for k in ("hardware", "versions", "instruction_sets"))
-    caches = ", ".join(f"{k} {v / 2**20:.3g} MiB" for k, v in hardware["caches"].items())
+    caches = ", ".join(f"{k} {v / 2**10:.0f} KiB" for k, v in hardware["caches"].items())
     lines = [
         f"**{hardware['cpu']}** ({hardware['cpus']} CPUs{', ' * bool(caches)}{caches}),"
         f" {result['date'][:10]}: fastlstm {versions['fastlstm']}"

@@ -2,7 +2,8 @@
 
     python tests/peak_memory.py CHECKPOINT STEPS BATCH SIZE
 
-prints bytes and seconds of a training step.  A process of its own, so that nothing else has left memory behind.
+prints bytes and seconds of a training step.  A process of its own, so that nothing else has left
+memory behind.
 """
 
 from __future__ import annotations
