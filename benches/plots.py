@@ -63,7 +63,7 @@ def ratios(figure: Figure, rows: Sequence[Row], result: Result) -> None:
     axes[0].set_yticks(middles, [",".join(map(str, shape)) for shape in shapes])
     axes[0].set_ylabel("T,B,I,H")
     axes[0].invert_yaxis()
-    axes[-1].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
 
 
 def of_group(row: Row, mode: str, threads: int) -> bool:
@@ -115,8 +115,15 @@ def scaling(figure: Figure, rows: Sequence[Row], result: Result) -> None:
                 for mode, line in zip(MODES, ("-", "--"), strict=True):
                     chosen = [r for r in row_group if r["mode"] == mode]
                     x, y = [r["shape"][place] for r in chosen], [r["gflops"][who] for r in chosen]
-                    axis.plot(x, y, f"{line}.", color=colour, label=f"{SIDES[who]}, {MODES[mode]}")
-        axis.set(xscale="log", xlabel=letter, ylabel="GF/s, 1 thread")
+                    axis.plot(
+                        x,
+                        y,
+                        f"o{line}",
+                        markersize=4,
+                        color=colour,
+                        label=f"{SIDES[who]}, {MODES[mode]}",
+                    )
+        axis.set(xlabel=letter, ylabel="GF/s, 1 thread")
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
     figure.axes[0].legend(fontsize="small")
