@@ -5,7 +5,6 @@ Run ``pytest benches/test_bench_model.py``.  For the ratio use run.py: its rival
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 
@@ -17,14 +16,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import MODEL
 
 
-@functools.cache
-def contest() -> ModelContest:
-    return ModelContest(MODEL)
-
-
 @pytest.mark.parametrize("who", ["ours", "theirs"])
 def test_model(benchmark, who: str) -> None:
     benchmark.group = f"model {MODEL}"
-    assert contest().problem() is None
-    learner = getattr(contest(), who)
-    benchmark.pedantic(contest().step, (learner,), rounds=20, warmup_rounds=1)
+    contest = ModelContest(MODEL)  # a new one: steps change the weights of who takes them
+    assert contest.problem() is None
+    benchmark.pedantic(contest.step, (getattr(contest, who),), rounds=20, warmup_rounds=1)
