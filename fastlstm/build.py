@@ -83,8 +83,9 @@ CLUSTER_INSTANCES = tuple(
     for blocks, units in ((8, 16), (8, 32), (16, 16), (16, 32))
     if dtype != "f32" or blocks * units <= 256
 )
-# Architectures that have clusters; the last one's PTX serves those that are newer.
-CLUSTER_ARCHITECTURES = ("90a", "100a", "90")
+# The first architecture that has clusters. Its PTX serves what is newer, where older ones are
+# compiled for and theirs does so for the other kernels.
+FIRST_WITH_CLUSTERS = "90"
 # The runtime is part of the library, and looks for the driver when it is first called.
 CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
@@ -392,7 +393,9 @@ def _cluster_steps(
     architectures: Sequence[str], clusters: Sequence[tuple[str, int, int]]
 ) -> list[Step]:
     root, steps = sources_dir(), []
-    chosen = [a for a in CLUSTER_ARCHITECTURES if a in architectures or a.isdecimal()]
+    chosen = [a for a in architectures if int(a.rstrip("a")) >= int(FIRST_WITH_CLUSTERS)]
+    if len(chosen) < len(architectures):
+        chosen.append(FIRST_WITH_CLUSTERS)
     for dtype, blocks, units in clusters:
         words = dict(STORAGE=dtype, BLOCKS=blocks, UNITS=units)
         flags = [*_device_flags(chosen), *(f"-DFASTLSTM_{k}={v}" for k, v in words.items())]

@@ -219,8 +219,9 @@ def test_a_cluster_takes_turns_where_no_grid_fits() -> None:
 @emulator_only
 def test_who_is_named_is_taken_or_refused() -> None:
     assert plan(128, 8, kernel="grid").startswith("grid")
-    assert plan(520, 8, kernel="cluster") == (
-        "no cluster kernel was compiled for 520 units of bfloat16"
+    assert torch.ops.fastlstm_cuda.refusal("bfloat16", 520, 1, 8, "cluster") == (
+        "no cluster kernel was compiled for 520 units of bfloat16; "
+        "the backends 'triton' and 'aten' take any number"
     )
     emulated.setting("clusters", 0)
     refused = plan(128, 8, kernel="cluster")

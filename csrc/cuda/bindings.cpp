@@ -95,6 +95,7 @@ fastlstm::cuda::Walk walk_of(const WalkTensors& t, int64_t rows) {
   walk.reset = input<uint8_t>("reset", t.reset, {rows}, ScalarType::Byte);
   walk.begin = narrow("begin", t.begin);
   walk.end = narrow("end", t.end);
+  if (t.begin >= t.end) fail("begin: expected less than end");
   const int64_t tiles = fastlstm::cuda::tiles_of(walk.hidden);
   const int64_t slices = fastlstm::cuda::slices_of(walk.rows_per_step, fastlstm::cuda::mma_columns);
   walk.flags =

@@ -13,10 +13,11 @@ class ClusterDevice : public Device {
  public:
   using Device::Device;
 
-  // All threads of all blocks; what was before is seen by what comes after.
+  // All threads of all blocks; what was before is seen by what comes after. Not ".aligned": lanes
+  // of a warp may come here apart, from initialising barriers and from waits.
   __device__ __forceinline__ void sync_cluster() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
   }
   // sync(), and whether any thread has said so.
   __device__ __forceinline__ bool sync_any(Before, bool said) { return __syncthreads_or(said); }

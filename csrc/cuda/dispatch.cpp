@@ -54,7 +54,7 @@ std::string plan_with(const Shape& shape, bool in_cluster, Plan* plan, bool* fai
   *failed = false;
   if (all.empty())
     return std::string("no ") + (in_cluster ? "cluster " : "") + "kernel was compiled for " +
-           layer_name(shape);
+           layer_name(shape) + "; the backends 'triton' and 'aten' take any number";
   int most = 0, tiles = 0;
   for (const Instance* instance : all) {
     const char* error = nullptr;
