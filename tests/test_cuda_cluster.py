@@ -221,7 +221,7 @@ def test_who_is_named_is_taken_or_refused() -> None:
     assert plan(128, 8, kernel="grid").startswith("grid")
     assert torch.ops.fastlstm_cuda.refusal("bfloat16", 520, 1, 8, "cluster") == (
         "no cluster kernel was compiled for 520 units of bfloat16; "
-        "the backends 'triton' and 'aten' take any number"
+        "the backends 'triton' and 'aten' have no such limit"
     )
     emulated.setting("clusters", 0)
     refused = plan(128, 8, kernel="cluster")

@@ -90,6 +90,8 @@ def test_library_links_against_a_torch_without_cuda() -> None:
     assert not re.search(r"libcuda|libcudart|RPATH|RUNPATH", needed)
     program = (
         "import torch, fastlstm\n"
+        "from fastlstm.cli.info import describe\n"
+        "print(describe()['cuda library'])\n"
         "print(fastlstm.available_backends()['cuda'])\n"
         "for dtype in ('float16', 'bfloat16'):\n"
         "    for kernel in ('grid', 'cluster', 'best'):\n"
@@ -98,14 +100,17 @@ def test_library_links_against_a_torch_without_cuda() -> None:
     env = os.environ | {"FASTLSTM_CUDA_LIBRARY": str(library), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    missing, grid, cluster, best, *others = done.stdout.splitlines()
+    found, missing, grid, cluster, best, *others = done.stdout.splitlines()
+    assert str(library) in found and "'built: architectures': ['90a']" in found
     assert missing == "torch finds no CUDA device"
     assert grid == best, best
     for name, reason in (("", grid), ("cluster ", cluster)):
         assert reason.startswith(f"no {name}kernel was compiled for 64 units of float16; "), reason
     # Both kinds are there for the other, and ask a driver.
     assert len(others) == 3
-    assert all(each.startswith("asking what the device holds failed: ") for each in others), others
+    for each in others:
+        assert each.startswith("asking what the device holds failed: "), each
+        assert each.endswith("; the backends 'triton' and 'aten' do not ask"), each
 
 
 def test_all_that_is_listed_is_what_a_library_has() -> None:

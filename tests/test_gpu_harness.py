@@ -13,16 +13,17 @@ import pytest
 import torch
 
 import emulated
-from fastlstm import build
+from fastlstm import build, cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benches"))
 WALKS = ("forward", "backward")
 
+import gpu_cuda  # noqa: E402
 import gpu_micro  # noqa: E402
 import gpu_run  # noqa: E402
 import recording  # noqa: E402
-from gpu_common import KERNELS  # noqa: E402
+from gpu_common import KERNELS, setting  # noqa: E402
 
 
 def read(path: Path) -> object:
@@ -70,6 +71,20 @@ def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
     text = path.with_suffix(".md").read_text()
     assert "A dry run" in text and text.count("| forward + backward |") == 24
     assert path.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_the_sanitizer_watches(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, on such kernels."""
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(gpu_cuda, "LAYERS", ((3, 9, 24),))
+    monkeypatch.setattr(gpu_cuda, "WIDE", {kernel: lambda dtype: (2, 1, 64 // dtype.itemsize)})
+    with emulated.emulator(), setting(cuda, "KERNEL", kernel):
+        try:
+            text = gpu_cuda.sanitized(torch.device("cpu"), kernel)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert text == f"6 layers of {kernel} kernels"
 
 
 def check_measured(result: dict) -> None:

@@ -10,6 +10,8 @@ namespace fastlstm {
 namespace cuda {
 
 class ClusterDevice : public Device {
+  static constexpr int looks = 16;
+
  public:
   using Device::Device;
 
@@ -36,19 +38,22 @@ class ClusterDevice : public Device {
                  "r"(bytes)
                  : "memory");
   }
-  // Has the last phase of this parity, or the one before, been completed? It does not suspend the
-  // thread, so looks can be counted.
+  // Is the phase of this parity over? It is the current one or the one before that. Looks do not
+  // suspend the thread, so they can be counted; some of them take as long as one at a flag in the
+  // L2 cache, and a wait is bounded by as many of either.
   __device__ __forceinline__ bool complete(const uint64_t* barrier, int parity) const {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(address(barrier)), "r"(parity)
-        : "memory");
+    uint32_t done = 0;
+#pragma unroll 1
+    for (int look = 0; look < looks && done == 0; ++look)
+      asm volatile(
+          "{\n"
+          ".reg .pred p;\n"
+          "mbarrier.test_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n"
+          "}"
+          : "=r"(done)
+          : "r"(address(barrier)), "r"(parity)
+          : "memory");
     return done != 0;
   }
 

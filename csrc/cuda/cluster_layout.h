@@ -22,6 +22,7 @@ namespace cuda {
 
 constexpr int mailboxes = 2;
 constexpr int mailbox_barriers_bytes = mailboxes * 8;
+constexpr int most_expected_bytes = (1 << 20) - 1;  // that an mbarrier can count
 // Lanes read pieces of two rows at a time: the second row's are in the other half of the banks.
 constexpr int row_padding = 64;
 
@@ -95,6 +96,7 @@ struct ClusterConfig {
       row_bytes(kind == Kind::forward ? cluster_units(blocks, units) : 4 * units, storage);
   static constexpr int mailbox_bytes =
       kind == Kind::forward ? sequences * row : blocks * units * sequences * 4;
+  static_assert(mailbox_bytes <= most_expected_bytes, "more bytes than an mbarrier counts");
   // Shared memory, in this order.
   static constexpr int barriers_at = 0;
   static constexpr int operands_at = barriers_at + mailbox_barriers_bytes;

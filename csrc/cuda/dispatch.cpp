@@ -9,6 +9,8 @@ namespace fastlstm {
 namespace cuda {
 namespace {
 
+constexpr char no_such_limit[] = "; the backends 'triton' and 'aten' have no such limit";
+
 const char* name_of(Storage storage) {
   switch (storage) {
     case Storage::f16:
@@ -54,14 +56,15 @@ std::string plan_with(const Shape& shape, bool in_cluster, Plan* plan, bool* fai
   *failed = false;
   if (all.empty())
     return std::string("no ") + (in_cluster ? "cluster " : "") + "kernel was compiled for " +
-           layer_name(shape) + "; the backends 'triton' and 'aten' take any number";
+           layer_name(shape) + no_such_limit;
   int most = 0, tiles = 0;
   for (const Instance* instance : all) {
     const char* error = nullptr;
     const int together = instance->together(&error);
     if (error != nullptr) {
       *failed = true;
-      return std::string("asking what the device holds failed: ") + error;
+      return std::string("asking what the device holds failed: ") + error +
+             "; the backends 'triton' and 'aten' do not ask";
     }
     most = std::max(most, together);
     tiles = in_cluster ? instance->cluster : tiles_of(shape.hidden);
@@ -74,8 +77,7 @@ std::string plan_with(const Shape& shape, bool in_cluster, Plan* plan, bool* fai
   if (plan->instance != nullptr) return "";
   return layer_name(shape) + " take " + std::to_string(tiles) +
          " blocks that wait for each other, and this device holds " + std::to_string(most) +
-         (in_cluster ? " of such a cluster" : "") +
-         " at once; the backends 'triton' and 'aten' have no such limit";
+         (in_cluster ? " of such a cluster" : "") + " at once" + no_such_limit;
 }
 
 template <class Args>
