@@ -192,12 +192,14 @@ def plan(hidden: int, rows: int, dtype: str = "bfloat16", kernel: str = "best") 
 
 
 @emulator_only
-def test_a_cluster_is_taken_where_all_fit_at_once() -> None:
+def test_a_cluster_is_taken_where_all_fit_at_once_in_small_blocks() -> None:
     for clusters, hidden, rows, want in (
         (1 << 20, 128, 64, "cluster: 8 blocks of 16 units, 8 sequences"),
         (64, 128, 65, "cluster: 8 blocks of 16 units, 16 sequences"),
-        (16, 128, 64, "cluster: 8 blocks of 16 units, 32 sequences"),
-        (8, 128, 64, "grid: 8 blocks of 16 units, 8 sequences"),  # it would take two turns
+        (16, 128, 64, "grid: 8 blocks of 16 units, 8 sequences"),  # threads would have two cells
+        (8, 128, 32, "grid: 8 blocks of 16 units, 8 sequences"),
+        (8, 128, 8, "cluster: 8 blocks of 16 units, 8 sequences"),
+        (8, 128, 64, "grid: 8 blocks of 16 units, 8 sequences"),  # and take two turns
         (0, 128, 8, "grid: 8 blocks of 16 units, 8 sequences"),
         (1 << 20, 512, 16, "cluster: 16 blocks of 32 units, 8 sequences"),
     ):

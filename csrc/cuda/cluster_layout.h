@@ -7,10 +7,10 @@
 //   forward   (4 * units, H) x (H, sequences)   with h, which it has received from all blocks
 //   backward  (H, 4 * units) x (4 * units, sequences)   transposed, with its own units' da
 //
-// The forward product's depth is shared out among the warps, as the grid kernel's. The backward
-// product's depth is what a block owns: a warp has rows of its own, sums of them all, and sends
-// each to the block that owns the unit, which adds what it has received from all blocks, in the
-// order of their ranks.
+// Forward, four warps share the depth and each four have half of the rows: with more to share it,
+// more sums would go through shared memory, with fewer more rows of h. The backward product's depth
+// is what a block owns: a warp has rows of its own, sums of them all, and sends each to the block
+// that owns the unit, which adds what it has received from all blocks, in the order of their ranks.
 //
 // Shared memory has two mailboxes, for what arrives while what arrived before is still in use.
 #pragma once
@@ -41,15 +41,24 @@ FASTLSTM_HOST_DEVICE constexpr bool is_compiled(Storage storage, int blocks, int
 
 // --- the product ---------------------------------------------------------------------------
 
+// Warps that share the depth.
+FASTLSTM_HOST_DEVICE constexpr int cluster_sharing(Kind kind) {
+  return kind == Kind::forward ? 4 : 1;
+}
+// Rows of a block's product, and its depth in elements.
+FASTLSTM_HOST_DEVICE constexpr int cluster_rows(Kind kind, int blocks, int units) {
+  return kind == Kind::forward ? 4 * units : cluster_units(blocks, units);
+}
+FASTLSTM_HOST_DEVICE constexpr int cluster_depth(Kind kind, int blocks, int units) {
+  return kind == Kind::forward ? cluster_units(blocks, units) : 4 * units;
+}
 FASTLSTM_HOST_DEVICE constexpr int cluster_m_tiles(Kind kind, int blocks, int units) {
-  return kind == Kind::forward ? 4 * units / mma_rows
-                               : cluster_units(blocks, units) / mma_rows / warps;
+  return cluster_rows(kind, blocks, units) / mma_rows / (warps / cluster_sharing(kind));
 }
 FASTLSTM_HOST_DEVICE constexpr int cluster_pairs(Kind kind, Storage storage, int blocks,
                                                  int units) {
-  return kind == Kind::forward
-             ? divided_up(cluster_units(blocks, units) * item_size(storage), bytes_of_pairs)
-             : 4 * units * item_size(storage) / (quads * piece_bytes);
+  return cluster_depth(kind, blocks, units) * item_size(storage) /
+         (cluster_sharing(kind) * quads * piece_bytes);
 }
 FASTLSTM_HOST_DEVICE constexpr int cluster_operands_in_registers(Kind kind, int operands,
                                                                  int n_tiles) {
@@ -82,18 +91,18 @@ struct ClusterConfig {
   static constexpr int n_tiles = n_tiles_;
   static constexpr int sequences = n_tiles * mma_columns;
   static constexpr int m_tiles = cluster_m_tiles(kind, blocks, units);  // of a warp
-  static constexpr int rows = m_tiles * mma_rows;
+  static constexpr int rows = cluster_rows(kind, blocks, units);
   static constexpr int cells = cells_of_thread(sequences, units);
   static constexpr int operands = m_tiles * 2 * pairs;
   static constexpr int in_registers = cluster_operands_in_registers(kind, operands, n_tiles);
-  static constexpr int sharing = kind == Kind::forward ? warps : 1;
+  static constexpr int sharing = cluster_sharing(kind);
   static constexpr bool rows_in_shared = true;
-  static constexpr int chains = m_tiles * n_tiles >= 4 ? 1 : 4 / (m_tiles * n_tiles);
+  // Not by n_tiles: the bits of a sum do not depend on how the sequences are cut into slices.
+  static constexpr int chains = m_tiles >= 4 ? 1 : 4 / m_tiles;
   static constexpr int ahead = pairs < 2 ? pairs : 2;
 
   // Bytes of an exchanged row, and of what a block receives each time, at most.
-  static constexpr int row =
-      row_bytes(kind == Kind::forward ? cluster_units(blocks, units) : 4 * units, storage);
+  static constexpr int row = row_bytes(cluster_depth(kind, blocks, units), storage);
   static constexpr int mailbox_bytes =
       kind == Kind::forward ? sequences * row : blocks * units * sequences * 4;
   static_assert(mailbox_bytes <= most_expected_bytes, "more bytes than an mbarrier counts");
@@ -103,7 +112,7 @@ struct ClusterConfig {
   static constexpr int operand_bytes = (operands - in_registers) * threads * piece_bytes;
   static constexpr int partials_at = operands_at + operand_bytes;
   static constexpr int mailboxes_at =
-      partials_at + (kind == Kind::forward ? partial_bytes(rows, sequences) : 0);
+      partials_at + (kind == Kind::forward ? partial_bytes(rows, sequences, sharing) : 0);
   // Of one's own: h (sequences, units), or two times da (sequences, row).
   static constexpr int own_at = mailboxes_at + mailboxes * mailbox_bytes;
   static constexpr int shared_bytes =

@@ -96,22 +96,28 @@ void run_walk(Args args, const Shape& shape, Choice choice, void* stream) {
   }
 }
 
+// A cluster whose steps are predicted to be shorter than the grid's.
+bool is_short(const Plan& cluster) {
+  const int cells = cluster.instance->units * cluster.instance->n_tiles * mma_columns;
+  return cluster.teams <= cluster.teams_at_once && cells <= threads;
+}
+
 Shape shape_of(Kind kind, Storage storage, const Walk& walk) {
   return {kind, storage, walk.hidden, walk.directions, walk.rows_per_step};
 }
 
 }  // namespace
 
-// The rule: a cluster where one was compiled for the layer and all teams are on the device at once.
-// It exchanges in one hop from shared memory to shared memory, where the grid's blocks publish,
-// look and read through the L2 cache, and its step is the shorter one by what that saves, whatever
-// the sequences. But a second turn is a whole walk more, and the grid kernel takes more sequences
-// at once: it has all multiprocessors, while clusters leave those over that make up none.
+// The rule: a cluster where one was compiled for the layer, all teams are on the device at once,
+// and no thread has more than a cell. It exchanges in one hop from shared memory to shared memory,
+// where the grid's blocks publish, look and read through the L2 cache. But a second turn is a whole
+// walk more, and what a step does beside its exchange grows with a block's units and sequences: the
+// grid has more and smaller blocks, while clusters leave multiprocessors over that make up none.
 std::string make_plan(const Shape& shape, Choice choice, Plan* plan) {
   bool failed;
   if (choice != Choice::best) return plan_with(shape, choice == Choice::cluster, plan, &failed);
   const std::string no_cluster = plan_with(shape, true, plan, &failed);
-  if (failed || (no_cluster.empty() && plan->teams <= plan->teams_at_once)) return no_cluster;
+  if (failed || (no_cluster.empty() && is_short(*plan))) return no_cluster;
   Plan grid;
   const std::string no_grid = plan_with(shape, false, &grid, &failed);
   if (no_grid.empty()) *plan = grid;

@@ -87,9 +87,15 @@ FASTLSTM_HOST_DEVICE constexpr int warp_pairs(Kind kind, int pairs) {
 }
 constexpr int bytes_of_pairs = warps * quads * piece_bytes;
 
-// The piece that lane `quad` of a warp's pair takes, where so many warps share the depth.
+// `sharing`: so many warps share the depth, each group of them with rows of its own.
+//
+// The piece that lane `quad` of a warp's pair takes.
 FASTLSTM_HOST_DEVICE constexpr int piece_of(int warp, int pair, int quad, int sharing = warps) {
   return (pair * sharing + warp % sharing) * quads + quad;
+}
+// The row of the slice with which a warp's m-th tile begins, of m_tiles.
+FASTLSTM_HOST_DEVICE constexpr int first_row_of(int warp, int m, int m_tiles, int sharing) {
+  return (warp / sharing * m_tiles + m) * mma_rows;
 }
 // The tile whose block publishes a piece. H is a multiple of 8, so no piece is in two gates or two
 // tiles.
@@ -122,13 +128,14 @@ FASTLSTM_HOST_DEVICE constexpr int c_column(int lane, int i) {
 
 // --- sums of the warps ---------------------------------------------------------------------
 
-// Where a warp leaves its part of the sum for row m and sequence n. The four floats between the
-// sequences spread both the stores of a product's result and the loads of a cell over all banks.
-FASTLSTM_HOST_DEVICE constexpr int partial_of(int warp, int n, int m, int rows, int sequences) {
-  return (warp * sequences + n) * (rows + 4) + m;
+// Where the part of the sum for row m and sequence n is left that is the share-th of the depth. The
+// four floats between the sequences spread both the stores of a product's result and the loads of a
+// cell over all banks.
+FASTLSTM_HOST_DEVICE constexpr int partial_of(int share, int n, int m, int rows, int sequences) {
+  return (share * sequences + n) * (rows + 4) + m;
 }
-FASTLSTM_HOST_DEVICE constexpr int partial_bytes(int rows, int sequences) {
-  return warps * sequences * (rows + 4) * 4;
+FASTLSTM_HOST_DEVICE constexpr int partial_bytes(int rows, int sequences, int sharing = warps) {
+  return sharing * sequences * (rows + 4) * 4;
 }
 
 // --- cells ---------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ struct Config {
   static constexpr int n_tiles = n_tiles_;
   static constexpr int sequences = n_tiles * mma_columns;
   static constexpr int m_tiles = cuda::m_tiles(kind);  // of a warp
-  static constexpr int rows = m_tiles * mma_rows;
+  static constexpr int rows = m_tiles * mma_rows;      // of a block
   static constexpr int cells = cells_of_thread(sequences, units);
   static constexpr int operands = operands_of_lane(kind, pairs_);
   static constexpr int in_registers = operands_in_registers(kind, pairs_, n_tiles);
@@ -47,7 +47,7 @@ struct Config {
   static constexpr int chains = m_tiles * n_tiles >= 4 ? 1 : 4 / (m_tiles * n_tiles);
   // Pairs that are read from memory while the ones before them are multiplied.
   static constexpr int ahead = n_tiles == 4 ? 1 : 8 / n_tiles < pairs ? 8 / n_tiles : pairs;
-  static constexpr int sharing = warps;  // the depth, each with all rows; 1: each has its own rows
+  static constexpr int sharing = warps;  // the depth: each has a part of it, and all rows
   static constexpr bool rows_in_shared = false;
 };
 
@@ -79,7 +79,7 @@ class Product {
   }
   // The row of the slice with which this warp's m-th tile begins.
   FASTLSTM_DEVICE int first_row(int m) const {
-    return (warp_ / C::sharing * C::m_tiles + m) * mma_rows;
+    return first_row_of(warp_, m, C::m_tiles, C::sharing);
   }
 
   // Reads the slice: weights(row, piece) gives a piece of a row of it.
@@ -233,28 +233,29 @@ class Partials {
   // Of a product, by its warps; the sums are there once all threads have come past a barrier.
   FASTLSTM_DEVICE void put(int m, int n, const float (&sums)[4]) {
     const int warp = machine_.thread() / lanes, lane = machine_.thread() % lanes;
+    const int share = warp % C::sharing, first = first_row_of(warp, m, C::m_tiles, C::sharing);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      machine_.store_shared(at_ + partial_of(warp, n * mma_columns + c_column(lane, i),
-                                             m * mma_rows + c_row(lane, i), C::rows, C::sequences),
+      machine_.store_shared(at_ + partial_of(share, n * mma_columns + c_column(lane, i),
+                                             first + c_row(lane, i), C::rows, C::sequences),
                             sums[i]);
   }
 
-  // The sum over all warps for row m of sequence n.
+  // The sum over all shares of the depth for row m of sequence n.
   FASTLSTM_DEVICE float sum(int n, int m) const {
     float total = 0;
 #pragma unroll
-    for (int w = 0; w < warps; ++w)
-      total += machine_.load_shared(at_ + partial_of(w, n, m, C::rows, C::sequences));
+    for (int share = 0; share < C::sharing; ++share)
+      total += machine_.load_shared(at_ + partial_of(share, n, m, C::rows, C::sequences));
     return total;
   }
   // The same for rows 4m to 4m + 3.
   FASTLSTM_DEVICE Gates<float> sum_of_four(int n, int m) const {
     Gates<float> total{};
 #pragma unroll
-    for (int w = 0; w < warps; ++w) {
+    for (int share = 0; share < C::sharing; ++share) {
       const Gates<float> part =
-          machine_.load_shared_four(at_ + partial_of(w, n, 4 * m, C::rows, C::sequences));
+          machine_.load_shared_four(at_ + partial_of(share, n, 4 * m, C::rows, C::sequences));
       total.i += part.i;
       total.f += part.f;
       total.g += part.g;
