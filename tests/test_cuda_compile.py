@@ -119,6 +119,17 @@ def test_all_that_is_listed_is_what_a_library_has() -> None:
     assert source.count("extern const Instance clusters_") == len(build.CLUSTER_INSTANCES) == 11
 
 
+def test_no_fast_math() -> None:
+    """The kernels name the approximations that they take: csrc/cuda/math.h."""
+    steps = [
+        *build._cuda_steps(build.find_toolchain(), ROOT, build.CUDA_INSTANCES, ("90a",)),
+        *build._cluster_steps(("90a",), build.CLUSTER_INSTANCES),
+    ]
+    assert sum(step.rule == "nvcc" for step in steps) == 1 + 15 + 11
+    words = " ".join(word for step in steps for word in step.flags)
+    assert not re.search(r"fast[-_]math|ftz|prec-div|prec-sqrt|Ofast", words)
+
+
 @pytest.mark.parametrize(
     ("architectures", "expected"),
     [
