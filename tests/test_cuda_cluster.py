@@ -57,7 +57,7 @@ def test_wide_layers_equal_reference(case: Layer, dtype: torch.dtype) -> None:
         pytest.skip(refused)  # not every device has clusters of 16 blocks
     assert refused is None, refused
     KERNELS.check_layer(case, dtype)
-    if not ON_GPU:  # room for one cluster: slices are wide, and operands in shared memory
+    if not ON_GPU:  # room for one cluster: slices are wide
         emulated.setting("clusters", 8 if dtype == torch.float32 else 16)
         KERNELS.check_layer(case, dtype)
 

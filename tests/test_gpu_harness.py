@@ -17,13 +17,14 @@ from fastlstm import build
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benches"))
-WALKS = ("forward", "backward")
 
 import gpu_cuda  # noqa: E402
 import gpu_micro  # noqa: E402
 import gpu_run  # noqa: E402
 import recording  # noqa: E402
 from gpu_common import KERNELS  # noqa: E402
+
+WALKS = ("forward", "backward")
 
 
 def read(path: Path) -> object:

@@ -31,9 +31,9 @@ constexpr int row_padding = 64;
 FASTLSTM_HOST_DEVICE constexpr int cluster_units(int blocks, int units) {
   return blocks * units;
 }
-// The widest layers are held by 16 blocks of 32 units, all of whose operands fit in registers, or
-// by as many of floats as take no more bytes. Blocks of 32 units have no registers for 32
-// sequences.
+// The widest layers are held by 16 blocks of 32 units, or by as many of floats as take no more
+// bytes. All operands are in registers, which blocks of 32 units have none left of for the sums of
+// 32 sequences.
 FASTLSTM_HOST_DEVICE constexpr bool is_compiled(Storage storage, int blocks, int units,
                                                 int n_tiles) {
   return cluster_units(blocks, units) * item_size(storage) <= 1024 && units * n_tiles <= 64;
@@ -59,12 +59,6 @@ FASTLSTM_HOST_DEVICE constexpr int cluster_pairs(Kind kind, Storage storage, int
                                                  int units) {
   return cluster_depth(kind, blocks, units) * item_size(storage) /
          (cluster_sharing(kind) * quads * piece_bytes);
-}
-FASTLSTM_HOST_DEVICE constexpr int cluster_operands_in_registers(Kind kind, int operands,
-                                                                 int n_tiles) {
-  // What a walk needs beside them grows with the sequences.
-  const int most = n_tiles == 1 ? 32 : kind == Kind::backward ? 24 : 20;
-  return operands < most ? operands : most;
 }
 
 // --- mailboxes -----------------------------------------------------------------------------
@@ -94,7 +88,7 @@ struct ClusterConfig {
   static constexpr int rows = cluster_rows(kind, blocks, units);
   static constexpr int cells = cells_of_thread(sequences, units);
   static constexpr int operands = m_tiles * 2 * pairs;
-  static constexpr int in_registers = cluster_operands_in_registers(kind, operands, n_tiles);
+  static constexpr int in_registers = operands;
   static constexpr int sharing = cluster_sharing(kind);
   static constexpr bool rows_in_shared = true;
   // Not by n_tiles: the bits of a sum do not depend on how the sequences are cut into slices.
@@ -108,9 +102,8 @@ struct ClusterConfig {
   static_assert(mailbox_bytes <= most_expected_bytes, "more bytes than an mbarrier counts");
   // Shared memory, in this order.
   static constexpr int barriers_at = 0;
-  static constexpr int operands_at = barriers_at + mailbox_barriers_bytes;
-  static constexpr int operand_bytes = (operands - in_registers) * threads * piece_bytes;
-  static constexpr int partials_at = operands_at + operand_bytes;
+  static constexpr int operands_at = barriers_at + mailbox_barriers_bytes;  // none
+  static constexpr int partials_at = operands_at;
   static constexpr int mailboxes_at =
       partials_at + (kind == Kind::forward ? partial_bytes(rows, sequences, sharing) : 0);
   // Of one's own: h (sequences, units), or two times da (sequences, row).
