@@ -139,8 +139,9 @@ struct AmxProduct {
     }                                                                  \
   } while (0)
 
-  template <bool two>
-  static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks) {
+  template <bool two, class Other>
+  static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks,
+                  Other& meanwhile) {
     const int64_t term_stride = height * 32, lower_offset = upper * 32;
     for (; blocks > 0; --blocks, a += left * term_stride) {
       for (int j = right - 1; j >= 0; --j) {
@@ -150,6 +151,7 @@ struct AmxProduct {
         for (int i = met(j) - 1; i >= 0; --i) FASTLSTM_LOAD_LEFT(i);
       }
       b += 2 * right * register_size;
+      meanwhile();
     }
   }
 #undef FASTLSTM_LOAD_LEFT
@@ -256,12 +258,21 @@ struct AmxTiles {
     }
   }
 
+  // How many blocks of K are multiplied one after the other.
+  static int64_t blocks(const Segments& segments) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < segments.count; ++s)
+      count += blocks_of(segments.size[s], block_columns);
+    return count;
+  }
+
+  // A block keeps the unit busy for some 400 cycles and the rest of the core for a tenth of that.
+  // `meanwhile` is called after each.
+  template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
                        const Segments& segments, bool, float* c, int64_t ldc, const Wanted*,
-                       bool add = false) {
-    int64_t blocks = 0;
-    for (int64_t s = 0; s < segments.count; ++s)
-      blocks += blocks_of(segments.size[s], block_columns);
+                       bool add = false, Other&& meanwhile = {}) {
+    const int64_t blocks = AmxTiles::blocks(segments);
     const int64_t upper = rows > 16 ? (rows + 1) / 2 : rows, lower = rows - upper;
     const int64_t stride = ldc * int64_t(sizeof(float));
     float* below = c + upper * ldc;
@@ -282,11 +293,11 @@ struct AmxTiles {
       _tile_zero(3);
     }
     if (lower > 0) {
-      Product::template run<true>(tile, height, upper, panel, blocks);
+      Product::template run<true>(tile, height, upper, panel, blocks, meanwhile);
       _tile_stored(2, below, stride);
       _tile_stored(3, below + L, stride);
     } else {
-      Product::template run<false>(tile, height, upper, panel, blocks);
+      Product::template run<false>(tile, height, upper, panel, blocks, meanwhile);
     }
     _tile_stored(0, c, stride);
     _tile_stored(1, c + L, stride);
@@ -299,7 +310,7 @@ struct AmxTiles {
   }
   static constexpr int64_t ahead_rows = 256;
 
-  static constexpr bool adds = true, asks = false;
+  static constexpr bool adds = true, asks = false, overlaps = true;
 
   // Panels stream well enough by themselves.
   static bool worth_prefetching(int64_t, int64_t) { return false; }

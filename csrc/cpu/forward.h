@@ -79,11 +79,13 @@ class Forward {
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);
     team.barrier.wait();
+    Unfinished unfinished;
     for (int64_t s = 0; s < steps(); ++s) {
       if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < mine.end - mine.begin; ++k)
-        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance);
+        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance, unfinished);
+      finish(unfinished);
       prepare_step(team, s + 1);
       team.barrier.wait();
       if (out_panels_ > 0) {
@@ -123,6 +125,16 @@ class Forward {
     int64_t t, rows, start;   // time, sequences, first packed row
     int64_t next, next_rows;  // the step after it, which is given the state of so many
     Operand reads, hidden;    // what it multiplies; where it leaves h for the step after it
+  };
+
+  // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
+  struct Unfinished {
+    Item item;
+    Step step;
+    int64_t first = 0, last = 0;
+    const T* ahead;  // of row `first`, or null
+    int buffer = 0;  // which one is its own
+    alignas(64) T pre[2][Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
   };
 
   int64_t panel_size() const { return Tiles::panel_size(n_.I) + Tiles::panel_size(n_.P); }
@@ -235,18 +247,19 @@ class Forward {
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
         multiply(k, 0, segments, inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
-                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L);
+                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, Idle{});
       }
     }
   }
 
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
+  template <class Other>
   void multiply(int64_t item, int64_t k, const Segments& segments, const Operand& blocked,
-                int64_t tile, int64_t rows, bool in_advance, T* pre) {
+                int64_t tile, int64_t rows, bool in_advance, T* pre, Other&& meanwhile) {
     const Element* panel = panels_ + item * 2 * panel_size() + Tiles::panel_size(k);
     for (int half = 0; half < 2; ++half)
       Tiles::multiply(blocked.tile(tile), blocked.height, rows, panel + half * panel_size(),
-                      segments, in_advance, pre + half * width, 4 * L, nullptr);
+                      segments, in_advance, pre + half * width, 4 * L, nullptr, false, meanwhile);
   }
 
   void note(unsigned beyond) {
@@ -255,8 +268,7 @@ class Forward {
 
   // ---- one step ----------------------------------------------------------------------------
 
-  void step_item(const Item& item, int64_t s, bool in_advance) {
-    alignas(64) T pre[Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
+  void step_item(const Item& item, int64_t s, bool in_advance, Unfinished& unfinished) {
     const Step step = this->step(item.d, s);
     const Segments segments = ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}};
     const T* ahead = nullptr;
@@ -267,10 +279,30 @@ class Forward {
     }
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
+      T* const pre = unfinished.pre[1 - unfinished.buffer];
+      const auto some = [&](int64_t begin, int64_t end) { finish(unfinished, begin, end); };
       multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
-               pre);
-      finish_cells(item, step, first, last, pre, ahead ? ahead + first * 4 * L : nullptr);
+               pre,
+               Meanwhile(some, unfinished.first, unfinished.last, 2 * Tiles::blocks(segments)));
+      unfinished.item = item;
+      unfinished.step = step;
+      unfinished.first = first;
+      unfinished.last = last;
+      unfinished.ahead = ahead ? ahead + first * 4 * L : nullptr;
+      unfinished.buffer = 1 - unfinished.buffer;
+      if (!Tiles::overlaps) finish(unfinished);
     }
+  }
+
+  void finish(const Unfinished& tile, int64_t begin, int64_t end) {
+    const int64_t done = (begin - tile.first) * 4 * L;
+    finish_cells(tile.item, tile.step, begin, end, tile.pre[tile.buffer] + done,
+                 tile.ahead ? tile.ahead + done : nullptr);
+  }
+
+  void finish(Unfinished& tile) {
+    if (tile.first < tile.last) finish(tile, tile.first, tile.last);
+    tile.last = tile.first;
   }
 
   FASTLSTM_INLINE void add(Gates<V>& sum, const T* p) {
@@ -280,7 +312,7 @@ class Forward {
   // The cells of one item and the sequences of one tile, from their pre-activations. What does
   // not change from row to row is held in locals: stores may alias everything that is not. (m is
   // at most 1: there is nothing to note.)
-  void finish_cells(const Item item, const Step step, int64_t first, int64_t last, const T* pre,
+  __attribute__((noinline)) void finish_cells(const Item item, const Step step, int64_t first, int64_t last, const T* pre,
                     const T* ahead) {
     const int d = item.d, count = item.count;
     const bool projected = out_panels_ > 0, resets = a_.reset != nullptr;

@@ -16,6 +16,8 @@
 //                       there of them
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
 //   asks                whether multiply asks for what is Wanted
+//   overlaps            whether multiply does what is given as `meanwhile` a piece at a time, in
+//                       between; otherwise it leaves it alone
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
@@ -49,6 +51,33 @@ struct Wanted {
   int64_t count = 0;
 
   void add(const void* pair) { pairs[count++] = static_cast<const char*>(pair); }
+};
+
+// Nothing to be done meanwhile.
+struct Idle {
+  void operator()() {}
+};
+
+// Work that is done a few rows at a time, in about equal shares of the calls that are still to
+// come. `finish(begin, end)` does rows [begin, end).
+template <class Finish>
+class Meanwhile {
+ public:
+  Meanwhile(const Finish& finish, int64_t begin, int64_t end, int64_t calls)
+      : finish_(finish), begin_(begin), end_(end), calls_(calls) {}
+  void operator()() {
+    const int64_t rows = calls_ > 1 ? blocks_of(end_ - begin_, calls_) : end_ - begin_;
+    --calls_;
+    if (rows == 0) return;
+    finish_(begin_, begin_ + rows);
+    begin_ += rows;
+  }
+
+ private:
+  const Finish& finish_;
+  int64_t begin_;
+  const int64_t end_;
+  int64_t calls_;
 };
 
 // How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin
