@@ -19,7 +19,9 @@ DEPS := numpy ninja setuptools wheel pytest pytest-benchmark $(EXAMPLES)
 ONNX := onnx onnxscript onnxruntime
 # Without what they depend on: they name torch, and any torch is a CUDA build.
 OPACUS := opacus opt-einsum scipy
+LIGHTNING := lightning pytorch-lightning torchmetrics lightning-utilities
 TRITON := triton==3.6.0
+PEERS := openvino
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 
 LIBRARY := fastlstm/_C.so
@@ -76,7 +78,7 @@ sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
 	UBSAN_OPTIONS=print_stacktrace=1 FASTLSTM_LIBRARY="$$library" \
 	$(BIN)/pytest tests/test_cpu_kernels.py $(ARGS)
 
-bench: build ## time against nn.LSTM
+bench: build $(VENV)/.bench ## time against nn.LSTM and others, in under 10 minutes
 	$(BIN)/python benches/run.py $(ARGS)
 
 # On a machine with a GPU and a python that has torch and triton; no .venv and no network.
@@ -102,8 +104,12 @@ $(BIN)/python:
 $(VENV)/.deps: Makefile | $(BIN)/python
 	$(PIP_INSTALL) $(TORCH)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) $(TRITON)
-	$(PIP_INSTALL) $(DEPS) $(ONNX)
-	$(PIP_INSTALL) --no-deps $(OPACUS)
+	$(PIP_INSTALL) $(DEPS) $(ONNX) transformers
+	$(PIP_INSTALL) --no-deps $(OPACUS) $(LIGHTNING)
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.deps
+	$(PIP_INSTALL) $(PEERS)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.deps

@@ -23,7 +23,8 @@ def slug(model: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit measured, ``+`` if files differ from it; None where git cannot say."""
+    """The commit measured, ``+`` if files differ from it. Where git cannot say, as in a copy
+    without .git: what FASTLSTM_COMMIT says, or None."""
 
     def git(*command: str) -> str:
         # Without optional locks: measuring changes nothing, not even .git.
@@ -34,7 +35,7 @@ def commit() -> str | None:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD").strip() + "+" * bool(changed)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("FASTLSTM_COMMIT")
 
 
 def now() -> str:

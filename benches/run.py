@@ -1,40 +1,44 @@
-"""Times fastlstm.LSTM against torch.nn.LSTM: same weights, same inputs, paired.
+"""Times fastlstm against torch.nn.LSTM, itself and others: same weights, same inputs, paired.
 
-Each row is checked before it is timed: one whose outputs or gradients differ from nn.LSTM's
-beyond the tolerance of tests/cases.py is not timed, and the exit status is 1.  Writes JSON
-and Markdown to --out.
+Each row is checked before it is timed: one whose outputs or gradients differ beyond the tolerance
+of fastlstm/cli/compare.py is not timed, and the exit status is 1.  Writes JSON, Markdown and plots
+to --out.  The whole takes less than ten minutes on two cores; --only measures a part of it, and
+--add has those rows replaced in a run recorded before, by the same code on the same machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastlstm
-from fastlstm import native
+from fastlstm import build, native
 from fastlstm.cli.arguments import (
     DTYPES,
     Parser,
-    Shape,
     cpu_count,
     seconds_of,
     shape_of,
     threads_of,
 )
-from fastlstm.cli.contest import MODES, Contest, Row
+from fastlstm.cli.contest import MODES, Row
 from fastlstm.cli.info import VARIABLES, cpu_model
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
-from limits import best_matmul, copy_bandwidth
+import limits
+from parts import PARTS, Job
+from peers import PEERS, standing
 from recording import ROOT, commit, now, stem, write_json
-from report import Result, markdown
+from report import Result, report
 
 from cases import SPEED
 
@@ -48,50 +52,26 @@ EPILOG = """\
   ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 \\
     python benches/run.py --instruction-set avx2
 These variables are recorded with the result."""
-
-
-def measure(args: argparse.Namespace, limit_dtype: torch.dtype) -> tuple[dict[str, Row], list[Row]]:
-    """The limits for each thread count, and all rows."""
-    limits: dict[str, Row] = {}
-    rows: list[Row] = []
-    todo = [(threads, shape) for threads in args.threads for shape in args.shapes]
-    for threads, shape in progress(todo):
-        torch.set_num_threads(threads)
-        if str(threads) not in limits:
-            limits[str(threads)] = {
-                "matmul_gflops": best_matmul(limit_dtype),
-                "copy_gbytes": copy_bandwidth(),
-            }
-        rows += measure_shape(args, threads, shape)
-    return limits, sorted(rows, key=lambda row: args.modes.index(row["mode"]))
-
-
-def measure_shape(args: argparse.Namespace, threads: int, shape: Shape) -> Iterator[Row]:
-    """A row for each mode."""
-    contest = Contest(shape, getattr(torch, args.dtype))
-    problem = contest.problem()
-    for mode in args.modes:
-        row: Row = {"shape": shape, "mode": mode, "threads": threads}
-        if problem is not None:
-            yield row | {"error": problem}
-            continue
-        yield row | contest.row(shape, mode, args.seconds)
-
-
-def progress(todo: list[tuple[int, Shape]]) -> Iterable[tuple[int, Shape]]:
-    return todo if tqdm is None else tqdm(todo, desc="timing", unit="shape")
+# What must be the same in a run that rows are added to.
+SAME = ("hardware", "versions", "instruction_sets", "environment")
 
 
 def describe(args: argparse.Namespace) -> Result:
     """What the figures depend on."""
     return {
         "date": now(),
-        "hardware": {"cpu": cpu_model(), "cpus": cpu_count(), "machine": platform.machine()},
+        "hardware": {
+            "cpu": cpu_model(),
+            "cpus": cpu_count(),
+            "machine": platform.machine(),
+            "caches": limits.caches(),
+        },
         "versions": {
             "fastlstm": fastlstm.__version__,
             "commit": commit(),
             "torch": str(torch.__version__),
             "python": platform.python_version(),
+            "compiler": build.find_toolchain().compiler_version,
         },
         "instruction_sets": {
             "fastlstm": args.instruction_set,
@@ -99,9 +79,41 @@ def describe(args: argparse.Namespace) -> Result:
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "dtype": args.dtype,
-        "seconds": args.seconds,
+        "peers": {peer.name: standing(peer) for peer in PEERS},
+        "limits": {},
+        "rows": [],
     }
+
+
+def measure(args: argparse.Namespace, result: Result) -> None:
+    """Add the rows of args.only, and the limits for their numbers of threads, to a result."""
+    machine = limits.compiled(args.instruction_set)
+    jobs = [(part, job) for part in args.only for job in PARTS[part](args)]
+    for count in sorted({job.threads for _, job in jobs}):
+        if str(count) not in result["limits"]:
+            torch.set_num_threads(count)
+            caches = result["hardware"]["caches"]
+            result["limits"][str(count)] = limits.measure(machine, count, caches)
+    found: list[Row] = []
+    for _, job in progress(jobs):
+        torch.set_num_threads(job.threads)
+        found += job.rows()
+    order = [*PARTS]
+    kept = [row for row in result["rows"] if row["part"] not in args.only]
+    modes = [*MODES]
+    result["rows"] = sorted(
+        kept + found,
+        key=lambda row: (order.index(row["part"]), row["threads"], modes.index(row["mode"])),
+    )
+
+
+def progress(jobs: list[tuple[str, Job]]) -> Iterable[tuple[str, Job]]:
+    """The jobs, with a bar that names the part."""
+    bar = jobs if tqdm is None else tqdm(jobs, unit="job")
+    for part, job in bar:
+        if tqdm is not None:
+            bar.set_description(part)
+        yield part, job
 
 
 def parse_args() -> argparse.Namespace:
@@ -110,14 +122,25 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, threads = parser.add_argument, sorted({1, min(2, cpu_count())})
-    add("--shapes", nargs="+", type=shape_of, default=SPEED, metavar="T,B,I,H")
+    standard = [part for part in PARTS if part != "random"]
+    add("--only", nargs="+", choices=standard, metavar="PART", help=", ".join(standard))
+    add("--add", type=Path, metavar="RESULT.json", help="replace those rows in it; write it anew")
+    add("--shapes", nargs="+", type=shape_of, metavar="T,B,I,H", help="only speed, of these")
+    add("--random", type=int, metavar="N", help="only N random shapes, the worst listed first")
+    add("--seed", type=int, default=0, help="of --random (default 0)")
     add("--threads", nargs="+", type=threads_of, default=threads, metavar="N")
     add("--modes", nargs="+", choices=tuple(MODES), default=tuple(MODES))
-    add("--dtype", choices=DTYPES, default="float32")
-    add("--seconds", type=seconds_of, default=2.0, help="for each row, at least (default 2)")
+    add("--dtype", choices=DTYPES, default="float32", help="of --shapes, --random and speed")
+    add("--seconds", type=seconds_of, default=1.0, help="for each row, at least (default 1)")
     add("--instruction-set", metavar="NAME", help="of the library, not of torch; see below")
     add("--out", type=Path, default=ROOT / "benches" / "results", metavar="FOLDER")
     args = parser.parse_args()
+    if args.random is not None:
+        args.only = ["random"]
+    elif args.shapes is not None and args.only is None:
+        args.only = ["speed"]
+    args.only = args.only or standard
+    args.shapes = args.shapes or SPEED
     missing = fastlstm.available_backends()["cpu"]
     if missing is not None:
         parser.error(f"nothing to time: {missing}")
@@ -132,21 +155,36 @@ def parse_args() -> argparse.Namespace:
     except OSError as error:
         parser.error(f"--out: {error.strerror}")
     native.use_instruction_set(args.instruction_set)
+    args.parser = parser
     return args
+
+
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """The run of --add, which must be of the same code and machine."""
+    try:
+        result = json.loads(args.add.read_text(encoding="utf-8"))
+        differing = [name for name in SAME if result[name] != args.described[name]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        args.parser.error(f"--add: {args.add}: not a result of benches/run.py: {error}")
+    if differing:
+        args.parser.error(f"--add: {args.add}: another {', '.join(differing)}")
+    return result
 
 
 def main() -> int:
     args = parse_args()
-    result = describe(args)
-    # Half precision is computed in float32.
-    limit_dtype = torch.float64 if args.dtype == "float64" else torch.float32
-    result["limit_dtype"] = str(limit_dtype).removeprefix("torch.")
-    result["limits"], result["rows"] = measure(args, limit_dtype)
-    path = args.out / f"{stem('cpu', result['date'], result['hardware']['cpu'])}.json"
+    try:
+        args.described = result = describe(args)
+        if args.add is not None:
+            result = recorded(args)
+        measure(args, result)
+    except build.BuildError as error:
+        args.parser.error(str(error))
+    kind = "random" if args.random is not None else "cpu"
+    name = f"{stem(kind, result['date'], result['hardware']['cpu'])}.json"
+    path = args.add or args.out / name
     write_json(path, result)
-    text = markdown(result, path.name)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+    sys.stdout.write(report(path, result))
     return int(any("error" in row for row in result["rows"]))
 
 

@@ -20,25 +20,22 @@ whole stream, E embedding size, H hidden size, L layers, V characters in the voc
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
 import itertools
 import math
-import re
-import statistics
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import checkpoints
 import common
+import losses
+import texts
 import torch
 from common import Parser, UserError, number
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -57,30 +54,6 @@ DEFAULT_SHAPE = {"embedding": 64, "hidden": 256, "layers": 1}
 
 
 # %% The text
-def python_topics() -> str:
-    """CPython's own help texts: English prose about Python, in sorted order of topic.
-
-    Underlines (rows of one repeated sign) are dropped, since guessing them is too easy, and so
-    are spaces at line ends and all but one of several blank lines.
-    """
-    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
-    text = re.sub(r"^\s*([*=~^-])\1{2,}\s*$", "", text, flags=re.MULTILINE)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE))
-
-
-def read_text(path: Path | None) -> str:
-    """The training text: a UTF-8 file, or the text that ships with Python."""
-    if path is None:
-        return python_topics()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-    if not text:
-        raise UserError(f"{path} is empty")
-    return text
-
-
 def encode(text: str, vocabulary: str, what: str | Path) -> Tensor:
     """Characters to their places in the vocabulary: (len(text),) int64."""
     places = {character: place for place, character in enumerate(vocabulary)}
@@ -257,42 +230,9 @@ def generate(model: CharModel, vocabulary: str, prime: str, args: Namespace) -> 
     return prime + "".join(written)
 
 
-# %% What is reported
-def report(stock: Learner, ours: Learner, characters: int) -> None:
-    """Print the figures of a training run whose steps read ``characters`` each."""
-    gaps = [abs(a - b) for a, b in zip(stock.losses, ours.losses, strict=True)]
-    slow, fast = (characters * len(x.seconds) / sum(x.seconds) for x in (stock, ours))
-    paired = statistics.median(a / b for a, b in zip(stock.seconds, ours.seconds, strict=True))
-    # Rounding differs between two correct programs, and training amplifies it step by step: the
-    # early figure shows that both compute the same thing, the late one how far they drift.
-    print(f"largest loss difference: {max(gaps):.3g} (first 50 steps: {max(gaps[:50]):.3g})")
-    print(f"training characters/s:   {stock.name} {slow:,.0f}, {ours.name} {fast:,.0f}")
-    print(f"speed ratio:             {fast / slow:.3f} (median of paired steps: {paired:.3f})")
-
-
-def write_losses(stock: Learner, ours: Learner, first_step: int, path: Path) -> None:
-    """Every step's losses, in nats per character."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("step", stock.name, ours.name))
-        pairs = zip(stock.losses, ours.losses, strict=True)
-        rows.writerows((first_step + k, *pair) for k, pair in enumerate(pairs))
-
-
-def plot_losses(stock: Learner, ours: Learner, path: Path) -> None:
-    """Both curves, and how far apart they are."""
-    figure = Figure(figsize=(8, 6), layout="constrained")  # no pyplot: saves through Agg
-    curves, gap = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    for learner, style in ((stock, "-"), (ours, "--")):
-        label = f"{learner.name}, {sum(learner.seconds):.1f} s"
-        curves.plot([loss / math.log(2) for loss in learner.losses], style, label=label)
-    curves.set_ylabel("training loss (bits per character)")
-    curves.legend()
-    pairs = zip(stock.losses, ours.losses, strict=True)
-    apart = [abs(a - b) / math.log(2) or math.nan for a, b in pairs]  # no place for 0 on a log axis
-    gap.semilogy(apart, ".", markersize=3)
-    gap.set(xlabel="step", ylabel="difference")
-    figure.savefig(path, format="png")
+def beginning_of(text: str) -> str:
+    """Something to go on from: the whole words among the first 50 characters."""
+    return " ".join(text[:50].split(" ")[1:-1]).strip() or text[:50]
 
 
 # %% The command line
@@ -313,7 +253,7 @@ def make_parser() -> Parser:
     add("--temperature", type=number(float, 1e-3, 1e3), default=0.7, help="below 1: cautious (0.7)")
     add("--top-k", type=number(int, 0, 10**6), default=0, help="best to draw from (0: all)")
     add("--sample-length", type=count, default=500, help="characters to write (default 500)")
-    add("--prime", help="text to go on from (default: 20 characters of the validation text)")
+    add("--prime", help="text to go on from (default: from the validation text)")
     add("--save", type=Path, metavar="FILE", help="write a checkpoint after training")
     add("--save-every", type=number(int, 0, 10**9), default=0, help="and each so many steps")
     add("--load", type=Path, metavar="FILE", help="start from a checkpoint")
@@ -340,14 +280,7 @@ def choose_shape(args: Namespace, text: str) -> tuple[str, Shape, checkpoints.Ch
             shape = checkpoint.shape[name]
             raise UserError(f"{args.load} was made with --{name} {shape}, not {value}")
     if args.resume:
-        if checkpoint.training is None:
-            raise UserError(f"--resume: {args.load} does not say how far its training was")
-        before = checkpoint.training["run"]
-        for name, value in training_run(args).items():
-            if value != before[name]:
-                was = "another text" if name == "text" else f"--{name} {before[name]}"
-                raise UserError(f"--resume: {args.load} was trained with {was}")
-        args.first_step = checkpoint.training["step"]
+        args.first_step = checkpoints.step_to_resume(args.load, checkpoint, training_run(args))
     return checkpoint.vocabulary, checkpoint.shape, checkpoint
 
 
@@ -387,10 +320,10 @@ def run(args: Namespace) -> None:
 
 def train_and_write(args: Namespace, device: torch.device) -> None:
     """Train, measure, write; what can be wrong is looked at before the training."""
-    text = read_text(args.text)
+    text = texts.read_text(args.text)
     vocabulary, shape, checkpoint = choose_shape(args, text)
     training, validation = split_text(encode(text, vocabulary, args.text or "the text"), args)
-    prime = text[-len(text) // 10 :][:20] if args.prime is None else args.prime
+    prime = beginning_of(text[len(text) * 9 // 10 :]) if args.prime is None else args.prime
     if not len(encode(prime, vocabulary, "--prime")):
         raise UserError("--prime needs at least one character")
     check_options(args)
@@ -434,9 +367,9 @@ def finish(
 ) -> None:
     """Report, plot, validate, save and write a sample."""
     if stock.losses:
-        report(stock, ours, args.batch * args.steps)
-        write_losses(stock, ours, args.first_step, args.out / "losses.csv")
-        plot_losses(stock, ours, args.out / "losses.png")
+        losses.report(stock, ours, args.batch * args.steps)
+        losses.write_losses(stock, ours, args.first_step, args.out / "losses.csv")
+        losses.plot_losses(stock, ours, args.first_step, args.out / "losses.png")
     bits = [bits_per_character(learner.model, validation, args.steps) for learner in (stock, ours)]
     print(f"validation bits/char:    {stock.name} {bits[0]:.4f}, {ours.name} {bits[1]:.4f}")
     if not math.isfinite(sum(bits)):
@@ -446,7 +379,9 @@ def finish(
     sample = generate(ours.model, last.vocabulary, prime, args)
     (args.out / "sample.txt").write_text(sample + "\n", encoding="utf-8")
     encoding = sys.stdout.encoding or "utf-8"  # a terminal may not know every character
-    print(f"\n{sample}".encode(encoding, "replace").decode(encoding))
+    said = f"\nwritten after reading {prime!r}:\n{sample[len(prime) :]}\n"
+    print(said.encode(encoding, "replace").decode(encoding))
+    print(f"the files are in {args.out}")
 
 
 def main(argv: list[str] | None = None) -> None:

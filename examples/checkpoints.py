@@ -97,6 +97,18 @@ def training_fits(training: dict[str, Any], shape: dict[str, int], model: nn.Mod
     )
 
 
+def step_to_resume(path: Path, found: Checkpoint, run: Run) -> int:
+    """The step that the training in the file at ``path`` goes on with, if it is one of ``run``."""
+    if found.training is None:
+        raise common.UserError(f"--resume: {path} does not say how far its training was")
+    before = found.training["run"]
+    for name, value in run.items():
+        if value != before[name]:
+            was = "another text" if name == "text" else f"--{name} {before[name]}"
+            raise common.UserError(f"--resume: {path} was trained with {was}")
+    return found.training["step"]
+
+
 # What unpickling a damaged file, or reading another program's, has been seen to raise.
 DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, LookupError, RuntimeError),

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import common
 import torch
-from char_rnn import Streams, cut_into_streams, encode, read_text, windows
+from char_rnn import Streams, cut_into_streams, encode, windows
 from common import Parser, UserError, number
 from matplotlib.figure import Figure
+from texts import read_text
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -338,6 +339,7 @@ def show_gates(net: CharNet, vocabulary: str, held_out: str, args: Namespace) ->
     inside = Inside(*(part[len(before) :] for part in whole))
     plot_gates(inside, args.sentence, units, args.out / "gates.png")
     plot_cells(inside, args.sentence, args.out / "cells.png")
+    print(f"the pictures are in {args.out}: {', '.join(FILES)}")
 
 
 def main(argv: list[str] | None = None) -> None:

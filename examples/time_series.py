@@ -35,6 +35,7 @@ import fastlstm
 
 Windows = tuple[Tensor, Tensor]  # the past (T, B, 1) and what came then (B, K)
 
+FIRST_YEAR = 1700  # of the sunspots
 KINDS = {"nn.RNN": nn.RNN, "nn.LSTM": nn.LSTM, "fastlstm.LSTM": fastlstm.LSTM}
 
 
@@ -55,7 +56,10 @@ def read_column(path: Path, column: str | None) -> Tensor:
             names = rows.fieldnames or []
             if column not in names:
                 asked = "--csv needs --column NAME" if column is None else f"no column {column!r}"
-                raise UserError(f"{asked}: {path} has {', '.join(map(repr, names)) or 'no header'}")
+                shown = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+                raise UserError(f"{asked}: {path} has {shown or 'no header'}")
+            if names.count(column) > 1:
+                raise UserError(f"{path} has {names.count(column)} columns {column!r}")
             found = [(rows.line_num, row[column]) for row in rows]
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
@@ -82,6 +86,8 @@ def find_season(series: Tensor) -> int:
     time_axis = torch.linspace(-1, 1, len(series), dtype=series.dtype)
     trend = torch.stack((torch.ones_like(time_axis), time_axis), 1)
     rest = series - trend @ torch.linalg.lstsq(trend, series[:, None]).solution[:, 0]
+    if rest.abs().max() <= 1e-9 * series.abs().max():  # a straight line, but for rounding
+        return 1
     most = max(len(series) // 8, 2)
     products = [(rest[lag:] * rest[: len(rest) - lag]).mean().item() for lag in range(most + 2)]
     peaks = [k for k in range(2, most + 1) if products[k - 1] < products[k] >= products[k + 1]]
@@ -241,17 +247,20 @@ def plot_forecast(
     """The tail, forecast K values at a time, each time from what was known before them."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
+    zero, unit = (FIRST_YEAR, "year") if args.csv is None else (0, "row of the file, from 0")
     values, mean, low, high = (parts.unscaled(t) for t in (parts.scaled, mean, *bounds))
     shown = max(0, parts.tail - 2 * (len(values) - parts.tail))
-    axes.plot(range(shown, len(values)), values[shown:], color="black", linewidth=1, label="series")
+    known = range(zero + shown, zero + len(values))
+    axes.plot(known, values[shown:], color="black", linewidth=1, label=args.column)
     for origin in range(0, len(mean), args.horizon):
-        places = range(parts.tail + origin, parts.tail + origin + args.horizon)
+        first = zero + parts.tail + origin
+        places = range(first, first + args.horizon)
         last = {"label": "forecast"} if origin == 0 else {}
         band = {"label": f"{args.share:.0%} interval"} if origin == 0 else {}
         axes.plot(places, mean[origin], ".-", color="C0", **last)
         axes.fill_between(places, low[origin], high[origin], color="C0", alpha=0.25, **band)
-        axes.axvline(places[0] - 0.5, color="C7", linewidth=0.5, linestyle=":")
-    axes.set(xlabel="place in the series", ylabel=args.column)
+        axes.axvline(first - 0.5, color="C7", linewidth=0.5, linestyle=":")
+    axes.set(xlabel=unit, ylabel=args.column)
     axes.legend()
     figure.savefig(path, dpi=90)
 
@@ -293,7 +302,9 @@ def run(args: Namespace) -> None:
         print(f"{name:20}{first:12.4g}{every:12.4g}  {seconds}".rstrip())
     held = ((future >= low) & (future <= high)).float().mean().item()
     print(f"{args.share:.0%} intervals held {held:.0%} of the tail's values")
-    plot_forecast(parts, forecasts.mean(0), (low, high), args, args.out / "forecast.png")
+    path = args.out / "forecast.png"
+    plot_forecast(parts, forecasts.mean(0), (low, high), args, path)
+    print(f"the picture is {path}")
 
 
 def make_parser() -> Parser:

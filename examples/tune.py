@@ -16,32 +16,31 @@ nn.LSTM and fastlstm do; ``char.png`` and ``series.png`` in ``--out`` show what 
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import fcntl
 import itertools
 import math
+import statistics
 import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import char_rnn
 import common
 import optuna
 import sqlalchemy
-import time_series
 import torch
 from common import Parser, UserError, number
-from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
+from tasks import TASKS, Choice, Task
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
+from tune_plots import importances, plot_study, trials_of
 
 import fastlstm
-
-Choice = dict[str, Any]  # a value for each hyperparameter
 
 # What one would write down without thinking: Adam at its default rate, nothing else.
 UNTUNED = {
@@ -60,91 +59,6 @@ OPTIMIZERS = {
     "AdamW": torch.optim.AdamW,
 }
 SCHEDULES = ("none", "step", "cosine", "plateau")
-
-
-# %% What is tuned
-class Task(Protocol):
-    """Something to learn, and the budget that every trial has for it."""
-
-    name: str
-    unit: str  # of the validation loss
-    epochs: int  # the most
-    patience: int  # epochs without a better validation loss before a trial stops
-
-    def model(self, choice: Choice) -> nn.Module:
-        """A new model around nn.LSTM."""
-
-    def losses(self, model: nn.Module, choice: Choice) -> Iterator[Tensor]:
-        """One epoch: the loss of each minibatch in turn."""
-
-    def judge(self, model: nn.Module, held_out: bool = False) -> float:
-        """The loss on the part that choices are made on, or on the one that none is made on."""
-
-
-class CharTask:
-    """The character model on a part of CPython's help topics; loss in bits per character."""
-
-    name, unit, epochs, patience, steps = "char", "bits per character", 6, 2, 64
-
-    def __init__(self, size: int) -> None:
-        text = char_rnn.python_topics()[:size]
-        self.vocabulary = "".join(sorted(set(text)))
-        ids = char_rnn.encode(text, self.vocabulary, "the text")
-        self.training = ids[: size * 8 // 10]
-        parts = (ids[size * 8 // 10 : size * 9 // 10], ids[size * 9 // 10 :])
-        self.judged = [char_rnn.cut_into_streams(part, 16) for part in parts]
-
-    def model(self, choice: Choice) -> nn.Module:
-        shape = {"embedding": 32, "hidden": choice["hidden"], "layers": choice["layers"]}
-        return char_rnn.CharModel(len(self.vocabulary), shape, choice["dropout"])
-
-    def losses(self, model: nn.Module, choice: Choice) -> Iterator[Tensor]:
-        streams, state = char_rnn.cut_into_streams(self.training, choice["batch"]), None
-        batches = char_rnn.windows(*streams, self.steps)
-        for _, (x, y, _) in zip(range(len(streams[0]) // self.steps), batches, strict=False):
-            logits, state = model(x, state)
-            state = (state[0].detach(), state[1].detach())
-            yield F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-    def judge(self, model: nn.Module, held_out: bool = False) -> float:
-        return char_rnn.bits_per_character(model, self.judged[held_out], 128)
-
-
-class SeriesTask:
-    """The forecaster on the yearly sunspots; loss in squared deviations of the series."""
-
-    name, unit, epochs, patience = "series", "mean squared error, scaled", 80, 15
-
-    def __init__(self, _: int) -> None:
-        series = time_series.read_column(time_series.sunspots(), "SUNACTIVITY")
-        self.horizon, cut = 11, (33, 11)
-        parts = time_series.split(series, *cut)
-        self.training = time_series.cut_windows(parts.scaled, 0, parts.validation, *cut)
-        self.judged = [
-            time_series.cut_windows(parts.scaled, first, end, *cut)
-            for first, end in ((parts.validation, parts.tail), (parts.tail, len(series)))
-        ]
-
-    def model(self, choice: Choice) -> nn.Module:
-        between_layers = choice["dropout"] if choice["layers"] > 1 else 0.0
-        lstm = nn.LSTM(1, choice["hidden"], choice["layers"], dropout=between_layers)
-        return time_series.Forecaster(lstm, self.horizon, choice["dropout"])
-
-    def losses(self, model: nn.Module, choice: Choice) -> Iterator[Tensor]:
-        past, future = self.training
-        for places in torch.randperm(len(future)).split(choice["batch"]):
-            yield F.mse_loss(model(past[:, places]), future[places])
-
-    @torch.no_grad()
-    def judge(self, model: nn.Module, held_out: bool = False) -> float:
-        past, future = self.judged[held_out]
-        model.eval()
-        loss = F.mse_loss(model(past), future).item()
-        model.train()
-        return loss
-
-
-TASKS = {"char": CharTask, "series": SeriesTask}
 
 
 # %% One trial
@@ -284,31 +198,42 @@ def open_study(task: Task, args: Namespace) -> optuna.Study:
     return study
 
 
+@contextlib.contextmanager
+def one_at_a_time(args: Namespace) -> Iterator[None]:
+    """Of several processes that start together the first makes the study, the others wait."""
+    with open(f"{args.study}.lock", "w") as file:  # unlocked when it is closed, or by a kill
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def prepare_study(study: optuna.Study, task: Task, args: Namespace) -> dict[str, Any]:
     """The range test and the untuned model, done once and kept in the study."""
     if "prepared" not in study.user_attrs:
         curves = {name: range_test(task, name, args.seed) for name in OPTIMIZERS}
         untuned = train(task, UNTUNED, args.seed)
-        prepared = {"curves": curves, "untuned": untuned._asdict()}
+        prepared = {"curves": curves, "untuned": untuned._asdict(), "size": task.size}
         study.set_user_attr("prepared", prepared)
-    return study.user_attrs["prepared"]
+        # The first trial: the untuned model, but with a rate from the range test that decays.
+        first = {name: value for name, value in UNTUNED.items() if name != "lr"}
+        study.enqueue_trial({**first, "lr factor": 1.0, "schedule": "cosine"})
+    prepared = study.user_attrs["prepared"]
+    if prepared["size"] != task.size:  # its losses would be compared with others'
+        raise UserError(f"--study {args.study} was made with --characters {prepared['size']}")
+    return prepared
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that ended by themselves or were pruned."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return trials_of(study, TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def search(
-    study: optuna.Study, task: Task, prepared: dict[str, Any], deadline: float, args: Namespace
+    study: optuna.Study, task: Task, rates: dict[str, float], deadline: float, args: Namespace
 ) -> None:
-    """Try until the time is over, or the study has ``--trials`` trials."""
-    rates = {name: suggested_rate(*curve) for name, curve in prepared["curves"].items()}
+    """Try until the time is over, or the study has ``--trials`` trials; ``rates`` are those that
+    the range test suggests."""
     # No trial may take more than an eighth of the search, if it took all its epochs.
     longest = (deadline - time.monotonic()) / 8 / task.epochs
-    if not study.trials:  # first the untuned model, but with a rate from the range test that decays
-        first = {name: value for name, value in UNTUNED.items() if name != "lr"}
-        study.enqueue_trial({**first, "lr factor": 1.0, "schedule": "cosine"})
     bar = tqdm(desc=f"tuning {task.name}", unit="trial", initial=len(finished(study)))
 
     def objective(trial: optuna.Trial) -> float:
@@ -335,114 +260,50 @@ def search(
 
 
 # %% nn.LSTM against fastlstm
-def trials_per_minute(task: Task, choices: list[Choice], seconds: float, seed: int) -> list[float]:
-    """How many full trainings a minute has room for, with nn.LSTM and with fastlstm.
+def seconds_of_a_trial(task: Task, choice: Choice, limit: float, seed: int) -> list[float]:
+    """What all epochs of ``choice`` take with nn.LSTM and with fastlstm, measured for ``limit`` s.
 
-    For each choice both take steps on minibatches of the same size, in turns, so that both meet
-    the same machine; the time of a step times the steps of all epochs is that of a training.
+    Both take steps on minibatches of the same size, in turns, so that both meet the same machine;
+    the median time of a step times the steps of all epochs is that of a trial.
     """
-    needed = [0.0, 0.0]
-    for choice in choices:
-        torch.manual_seed(seed)
-        models = [task.model(choice)]
-        models.append(copy.deepcopy(models[0]))
-        fastlstm.replace_lstm_(models[1])
-        optimizers = [OPTIMIZERS[choice["optimizer"]](m.parameters(), lr=1e-3) for m in models]
-        batches = sum(1 for _ in task.losses(models[1], choice))
-        epochs = [itertools.chain.from_iterable(task.losses(model, choice)
-                  for _ in itertools.count()) for model in models]  # fmt: skip
-        until, count, spent = time.monotonic() + seconds / len(choices), 0, [0.0, 0.0]
-        while time.monotonic() < until or count < 4:
-            for which in (0, 1) if count % 2 else (1, 0):
-                start = time.perf_counter()
-                step(next(epochs[which]), models[which], optimizers[which])
-                if count:  # the first is a warm-up
-                    spent[which] += time.perf_counter() - start
-            count += 1
-        for which in (0, 1):
-            needed[which] += spent[which] / (count - 1) * batches * task.epochs
-    return [60 * len(choices) / total for total in needed]
-
-
-# %% What mattered
-def importances(study: optuna.Study) -> dict[str, float]:
-    """The share of each hyperparameter in what tells good trials from the others; {} if too few.
-
-    PED-ANOVA compares where the best trials' values lie with where all do.
-    """
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(complete) < 8:
-        return {}
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
-
-
-def plot_study(study: optuna.Study, task: Task, prepared: dict[str, Any], path: Path) -> None:
-    """Six views of the search."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    rate, history, shares, lr, size, batch = figure.subplots(2, 3).flat
-    colors = dict(zip(OPTIMIZERS, ("C0", "C1", "C2", "C3"), strict=True))
-    for name, (rates, losses) in prepared["curves"].items():
-        rate.semilogx(rates, losses, color=colors[name], label=name)
-        rate.axvline(suggested_rate(rates, losses), color=colors[name], linestyle=":")
-    rate.set(title="range test (dotted: suggested)", xlabel="learning rate", ylabel="training loss")
-    rate.legend(fontsize=8)
-
-    untuned = prepared["untuned"]["loss"]
-    done = finished(study)
-    complete = [trial for trial in done if trial.state == TrialState.COMPLETE]
-    pruned = [t for t in done if t.state == TrialState.PRUNED and t.intermediate_values]
-    last = [t.intermediate_values[max(t.intermediate_values)] for t in pruned]
-    history.plot([t.number for t in pruned], last, "x", color="C7", label="pruned")
-    history.plot([t.number for t in complete], [t.value for t in complete], "o", label="trial")
-    best = list(itertools.accumulate((t.value for t in complete), min))
-    history.step([t.number for t in complete], best, where="post", color="C3", label="best so far")
-    history.set(title="search", xlabel="trial", ylabel=f"validation loss\n({task.unit})")
-
-    found = importances(study)
-    shares.barh(list(found)[::-1], list(found.values())[::-1])
-    shares.set(title="importance (PED-ANOVA)" if found else "importance: too few finished trials")
-
-    params = [trial.params for trial in complete]
-    values = [trial.value for trial in complete]
-    point_colors = [colors[p["optimizer"]] for p in params]
-    lr.scatter([t.user_attrs["choice"]["lr"] for t in complete], values, color=point_colors)
-    lr.set(title="learning rate (color: optimizer)", xscale="log")
-    size.scatter([p["hidden"] for p in params], values, c=[f"C{p['layers'] - 1}" for p in params])
-    size.set(title="hidden units (color: layers, blue 1 to red 4)")
-    for kind, shift in zip(SCHEDULES, (0.85, 0.95, 1.05, 1.15), strict=True):
-        chosen = [t for t in complete if t.params["schedule"] == kind]
-        places = [t.params["batch"] * shift for t in chosen]
-        batch.plot(places, [t.value for t in chosen], "o", label=kind)
-    batch.set(title="minibatch size", xscale="log", xticks=[8, 16, 32, 64])
-    batch.set_xticklabels(["8", "16", "32", "64"])
-    batch.minorticks_off()
-    batch.legend(fontsize=8, title="schedule")
-    top = max([untuned, *sorted(values)[: max(1, len(values) * 3 // 4)]])
-    low = min([untuned, *values])
-    for axes in (history, lr, size, batch):
-        axes.axhline(untuned, color="black", linestyle="--", label="untuned")
-        axes.set_ylim(low - 0.1 * (top - low) - 1e-3, top + 0.3 * (top - low) + 1e-3)
-    history.legend(fontsize=8)
-    figure.savefig(path, dpi=70)
+    torch.manual_seed(seed)
+    models = [task.model(choice)]
+    models.append(copy.deepcopy(models[0]))
+    fastlstm.replace_lstm_(models[1])
+    optimizers = [OPTIMIZERS[choice["optimizer"]](m.parameters(), lr=1e-3) for m in models]
+    batches = sum(1 for _ in task.losses(models[1], choice))
+    epochs = [itertools.chain.from_iterable(task.losses(model, choice) for _ in itertools.count())
+              for model in models]  # fmt: skip
+    seconds: list[list[float]] = [[], []]
+    until = time.monotonic() + limit
+    while time.monotonic() < until or len(seconds[0]) < 4:
+        for which in (0, 1) if len(seconds[0]) % 2 else (1, 0):
+            start = time.perf_counter()
+            step(next(epochs[which]), models[which], optimizers[which])
+            seconds[which].append(time.perf_counter() - start)
+    # The first step is a warm-up.
+    return [statistics.median(part[1:]) * batches * task.epochs for part in seconds]
 
 
 # %% The program
 def tune(task: Task, deadline: float, args: Namespace) -> None:
     """Search, compare with the untuned model and with nn.LSTM, report."""
-    study = open_study(task, args)
-    before = len(finished(study))
-    if before:
-        print(f"{task.name}: going on with {before} trials of {args.study}")
-    prepared = prepare_study(study, task, args)
-    left = deadline - time.monotonic()
+    with one_at_a_time(args):
+        study = open_study(task, args)
+        before = len(finished(study))
+        if before:
+            print(f"{task.name}: going on with {before} trials of {args.study}")
+        prepared = prepare_study(study, task, args)
+    rates = {name: suggested_rate(*curve) for name, curve in prepared["curves"].items()}
     start = time.monotonic()
-    search(study, task, prepared, start + 0.85 * left, args)
+    left = deadline - start
+    search(study, task, rates, start + 0.85 * left, args)
     seconds, done = time.monotonic() - start, finished(study)
     pruned = sum(trial.state == TrialState.PRUNED for trial in done)
     print(f"{task.name}: {len(done) - before} trials in {seconds:.0f} s; of all {len(done)}, "
           f"{pruned} were pruned")  # fmt: skip
-    plot_study(study, task, prepared, args.out / f"{task.name}.png")
+    path = args.out / f"{task.name}.png"
+    plot_study(study, prepared, rates, task.unit, path)
     untuned, choices = prepared["untuned"], [UNTUNED]
     print(f"  validation loss ({task.unit}), and that on data held out from every choice:")
     print(f"    untuned  {untuned['loss']:.4f}  {untuned['held_out']:.4f}  {words(UNTUNED)}")
@@ -453,9 +314,12 @@ def tune(task: Task, deadline: float, args: Namespace) -> None:
               f"{best['epochs']} epochs")  # fmt: skip
     shares = ", ".join(f"{name} {share:.0%}" for name, share in importances(study).items())
     print(f"  what mattered: {shares or 'too few trials to say'}")
-    rates = trials_per_minute(task, choices, min(0.1 * left, 15), args.seed)
-    print(f"  full trainings a minute (untuned and best, in turns): nn.LSTM {rates[0]:.1f}, "
-          f"fastlstm {rates[1]:.1f}, ratio {rates[1] / rates[0]:.2f}")  # fmt: skip
+    print("  trials a minute that end neither early nor pruned, on one process:")
+    for name, choice in zip(("untuned", "tuned"), choices, strict=False):
+        took = seconds_of_a_trial(task, choice, min(0.05 * left, 8), args.seed)
+        print(f"    {name:7}  nn.LSTM {60 / took[0]:.1f}, fastlstm {60 / took[1]:.1f}, "
+              f"ratio {took[0] / took[1]:.2f}")  # fmt: skip
+    print(f"  the picture is {path}, the study {args.study}")
 
 
 def words(choice: Choice) -> str:

@@ -115,7 +115,7 @@ def available_backends() -> dict[str, str | None]:
 
 def check_name(backend: str) -> None:
     """Raise ValueError unless ``backend`` is "auto" or the name of a backend."""
-    if backend != "auto" and backend not in _TABLE:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in _TABLE):
         names = ", ".join(repr(name) for name in ("auto", *_TABLE))
         raise ValueError(f"backend: got {backend!r}, expected one of {names}")
 
@@ -165,7 +165,9 @@ def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
         return backend == "aten"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return True
-    if not input.is_cpu or input.dtype != torch.float32 or input.dim() != 2:
+    if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
+        return True
+    if input.dim() != 2:
         return True
     rows, inputs = input.shape
     return rows * (inputs + hidden_size) * 4 * hidden_size < _LEAST_STEP

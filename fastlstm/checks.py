@@ -10,10 +10,17 @@ from . import functional
 
 
 def kind(value: object) -> str:
-    """``value``'s type for a message, with its items' where it is a tuple or list."""
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of ({', '.join(type(v).__name__ for v in value)})"
-    return type(value).__name__
+    """``value``'s type for a message, with its first items' where it is a plain tuple or list."""
+    if type(value) not in (tuple, list):
+        return type(value).__name__
+    names = [type(item).__name__ for item in value[:4]]  # type: ignore[index]
+    rest = ", ..." if len(value) > 4 else ""  # type: ignore[arg-type]
+    return f"{type(value).__name__} of ({', '.join(names)}{rest})"
+
+
+def check_dense(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
 
 
 def check_padded(input: Tensor, input_size: int, weight: Tensor) -> None:
@@ -25,6 +32,8 @@ def check_padded(input: Tensor, input_size: int, weight: Tensor) -> None:
 
 
 def check_packed(input: PackedSequence, input_size: int, weight: Tensor) -> None:
+    if not isinstance(input.data, Tensor):
+        raise TypeError(f"input.data: expected a Tensor, got {kind(input.data)}")
     if input.data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {input.data.dim()}")
     if input.batch_sizes.dim() != 1:
@@ -74,6 +83,7 @@ def check_rows(
     input: Tensor, input_size: int, weight: Tensor, dtype_error: type[Exception]
 ) -> None:
     """What every form of input must be; nn.LSTM has another error for a dtype in each."""
+    check_dense(input, "input")
     if input.dtype != weight.dtype and functional.autocast_dtype(input.device) is None:
         raise dtype_error(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
@@ -92,6 +102,7 @@ def check_rows(
 
 
 def check_like(state: Tensor, input: Tensor, name: str) -> None:
+    check_dense(state, name)
     if state.device != input.device:
         raise RuntimeError(
             "Input and hidden tensors are not at the same device, found input tensor at "
@@ -104,6 +115,7 @@ def check_like(state: Tensor, input: Tensor, name: str) -> None:
 def check_reset(reset: Tensor, input: Tensor) -> None:
     if not isinstance(reset, Tensor):
         raise TypeError(f"reset: expected a Tensor, as input is one, got {kind(reset)}")
+    check_dense(reset, "reset")
     if reset.dtype != torch.bool:
         raise TypeError(f"reset: expected dtype torch.bool, got {reset.dtype}")
     if reset.shape != input.shape[:-1]:

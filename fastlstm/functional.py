@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import has_autocast, layer_gates, lstm_layer, without_autocast
 from .contract import Weights
+from .ops import is_traced
+from .packing import checked_lengths, pack
 
 
 class Stack(NamedTuple):
@@ -171,13 +173,14 @@ def lstm_lengths(
     and is zero in the output; a sequence of length zero gets its initial state back.
     """
     batch, steps = input.shape[:2] if batch_first else (input.size(1), input.size(0))
-    lengths = _checked_lengths(lengths, batch, steps)
-    if batch == 0 or int(lengths.min()) == steps:
+    lengths = checked_lengths(lengths, batch)
+    # A graph serves all lengths, so while it is traced nothing may depend on their values.
+    if not is_traced(lengths, input) and bool((lengths == steps).all()):
         return lstm_padded(input, h0, c0, stack, batch_first=batch_first, reset=reset)
 
-    batch_sizes, step, sequence, order = _packing(lengths, steps)
+    batch_sizes, step, sequence, order, unsort = pack(lengths, steps)
     row = sequence * steps + step if batch_first else step * batch + sequence
-    row, unsort, order = (t.to(input.device) for t in (row, order.argsort(), order))
+    row, order, unsort = (t.to(input.device) for t in (row, order, unsort))
 
     result = lstm(
         input.flatten(0, 1).index_select(0, row),
@@ -193,19 +196,6 @@ def lstm_lengths(
         return output.unflatten(0, input.shape[:2])
 
     return _with_form(result, padded, unsort)
-
-
-def _packing(lengths: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequences of the given ``lengths (B,)`` as packed rows, all on the CPU.
-
-    Returns batch_sizes (steps,), each row's step and its sequence (N,), and the order of the
-    sequences (B,): packed rows want the longest first.
-    """
-    lengths, order = lengths.sort(descending=True, stable=True)
-    running = lengths > torch.arange(steps, device="cpu").unsqueeze(1)  # (T, B)
-    # nonzero() walks the steps in order and each step's sequences in order, as packed rows do.
-    step, rank = running.nonzero(as_tuple=True)
-    return running.sum(1), step, order[rank], order
 
 
 def lstm_jagged(
@@ -226,10 +216,9 @@ def lstm_jagged(
     offsets = offsets.to("cpu", torch.int64)
     lengths = offsets.diff() if lengths is None else lengths.to("cpu", torch.int64)
     steps = int(lengths.max()) if len(lengths) else 0
-    batch_sizes, step, sequence, order = _packing(lengths, steps)
-    row, unsort, order = (
-        t.to(values.device) for t in (offsets[sequence] + step, order.argsort(), order)
-    )
+    batch_sizes, step, sequence, order, unsort = pack(lengths, steps)
+    row = offsets[sequence] + step
+    row, order, unsort = (t.to(values.device) for t in (row, order, unsort))
     result = lstm(
         values.index_select(0, row),
         batch_sizes,
@@ -285,34 +274,6 @@ def _with_form(
         h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
     cells, gates = (None if rows is None else form(rows) for rows in extra)
     return Result(form(output), h_n, c_n, cells, gates)
-
-
-def _checked_lengths(lengths: Tensor | Sequence[int], batch: int, steps: int) -> Tensor:
-    """``lengths`` as int64 on the CPU; the one place where they cross from a device."""
-    if not isinstance(lengths, Tensor):
-        given = lengths
-        try:
-            lengths = torch.as_tensor(given, device="cpu")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"lengths: expected integers, got {given!r}") from error
-        if lengths.numel() == 0:  # an empty list makes a float tensor
-            lengths = lengths.long()
-    if lengths.device.type == "meta":
-        raise ValueError("lengths: expected values, got a tensor on meta, which has none")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
-    if lengths.shape != (batch,):
-        raise ValueError(
-            f"lengths: expected shape ({batch},), one length per sequence, "
-            f"got {tuple(lengths.shape)}"
-        )
-    lengths = lengths.to("cpu", torch.int64)
-    if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
-        raise ValueError(
-            f"lengths: expected values from 0 to {steps}, the number of steps of input, "
-            f"got {lengths.tolist()}"
-        )
-    return lengths
 
 
 def _packed_alike(a: PackedSequence, b: PackedSequence) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def gates(
         two directions, the forward one's H features come first.
 
     Raises:
-        TypeError: ``module`` is not a ``fastlstm.LSTM``.
+        TypeError: ``module`` is not a ``fastlstm.LSTM``, or ``layer`` no integer.
         IndexError: it has no such layer.
         As ``module`` does, where another argument does not fit.
     """
@@ -57,6 +58,10 @@ def gates(
             f"module: expected a fastlstm.LSTM, got {type(module).__name__} "
             "(fastlstm.replace_lstm_ makes one of an nn.LSTM)"
         )
+    try:
+        layer = operator.index(layer)
+    except TypeError:
+        raise TypeError(f"layer: expected an integer, got {type(layer).__name__}") from None
     if not -module.num_layers <= layer < module.num_layers:
         raise IndexError(f"layer: expected one of {module.num_layers} layers, got {layer}")
     stack = module._stack(need_cells=False)._replace(gates_of=layer % module.num_layers)

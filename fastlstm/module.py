@@ -38,7 +38,9 @@ class LSTM(nn.RNNBase):
             the cell states at a few steps; the backward pass makes the rest again, in chunks.
 
     Raises:
-        ValueError: ``backend`` is not the name of a backend; otherwise as ``nn.LSTM``.
+        ValueError: ``backend`` is not the name of a backend.
+        TypeError: ``checkpoint`` is not a bool.
+        Otherwise as ``nn.LSTM``.
     """
 
     # Modules pickled or swapped in without the attributes have the defaults.
@@ -67,6 +69,8 @@ class LSTM(nn.RNNBase):
         checkpoint: bool = False,
     ) -> None:
         backends.check_name(backend)
+        if not isinstance(checkpoint, bool):
+            raise TypeError(f"checkpoint should be of type bool, got: {type(checkpoint).__name__}")
         # By name and not by super(): in compat.LSTM the next class is nn.LSTM, whose
         # constructor takes no mode.
         nn.RNNBase.__init__(

@@ -65,10 +65,13 @@ def replace_lstm_(
         What was replaced, what was not, and why.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``filter_fn`` is not callable.
         ValueError: ``backend`` is not the name of a backend.
+        What ``filter_fn`` raises; nothing is replaced then.
     """
     backends.check_name(backend)
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn: expected a callable, got {type(filter_fn).__name__}")
 
     def refusal(m: nn.Module, name: str) -> str | None:
         if filter_fn is not None and not filter_fn(m, name):
@@ -104,16 +107,17 @@ def _swap_all(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report = Report()
-    # A module that is reachable by several names is met once, by its first.
-    for name, m in list(model.named_modules()):
-        if not _is_lstm(m):
-            continue
+    # A module that is reachable by several names is met once, by its first.  All are looked at
+    # before any is changed: a refusal that raises leaves the model as it was.
+    found = {name: m for name, m in model.named_modules() if _is_lstm(m)}
+    for name, m in found.items():
         reason = _unfit(m, targets) or refusal(m, name)
         if reason is None:
-            _set_class(m, targets[_plain_class(m)])
             report.replaced.append(name)
         else:
             report.skipped[name] = reason
+    for name in report.replaced:
+        _set_class(found[name], targets[_plain_class(found[name])])
     return report
 
 
@@ -172,6 +176,8 @@ class Patch:
             _bind()
 
     def __enter__(self) -> Patch:
+        if self not in _patches:
+            raise RuntimeError("this patch was undone: call fastlstm.patch() for another")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -131,7 +131,7 @@ def _walk_forward(
     c_carry: Tensor,
 ) -> None:
     """Fill the outputs; ``c_carry`` (D, B, H) float32 goes from c0 to c_n."""
-    from .kernels import config, forward, launch
+    from .kernels import barrier, config, forward, launch
 
     (directions, batch, output), hidden = h0.shape, c_carry.size(-1)
     walk = walk_of(batch_sizes, x.device)
@@ -151,7 +151,7 @@ def _walk_forward(
         gates=gates, y=y, c_all=c_all, m=m, h_n=h_n, c_carry=c_carry, h0=aligned(h0),
         w_hh=stacked([w.w_hh for w in weights]), w_hr=stacked([w.w_hr for w in weights]),
         reset=aligned(reset), starts=walk.device_starts,
-        counters=x.new_zeros(teams, dtype=torch.int64),
+        counters=x.new_zeros(teams * barrier.COUNTER_STRIDE.value, dtype=torch.int64),
         steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
         D=directions, H=hidden, P=output, RESERVE=reserve, PRECISION=_precision(x.dtype),
     )  # fmt: skip
@@ -220,7 +220,7 @@ def _walk_backward(
     dc_carry: Tensor,
 ) -> None:
     """Fill da, dh_all and dh0; ``dc_carry`` (D, B, H) float32 goes from dc_n to dc0."""
-    from .kernels import backward, config, launch
+    from .kernels import backward, barrier, config, launch
 
     (directions, batch, hidden), output = c0.shape, weights[0].w_hh.size(1)
     chosen = config.choose(
@@ -234,7 +234,7 @@ def _walk_backward(
         gates=aligned(saved.gates), c_all=aligned(saved.c_all), c0=aligned(c0),
         w_hh=stacked([w.w_hh for w in weights]), w_hr=stacked([w.w_hr for w in weights]),
         reset=aligned(reset), starts=walk.device_starts,
-        counters=da.new_zeros(teams, dtype=torch.int64),
+        counters=da.new_zeros(teams * barrier.COUNTER_STRIDE.value, dtype=torch.int64),
         steps=walk.steps, batch=batch, rows_per_step=walk.rows_per_step,
         D=directions, H=hidden, P=output, PRECISION=_precision(da.dtype),
     )  # fmt: skip

@@ -9,7 +9,7 @@ gradient of h0 is due: the walk has T + 1 positions where that is asked for.
 import triton
 import triton.language as tl
 
-from .barrier import arrive, wait
+from .barrier import COUNTER_STRIDE, arrive, wait
 from .exchange import (
     PROJECTION_CHUNK,
     resident_product,
@@ -42,7 +42,7 @@ def lstm_backward(
     w_hr,  # (D, P, H), or None
     reset,  # (N) uint8, or None
     starts,  # (T + 1) int64, or None where all steps have rows_per_step rows
-    counters,  # (teams) int64, arrivals so far
+    counters,  # (teams * COUNTER_STRIDE) int64, arrivals so far
     fault,  # (1) int64
     begin: tl.int32,  # exchanges of the walk, begin <= exchange < end
     end: tl.int32,
@@ -60,6 +60,7 @@ def lstm_backward(
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     RESIDENT: tl.constexpr,
+    REGISTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     EXCHANGES: tl.constexpr = 1 if w_hr is None else 2  # a step has: of da, or of dh and then da
@@ -67,6 +68,7 @@ def lstm_backward(
     ALONE: tl.constexpr = H <= HIDDEN_TILE and P <= HIDDEN_TILE  # a team of one waits for nobody
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     team = first_team + tl.program_id(0)
+    counter = counters + team * COUNTER_STRIDE
     batch_tiles = tl.cdiv(rows_per_step, BATCH_TILE)
     d = (team // batch_tiles).to(tl.int64)
     b = (team % batch_tiles) * BATCH_TILE + tl.arange(0, BATCH_TILE)
@@ -133,12 +135,20 @@ def lstm_backward(
             if dh_n is not None:
                 last = out & (b >= count_out)[:, None]
                 dh += tl.load(dh_n + finals, mask=last, other=0.0).to(tl.float32)
-            wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
             # (eq. 8)
             da_rows = da + (row_out * D + d) * (4 * H)
             if RESIDENT:
                 dh += resident_product(
-                    da_rows, carried, w_slice, HIDDEN_TILE, 4 * H, CHUNK, SPLIT, PRECISION
+                    da_rows,
+                    carried,
+                    w_slice,
+                    HIDDEN_TILE,
+                    4 * H,
+                    CHUNK,
+                    SPLIT,
+                    REGISTERS,
+                    PRECISION,
                 )
             else:
                 dh += streamed_product(
@@ -152,7 +162,7 @@ def lstm_backward(
             else:
                 tl.store(dh_all + outputs, dh, mask=out)
         elif w_hr is not None:
-            wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
             dh_rows, w_rows = dh_all + (row * D + d) * P, w_hr + d * (P * H) + j
             dm = streamed_product(dh_rows, live, w_rows, j < H, H, P, PART, SPLIT, PRECISION)
         da_i, da_f, da_g, da_o, dc_in = cell_backward(i, f, g, o, c_in, c, dm, dc_t)
@@ -162,6 +172,6 @@ def lstm_backward(
         tl.store(da_gate + H, da_f, mask=here)
         tl.store(da_gate + 2 * H, da_g, mask=here)
         tl.store(da_gate + 3 * H, da_o, mask=here)
-        arrive(counters + team, ALONE)
+        arrive(counter, ALONE)
         exchange += 1
     tl.store(dc_carry + states, dc, mask=in_states)

@@ -12,6 +12,9 @@ the host raises when it next looks at the fault word.
 import triton
 import triton.language as tl
 
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# Of int64 counters, from one team's to the next: the teams' polls go to cache lines of their own.
+COUNTER_STRIDE = tl.constexpr(16)
 # More than any number of arrivals, and so little that a whole team may add it at once: programs
 # that began to wait together give up together, and an overflow would let them wait again.
 _GIVEN_UP = tl.constexpr(1 << 48)
@@ -27,6 +30,29 @@ def arrive(counter, ALONE: tl.constexpr):
 
 
 @triton.jit
+def _look(counter):
+    """The arrivals so far, with acquire, as the program's first warp sees them.
+
+    The other warps do not look, and go on to the barrier in ``wait``. An atomic operation of
+    Triton's would have all of them share what one thread has seen, with two barriers a look.
+    """
+    if _INTERPRETED:
+        return tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.lt.u32 first, thread, 32;
+            mov.b64 $0, 0x7fffffffffffffff;
+            @first ld.acquire.gpu.global.b64 $0, [$1];
+            }""",
+            "=&l,l", [counter], dtype=tl.int64, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def wait(counter, exchange, programs, ALONE: tl.constexpr, fault, place, polls, jitter):
     """Until all ``programs`` of the team have stored their share of all exchanges before this.
 
@@ -37,16 +63,15 @@ def wait(counter, exchange, programs, ALONE: tl.constexpr, fault, place, polls, 
     """
     if not ALONE:
         epoch = exchange.to(tl.int64) * programs
-        # Adding nothing compiles to a load with acquire, made by one thread for all.
-        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        seen = _look(counter)
         while (seen < epoch) & (polls > 0):
-            seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+            seen = _look(counter)
             polls -= 1
         while jitter > 0:
-            tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+            seen = tl.minimum(seen, _look(counter))  # an unused look would not be made
             jitter -= 1
-        if seen < epoch:
+        if seen < epoch:  # in the first warp alone, whose first thread stores and adds
             tl.store(fault, place)
             tl.atomic_add(counter, _GIVEN_UP, sem="relaxed", scope="gpu")
-        # The loads of all threads come after what the one thread acquired.
+        # The loads of all threads come after what the first warp acquired.
         tl.debug_barrier()

@@ -41,7 +41,8 @@ class Config(NamedTuple):
     chunk: int  # of the depth of the exchanged product
     warps: int
     split: int  # parts of a chunk, each for a warp; 1: warps share out rows and columns instead
-    resident: bool  # does the slice of W_hh stay in shared memory, or is it read at every step?
+    resident: bool  # does the slice of W_hh stay in the program, or is it read at every step?
+    registers: bool = False  # does it stay in registers, or in shared memory?
 
     def options(self) -> dict[str, int]:
         """For Triton's compiler.
@@ -64,21 +65,24 @@ class Config(NamedTuple):
 _ALONE_TILES = (16, 32, 64, 128)
 _ALONE_BATCH_TILE = 16
 _TEAM_TILES = (16, 8)
-# The larger batch tile serves where not all teams with the smaller have a multiprocessor for each
+# A larger batch tile serves where not all teams with a smaller have a multiprocessor for each
 # program. Beyond 32 rows the tensor core instructions of sm_90 take their operands by descriptors,
-# and those of a whole slice are more than the registers hold.
-_BATCH_TILES = (16, 32)
+# and those of a whole slice are more than the registers hold. Eight rows need the slice as the left
+# operand, from registers.
+_BATCH_TILES = (8, 16, 32)
+# Bytes of a slice that find room in registers, 64 of each thread's.
+_REGISTER_SLICE = 64 << 10
 # (largest number of sequences, batch tile)
 _STREAMED_BATCH_TILES = ((16, 16), (32, 32), (None, 64))
 # Of the depth, by kind, product and batch tile: the longest that leave registers to spare, and a
 # shorter one where shared memory has no room. The rows of a chunk travel together, and chunks one
 # after the other, each after a wait for the L2 cache.
 _CHUNKS = {
-    (FORWARD, "half"): {16: (1024, 512), 32: (256,)},
-    (FORWARD, "tf32"): {16: (256,), 32: (128,)},
+    (FORWARD, "half"): {8: (512,), 16: (1024, 512), 32: (256,)},
+    (FORWARD, "tf32"): {8: (256,), 16: (256,), 32: (128,)},
     (FORWARD, "ieee"): {16: (128,), 32: (32,)},
-    (BACKWARD, "half"): {16: (2048, 1024, 512), 32: (512,)},
-    (BACKWARD, "tf32"): {16: (256,), 32: (256, 128)},
+    (BACKWARD, "half"): {8: (2048,), 16: (2048, 1024, 512), 32: (512,)},
+    (BACKWARD, "tf32"): {8: (256,), 16: (256,), 32: (256, 128)},
     (BACKWARD, "ieee"): {16: (64,), 32: (64,)},
 }
 _STREAMED_TILE = 32
@@ -109,8 +113,7 @@ def choose(
         product: of what the weights are and how they are multiplied: "half", "tf32" or "ieee".
         sequences: rows of the longest step.
     """
-    small = _BATCH_TILES[0]
-    teams = 0 if sequences <= small else directions * -(-sequences // small)
+    teams = tuple(directions * -(-sequences // rows) for rows in _BATCH_TILES)
     streamed_batch_tile = _by_class(_STREAMED_BATCH_TILES, sequences)
     return _chosen(kind, hidden, output, product, teams, streamed_batch_tile, limits)
 
@@ -121,33 +124,65 @@ def _chosen(
     hidden: int,
     output: int,
     product: str,
-    teams: int,  # with the smaller batch tile; 0 where the larger would be half empty
+    teams: tuple[int, ...],  # with each of _BATCH_TILES
     streamed_batch_tile: int,
     limits: Limits,
 ) -> Config:
-    depth = output if kind == FORWARD else 4 * hidden
     alone = [tile for tile in _ALONE_TILES if tile >= max(hidden, output)][:1]
     candidates = [(tile, _ALONE_BATCH_TILE) for tile in alone]
     for tile in _TEAM_TILES:
-        programs = teams * -(-max(hidden, output) // tile)
-        candidates.append((tile, _BATCH_TILES[programs > limits.multiprocessors]))
+        programs = [each * -(-max(hidden, output) // tile) for each in teams]
+        enough = [most <= limits.multiprocessors or most == programs[-1] for most in programs]
+        found = [rows for rows, yes in zip(_BATCH_TILES, enough, strict=True) if yes]
+        candidates += [(tile, rows) for rows in found if rows < 16 or rows == _least(found)]
     for tile, rows in candidates:
-        for most in _CHUNKS[kind, product][rows]:
-            chunk, split = _cut(kind, product, tile, depth, most)
-            config = Config(rows, tile, chunk, _WARPS, split, resident=True)
+        for most in _CHUNKS[kind, product].get(rows, ()):
+            config = _resident(kind, hidden, output, product, tile, rows, most)
             fits = shared_bytes(kind, config, hidden, output, product) <= limits.shared
-            if fits and config.tiles(hidden, output) <= limits.multiprocessors:
+            tiles = config.tiles(hidden, output)
+            if fits and tiles <= limits.multiprocessors and (rows >= 16 or config.registers):
                 return config
     most = _STREAMED_CHUNKS[kind][product]
-    chunk, split = _cut(kind, product, _STREAMED_TILE, depth, most)
+    chunk, split = _cut(kind, product, _STREAMED_TILE, _depth(kind, hidden, output), most)
     return Config(streamed_batch_tile, _STREAMED_TILE, chunk, _WARPS, split, resident=False)
+
+
+def _least(batch_tiles: list[int]) -> int:
+    """The smallest that serves a slice in shared memory, too."""
+    return min(rows for rows in batch_tiles if rows >= 16)
+
+
+def _resident(
+    kind: str, hidden: int, output: int, product: str, tile: int, rows: int, most: int
+) -> Config:
+    """With chunks of up to ``most``."""
+    depth = _depth(kind, hidden, output)
+    chunk, split = _cut(kind, product, tile, depth, most)
+    taken = _slice_bytes(kind, tile, depth, chunk, product)
+    # A projection takes registers of its own, and more than 16 rows do.
+    registers = split > 1 and taken <= _REGISTER_SLICE and hidden == output and rows <= 16
+    return Config(rows, tile, chunk, _WARPS, split, resident=True, registers=registers)
+
+
+def _depth(kind: str, hidden: int, output: int) -> int:
+    """Of the exchanged product."""
+    return output if kind == FORWARD else 4 * hidden
+
+
+def _columns(kind: str, tile: int) -> int:
+    """Of a slice."""
+    return tile * (4 if kind == FORWARD else 1)
+
+
+def _slice_bytes(kind: str, tile: int, depth: int, chunk: int, product: str) -> int:
+    return -(-depth // chunk) * chunk * _columns(kind, tile) * _ITEMSIZE[product]
 
 
 def _cut(kind: str, product: str, tile: int, depth: int, most: int) -> tuple[int, int]:
     """How ``depth`` is cut into chunks of up to ``most``, and each of these into parts."""
     # Warps share out the depth where there are few columns for them, and tensor cores. Rows that
     # are read element by element, as they begin at any address, would take too many registers.
-    columns = tile * (4 if kind == FORWARD else 1)
+    columns = _columns(kind, tile)
     splits = product != "ieee" and depth % 8 == 0 and (kind == BACKWARD or columns <= 64)
     least = _WARPS * _DOT_DEPTH if splits else _DOT_DEPTH
     chunk = min(most, max(_DOT_DEPTH, 1 << (depth - 1).bit_length()))
@@ -158,9 +193,9 @@ def _cut(kind: str, product: str, tile: int, depth: int, most: int) -> tuple[int
 
 def shared_bytes(kind: str, config: Config, hidden: int, output: int, product: str) -> int:
     """At least what a kernel with a resident slice takes of shared memory."""
-    depth = output if kind == FORWARD else 4 * hidden
-    columns = config.hidden_tile * (4 if kind == FORWARD else 1)
-    weights = -(-depth // config.chunk) * config.chunk * columns * _ITEMSIZE[product]
+    columns = _columns(kind, config.hidden_tile)
+    depth = _depth(kind, hidden, output)
+    weights = _slice_bytes(kind, config.hidden_tile, depth, config.chunk, product)
     exchange = config.batch_tile * config.chunk * _ITEMSIZE[product]
     # The parts' results; else half of the gates. Both change their layout.
     sums = config.batch_tile * max(config.split * columns, config.hidden_tile * 2) * 4

@@ -8,6 +8,11 @@ before the time loop, and its chunks stay in shared memory; any other is read ag
 With SPLIT > 1 every chunk is cut into so many parts of the depth, one for each warp: a product of
 (SPLIT, ..) matrices, whose results are added up at the end. A slice has few columns and a great
 depth; warps that share out its columns would all read all rows, in one long chain of products.
+
+With REGISTERS the slice is the left operand, transposed, and the rows are the right one. Triton
+moves the reading of a left operand that does not change out of the time loop, and keeps it in
+registers; of a right operand it moves it next to the product, where a step would read the whole
+slice from shared memory again. And a right operand may have as few as eight columns.
 """
 
 import triton
@@ -66,12 +71,25 @@ def _weight_chunk(
 
 
 @triton.jit
-def _row_chunk(rows, live, depth: tl.constexpr, k0, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
-    """(BATCH_TILE, CHUNK), or (SPLIT, BATCH_TILE, CHUNK / SPLIT)."""
+def _row_chunk(
+    rows,
+    live,
+    depth: tl.constexpr,
+    k0,
+    CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    REGISTERS: tl.constexpr,
+):
+    """(BATCH_TILE, CHUNK), or (SPLIT, BATCH_TILE, CHUNK / SPLIT); with REGISTERS the latter's
+    last two axes are exchanged."""
     if SPLIT == 1:
         k = k0 + tl.arange(0, CHUNK)
         pointers = rows[:, None] + k[None, :]
         mask = live[:, None] & (k < depth)[None, :]
+    elif REGISTERS:
+        k = _places(k0, CHUNK, SPLIT)
+        pointers = rows[None, None, :] + k[:, :, None]
+        mask = live[None, None, :] & (k < depth)[:, :, None]
     else:
         k = _places(k0, CHUNK, SPLIT)
         pointers = rows[None, :, None] + k[:, None, :]
@@ -90,10 +108,10 @@ def _zeros(rows: tl.constexpr, columns: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _multiply(part, weights, acc, PRECISION: tl.constexpr):
+def _multiply(left, right, acc, PRECISION: tl.constexpr):
     if _WIDEN:
-        part, weights = part.to(tl.float32), weights.to(tl.float32)
-    return tl.dot(part, weights, acc, input_precision=PRECISION)
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -140,13 +158,23 @@ def resident_product(
     depth: tl.constexpr,
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
+    REGISTERS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """``rows @ slice`` with the slice's chunks at hand; dead rows count as zeros."""
-    acc = _zeros(rows.shape[0], columns, SPLIT)
+    if REGISTERS:
+        acc = _zeros(columns, rows.shape[0], SPLIT)
+    else:
+        acc = _zeros(rows.shape[0], columns, SPLIT)
     for k0 in tl.static_range(0, depth, CHUNK):
-        part = _row_chunk(rows, rows_live, depth, k0, CHUNK, SPLIT)
-        acc = _multiply(part, chunks[k0 // CHUNK], acc, PRECISION)
+        part = _row_chunk(rows, rows_live, depth, k0, CHUNK, SPLIT, REGISTERS)
+        if REGISTERS:
+            chunks_transposed = tl.permute(chunks[k0 // CHUNK], (0, 2, 1))
+            acc = _multiply(chunks_transposed, part, acc, PRECISION)
+        else:
+            acc = _multiply(part, chunks[k0 // CHUNK], acc, PRECISION)
+    if REGISTERS:
+        acc = tl.permute(acc, (0, 2, 1))
     return _added(acc, rows.shape[0], columns, SPLIT)
 
 
@@ -165,7 +193,7 @@ def streamed_product(
     """``rows @ slice``, reading the slice."""
     acc = _zeros(rows.shape[0], columns.shape[0], SPLIT)
     for k0 in tl.range(0, depth, CHUNK, num_stages=2):
-        part = _row_chunk(rows, rows_live, depth, k0, CHUNK, SPLIT)
+        part = _row_chunk(rows, rows_live, depth, k0, CHUNK, SPLIT, False)
         far = tl.full((), 0, tl.int64) + k0  # a matrix may have more than 2^31 elements
         weights = _weight_chunk(columns, columns_live, stride, depth, far, CHUNK, SPLIT)
         acc = _multiply(part, weights, acc, PRECISION)

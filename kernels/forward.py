@@ -10,7 +10,7 @@ still read; with a projection m is exchanged before it.
 import triton
 import triton.language as tl
 
-from .barrier import arrive, wait
+from .barrier import COUNTER_STRIDE, arrive, wait
 from .exchange import (
     PROJECTION_CHUNK,
     resident_product,
@@ -40,7 +40,7 @@ def lstm_forward(
     w_hr,  # (D, P, H), or None
     reset,  # (N) uint8, or None
     starts,  # (T + 1) int64, or None where all steps have rows_per_step rows
-    counters,  # (teams) int64, arrivals so far
+    counters,  # (teams * COUNTER_STRIDE) int64, arrivals so far
     fault,  # (1) int64
     begin: tl.int32,  # exchanges of the walk, begin <= exchange < end
     end: tl.int32,
@@ -60,6 +60,7 @@ def lstm_forward(
     CHUNK: tl.constexpr,
     SPLIT: tl.constexpr,
     RESIDENT: tl.constexpr,
+    REGISTERS: tl.constexpr,
     RESERVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -68,6 +69,7 @@ def lstm_forward(
     ALONE: tl.constexpr = H <= HIDDEN_TILE and P <= HIDDEN_TILE  # a team of one waits for nobody
     tile, tiles = tl.program_id(1), tl.num_programs(1)
     team = first_team + tl.program_id(0)
+    counter = counters + team * COUNTER_STRIDE
     batch_tiles = tl.cdiv(rows_per_step, BATCH_TILE)
     d = (team // batch_tiles).to(tl.int64)
     b = (team % batch_tiles) * BATCH_TILE + tl.arange(0, BATCH_TILE)
@@ -117,11 +119,11 @@ def lstm_forward(
             a_g = tl.load(gate + 2 * H, mask=here, other=0.0).to(tl.float32)
             a_o = tl.load(gate + 3 * H, mask=here, other=0.0).to(tl.float32)
 
-            wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
             h_rows = tl.where(from_step, y + (row_in * D + d) * P, h0 + (d * batch + b) * P)
             if RESIDENT:
                 acc = resident_product(
-                    h_rows, entered, w_slice, 4 * HIDDEN_TILE, P, CHUNK, SPLIT, PRECISION
+                    h_rows, entered, w_slice, 4 * HIDDEN_TILE, P, CHUNK, SPLIT, REGISTERS, PRECISION
                 )
             else:
                 acc = streamed_product(
@@ -139,7 +141,7 @@ def lstm_forward(
                 tl.store(outputs, m_t, mask=out)
             else:
                 tl.store(m_rows[:, None] + j[None, :], m_t, mask=here)
-            arrive(counters + team, ALONE)
+            arrive(counter, ALONE)
             if w_hr is None:
                 tl.store(finals, m_t, mask=last)
             if RESERVE:
@@ -150,11 +152,11 @@ def lstm_forward(
             if c_all is not None:
                 tl.store(c_all + (row * D + d)[:, None] * H + j[None, :], c_t, mask=here)
         elif w_hr is not None:
-            wait(counters + team, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
             w_rows = w_hr + (d * P + j) * H
             h_t = streamed_product(m_rows, live, w_rows, j < P, 1, H, PART, SPLIT, PRECISION)
             tl.store(outputs, h_t, mask=out)
-            arrive(counters + team, ALONE)
+            arrive(counter, ALONE)
             tl.store(finals, h_t, mask=last)
         exchange += 1
     tl.store(c_carry + states, c, mask=in_states)

@@ -74,7 +74,8 @@ def run(
         **arguments,
         **dict(fault=_fault_word(device), polls=POLLS, jitter=JITTER),
         **dict(BATCH_TILE=config.batch_tile, HIDDEN_TILE=config.hidden_tile),
-        **dict(CHUNK=config.chunk, SPLIT=config.split, RESIDENT=config.resident),
+        **dict(CHUNK=config.chunk, SPLIT=config.split),
+        **dict(RESIDENT=config.resident, REGISTERS=config.registers),
         **dict(begin=begin, end=end, first_team=0),
     }
     if not isinstance(kernel, triton.JITFunction):

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlstm.cli.compare import tolerance
 from fastlstm.contract import Weights
 
-__all__ = ["LAYERS", "SPEED", "Layer", "LayerTensors", "make_layer", "tolerance"]
+__all__ = ["LAYERS", "MODEL", "SPEED", "Layer", "LayerTensors", "make_layer", "tolerance"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,4 @@ SPEED = (
     (50, 1, 1024, 1024),
     (512, 8, 128, 128),
 )
+MODEL = (64, 32, 64, 256)  # the character model of examples/char_rnn.py

@@ -9,6 +9,7 @@ K/N: of N processes the one with number K, from 0 on; each compiles its share of
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -48,11 +49,14 @@ class Case(NamedTuple):
     output: int
     sequences: int
     features: bool = False  # packed, reset, all gradients; a projection where output != hidden
+    swept: bool = False  # the deepest of all sizes that are cut into programs in its way
 
 
 def cases(everything: bool) -> Iterator[Case]:
-    """What dispatch can choose: each tile, in each dtype and class of batch sizes."""
+    """A selection of what dispatch can choose, or everything."""
     for arch in LIMITS:
+        if everything:
+            yield from swept(arch)
         for kind in KERNELS:
             for hidden in (128, 256, 512, 1024):
                 for sequences in (16, 64, 256) if everything else (16, 256):
@@ -73,13 +77,35 @@ def cases(everything: bool) -> Iterator[Case]:
             yield Case(arch, config.BACKWARD, "ieee", 256, 256, 64)
 
 
+def swept(arch: int) -> Iterator[Case]:
+    """One case for every configuration that dispatch can choose: the largest size that has it.
+
+    All sizes up to 300, and of larger ones all remainders by which chunks are cut.
+    """
+    sizes = {*range(1, 300), *range(300, 2200, 4), *range(301, 2200, 7), 3000, 4096}
+    deepest: dict[tuple[Any, ...], Case] = {}
+    for kind, (dtype, product), hidden in itertools.product(
+        KERNELS, {"bf16": "half", "tf32": "tf32", "ieee": "ieee"}.items(), sorted(sizes)
+    ):
+        for output, sequences in itertools.product(
+            {hidden, max(1, hidden // 2), 64}, (1, 16, 32, 64, 128, 4096)
+        ):
+            if output > hidden:
+                continue
+            chosen = config.choose(kind, hidden, output, product, 1, sequences, LIMITS[arch])
+            projected = output != hidden
+            case = Case(arch, kind, dtype, hidden, output, sequences, projected, swept=True)
+            deepest[kind, product, chosen, projected] = case
+    yield from deepest.values()
+
+
 def source(case: Case, chosen: config.Config) -> ASTSource:
     """The kernel with its arguments' types, as a launch on aligned tensors would have them."""
     kernel, storage = KERNELS[case.kind], case.dtype if PRODUCTS[case.dtype] == "half" else "fp32"
     constants: dict[str, Any] = dict(
-        D=2 if case.features else 1, H=case.hidden, P=case.output, RESERVE=True,
+        D=2 if case.features and not case.swept else 1, H=case.hidden, P=case.output, RESERVE=True,
         BATCH_TILE=chosen.batch_tile, HIDDEN_TILE=chosen.hidden_tile, CHUNK=chosen.chunk,
-        SPLIT=chosen.split, RESIDENT=chosen.resident,
+        SPLIT=chosen.split, RESIDENT=chosen.resident, REGISTERS=chosen.registers,
         PRECISION="tf32" if case.dtype == "tf32" else "ieee",
     )  # fmt: skip
     absent = set() if case.features else {"reset", "starts", "dc_all", "dh_n"}
@@ -133,6 +159,7 @@ def residence(ttgir: str) -> dict[str, int]:
     for place, part in (("before", lines[:loop]), ("inside", lines[loop:])):
         found[f"chunks_{place}"] = count(r"chunks\w* = tt\.load", part)
         found[f"allocs_{place}"] = count(r"chunks\w* = ttg\.local_alloc", part)
+        found[f"operands_{place}"] = count(r"chunks\w* = ttg\.local_load", part)
         found[f"loads_{place}"] = count(r"weights\w* = .*(tt\.load|async_copy)", part)
     return found
 
@@ -140,7 +167,7 @@ def residence(ttgir: str) -> dict[str, int]:
 def order(ttgir: str) -> list[str]:
     """What the exchange consists of, in the order of the program."""
     steps = {
-        r"tt\.atomic_rmw add, acquire": "acquire",
+        r"elementwise_inline_asm .*ld\.acquire\.gpu": "acquire",
         r"tt\.atomic_rmw add, release": "release",
         r"(tt\.load|async_copy_global_to_local) .*cacheModifier = cg": "exchanged load",
         r"tt\.store": "store",
@@ -155,7 +182,7 @@ def conversions(ttgir: str) -> int:
     so that reads which could be under way together go one after the other."""
     lines = ttgir[ttgir.index("tt.func") :].splitlines()
     loop = next(n for n, line in enumerate(lines) if re.match(r" {4}%\S+ = scf\.while", line))
-    wait = next((n for n, line in enumerate(lines) if "atomic_rmw add, acquire" in line), loop)
+    wait = next((n for n, line in enumerate(lines) if "ld.acquire.gpu" in line), loop)
     return sum("ttg.convert_layout" in line for line in lines[loop:wait])
 
 
@@ -165,7 +192,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         case.hidden,
         case.output,
         PRODUCTS[case.dtype],
-        2 if case.features else 1,
+        2 if case.features and not case.swept else 1,
         case.sequences,
         LIMITS[case.arch],
     )
@@ -188,7 +215,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         **residence(compiled.asm["ttgir"]),
         order=order(compiled.asm["ttgir"]),
         incoherent_loads=compiled.asm["ptx"].count("ld.global.nc"),
-        acquires=len(re.findall(r"ld\.global\.gpu\.acquire", compiled.asm["ptx"])),
+        acquires=len(re.findall(r"ld\.acquire\.gpu\.global", compiled.asm["ptx"])),
         releases=len(re.findall(r"atom\.global\.gpu\.release", compiled.asm["ptx"])),
     )
 

@@ -1,8 +1,9 @@
-"""What a training step takes beyond its input, output and their gradients, measured.
+"""What a call takes beyond its input, output and their gradients, measured.
 
     python tests/peak_memory.py CHECKPOINT STEPS BATCH SIZE
 
-prints bytes and seconds.  A process of its own, so that nothing else has left memory behind.
+prints bytes and seconds of a training step.  A process of its own, so that nothing else has left
+memory behind.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import fastlstm
 
@@ -25,25 +28,43 @@ def status(key: str) -> int:
     raise KeyError(key)
 
 
-def measure(checkpoint: bool, steps: int, batch: int, size: int) -> tuple[int, float]:
-    """Bytes and seconds of one training step of a layer of ``size`` inputs and units."""
-    module = fastlstm.LSTM(size, size, checkpoint=checkpoint, backend="cpu")
-    x = torch.randn(steps, batch, size).requires_grad_()
-    dy = torch.ones(steps, batch, size)
-    x.grad = torch.zeros_like(x)
-    # The first step loads code and gives BLAS its buffers.  What it freed is given back.
-    module(x)[0].backward(dy)
-    ctypes.CDLL(None).malloc_trim(0)
+def measure(
+    module: nn.Module, steps: int, batch: int, mode: str = "train", warm: nn.Module | None = None
+) -> tuple[int, float]:
+    """Bytes and seconds of one training step, or of one call without gradients.
+
+    The first step loads code and gives BLAS its buffers.  What a module keeps for its next call
+    counts only where another one, ``warm``, has taken that step.
+    """
+    train = mode == "train"
+
+    def prepared(module: nn.Module) -> tuple[Tensor, Callable[[], Tensor]]:
+        x = torch.randn(steps, batch, module.input_size).requires_grad_(train)
+        dy = torch.ones(steps, batch, module.hidden_size) if train else None
+        x.grad = torch.zeros_like(x) if train else None
+
+        def step() -> Tensor:
+            with torch.set_grad_enabled(train):
+                y = module(x)[0]
+            if train:
+                y.backward(dy)
+            return y
+
+        return x, step
+
+    x, step = prepared(module)
+    (step if warm is None else prepared(warm)[1])()
+    ctypes.CDLL(None).malloc_trim(0)  # what it freed is given back
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before, start = status("VmRSS"), time.perf_counter()
-    y, _ = module(x)
-    y.backward(dy)
+    y = step()
     seconds = time.perf_counter() - start
-    # y, and what is added to the gradients of x (as large as y) and of the parameters.
-    known = 2 * x.nbytes + sum(p.nbytes for p in module.parameters())
-    return status("VmHWM") - before - known, seconds
+    # y, and what is added to the gradients of x and of the parameters.
+    known = [y, x, *module.parameters()] if train else [y]
+    return status("VmHWM") - before - sum(t.nbytes for t in known), seconds
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(*measure(sys.argv[1] == "True", *map(int, sys.argv[2:])))
+    checkpoint, (steps, batch, size) = sys.argv[1] == "True", map(int, sys.argv[2:])
+    print(*measure(fastlstm.LSTM(size, size, checkpoint=checkpoint, backend="cpu"), steps, batch))

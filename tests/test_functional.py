@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_module import (
@@ -256,8 +257,8 @@ X = torch.zeros(T, B, IN)
 RESET = torch.zeros(T, B, dtype=torch.bool)
 PACKED = pack_padded_sequence(X, [5, 4, 2])
 WRONG: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
-    "negative": (X, {"lengths": [1, -2, 3]}, ValueError, r"lengths: .*0 to 5.*\[1, -2, 3\]"),
-    "too_long": (X, {"lengths": [1, 6, 3]}, ValueError, r"lengths: .*0 to 5.*\[1, 6, 3\]"),
+    "negative": (X, {"lengths": [1, -2, 3]}, ValueError, r"lengths: .*0 to 5, .*-2 for sequence 1"),
+    "too_long": (X, {"lengths": [1, 6, 3]}, ValueError, r"lengths: .*0 to 5, .*6 for sequence 1"),
     "count": (X, {"lengths": [1, 2]}, ValueError, r"lengths: .*\(3,\).*\(2,\)"),
     "rank": (X, {"lengths": torch.ones(B, 1).long()}, ValueError, r"lengths: .*\(3,\).*\(3, 1\)"),
     "float": (X, {"lengths": torch.ones(B)}, TypeError, "lengths: .*integer.*torch.float32"),
@@ -326,8 +327,39 @@ def test_second_order_gradients(backend):
 
 @pytest.mark.parametrize("lengths", ["abc", [None, 1, 2], {"a": 1}, [[1], [1, 2]], [2**70, 1, 1]])
 def test_lengths_that_are_not_integers_at_all(lengths) -> None:
-    with pytest.raises(TypeError, match="lengths: expected integers"):
+    with pytest.raises(TypeError, match=r"lengths: expected integers, got .*: .+"):
         fastlstm.LSTM(2, 3)(torch.randn(4, 3, 2), lengths=lengths)
+
+
+def test_numpys_lengths_and_those_that_torch_refuses() -> None:
+    ours, x, lengths = fastlstm.LSTM(2, 3), torch.randn(4, 3, 2), np.array([4, 2, 0])
+    assert_same(flat(ours(x, lengths=lengths)), flat(ours(x, lengths=[4, 2, 0])), x.dtype)
+    with pytest.raises(TypeError, match=r"lengths: .*strides"):
+        ours(x, lengths=lengths[::-1])
+
+
+def test_the_wrong_length_of_many_is_named() -> None:
+    ours, x = fastlstm.LSTM(2, 3), torch.randn(4, 500, 2)
+    for wrong in (5, -1):
+        lengths = torch.full((500,), 4)
+        lengths[321] = wrong
+        with pytest.raises(ValueError, match=f"from 0 to 4.*got {wrong} for sequence 321") as got:
+            ours(x, lengths=lengths)
+        assert len(str(got.value)) < 200
+
+
+def test_sparse_tensors_are_refused_by_name() -> None:
+    ours, x, reset = fastlstm.LSTM(2, 3), torch.randn(4, 3, 2), torch.zeros(4, 3) > 0
+    state, lengths = torch.zeros(1, 3, 3), torch.tensor([4, 2, 0])
+    for name, call in {
+        "input": lambda: ours(x.to_sparse()),
+        r"hx\[0\]": lambda: ours(x, (state.to_sparse(), state)),
+        r"hx\[1\]": lambda: ours(x, (state, state.to_sparse())),
+        "lengths": lambda: ours(x, lengths=lengths.to_sparse()),
+        "reset": lambda: ours(x, reset=reset.to_sparse()),
+    }.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected a dense tensor, got .*sparse"):
+            call()
 
 
 def test_lengths_without_values() -> None:

@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "benches"))
 
 import gpu_micro  # noqa: E402
 import gpu_run  # noqa: E402
+import recording  # noqa: E402
 
 
 def read(path: Path) -> object:
@@ -130,6 +131,15 @@ def test_kernels_come_from_this_checkout() -> None:
         words = [sys.executable, "-P", "-c", code]
         found = subprocess.check_output(words, env=env, cwd=ROOT, text=True)
     assert found.strip() == str(ROOT / "kernels" / "launch.py")
+
+
+def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch) -> None:
+    """Or nothing could be concluded from its run."""
+    monkeypatch.setattr(recording, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert recording.commit() is None
+    monkeypatch.setenv("FASTLSTM_COMMIT", "0123456789ab")
+    assert recording.commit() == "0123456789ab"
 
 
 def test_make_asks_where_to() -> None:

@@ -135,6 +135,9 @@ def test_bad_arguments_are_named():
     for layer in (2, -3):
         with pytest.raises(IndexError, match=f"layer: expected one of 2 layers, got {layer}"):
             fastlstm.gates(lstm, x, layer=layer)
+    for layer in ("0", 0.0, None):
+        with pytest.raises(TypeError, match="layer: expected an integer, got "):
+            fastlstm.gates(lstm, x, layer=layer)
     with pytest.raises(RuntimeError, match="input_size"):
         fastlstm.gates(lstm, x[..., 1:])
     assert isinstance(fastlstm.gates(lstm, x, layer=-2).i, Tensor)

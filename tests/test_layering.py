@@ -19,8 +19,8 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LAYERS = (
     *("contract", "build", "native", "products", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
-    *("backends", "checkpoint", "ops", "autograd", "functional", "tracers", "per_sample"),
-    *("checks", "module", "cell", "inspect", "compat", "surgery", "opacus"),
+    *("backends", "checkpoint", "ops", "packing", "autograd", "functional", "tracers"),
+    *("per_sample", "checks", "module", "cell", "inspect", "compat", "surgery", "opacus"),
     *("cli", "__init__", "__main__"),
 )
 # Who may name the compiled library: what builds it, what loads it, what calls it.

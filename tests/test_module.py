@@ -251,13 +251,30 @@ def test_functional_call_uses_the_weights_it_is_given():
     assert ours(x.float())[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrap", ["parametrization", "hook", "prune"])
+class LowRank(nn.Module):
+    """A weight and what LoRA adds to it."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.down = nn.Parameter(weight.new_ones(2, weight.size(1)))
+        self.up = nn.Parameter(weight.new_ones(weight.size(0), 2) / 10)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+@pytest.mark.parametrize("wrap", ["parametrization", "spectral", "lora", "hook", "prune"])
 def test_replaced_weights_take_effect_and_get_gradients(wrap):
     stock, ours = make_pair()
     for module in (stock, ours):
         torch.manual_seed(5)
         if wrap == "parametrization":
             parametrizations.weight_norm(module, "weight_hh_l0")
+        elif wrap == "spectral":
+            parametrizations.spectral_norm(module, "weight_hh_l0").eval()
+        elif wrap == "lora":
+            low_rank = LowRank(module.weight_hh_l0)
+            nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", low_rank)
         elif wrap == "hook":
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 nn.utils.weight_norm(module, "weight_hh_l0")
@@ -319,9 +336,16 @@ def test_autocast_cells_have_the_dtype_of_output():
     assert output.dtype == cells.dtype == torch.bfloat16
 
 
+def test_checkpoint_is_a_bool_as_bias_is():
+    with pytest.raises(TypeError, match="checkpoint should be of type bool, got: str"):
+        fastlstm.LSTM(IN, H, checkpoint="no")
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend.*'nonesuch'.*'auto'.*'reference'"):
         fastlstm.LSTM(IN, H, backend="nonesuch")
+    with pytest.raises(ValueError, match=r"backend: got \['cpu'\]"):
+        fastlstm.LSTM(IN, H, backend=["cpu"])
 
 
 @pytest.mark.parametrize(
@@ -397,6 +421,8 @@ def test_wrong_dtypes_among_the_weights_are_refused(backend):
     [
         (None, None, "input: expected a Tensor or a PackedSequence, got NoneType"),
         ([1.0], None, r"input: .*got list of \(float\)"),
+        ([1.0] * 1000, None, r"got list of \(float, float, float, float, \.\.\.\)$"),
+        (PackedSequence(X.numpy(), PACKED.batch_sizes), None, r"input\.data: .*got ndarray"),
         (X, HX, r"hx: expected a tuple of two Tensors \(h_0, c_0\), got Tensor"),
         (X, (None, None), r"hx: .*got tuple of \(NoneType, NoneType\)"),
         (PACKED, HX, "hx: .*got Tensor"),

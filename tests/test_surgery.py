@@ -195,9 +195,23 @@ def test_wrong_arguments():
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got list"):
         fastlstm.replace_lstm_([nn.LSTM(IN, H)])
     model = Tagger()
-    with pytest.raises(ValueError, match="backend"):
-        fastlstm.replace_lstm_(model, backend="nonesuch")
+    for backend in ("nonesuch", None, ["cpu"]):
+        with pytest.raises(ValueError, match="backend: got "):
+            fastlstm.replace_lstm_(model, backend=backend)
+    with pytest.raises(TypeError, match="filter_fn: expected a callable, got bool"):
+        fastlstm.replace_lstm_(model, True)
     assert type(model.encoder[0]) is nn.LSTM
+
+
+def test_a_filter_that_raises_leaves_the_model_as_it_was():
+    model = Tagger()
+
+    def fails(module, name):
+        return {"encoder.0": True}[name]
+
+    with pytest.raises(KeyError, match=r"encoder\.1"):
+        fastlstm.replace_lstm_(model, fails, backend="reference")
+    assert [type(m) for m in model.encoder] == [nn.LSTM, nn.LSTM]
 
 
 def places() -> set[type]:
@@ -239,6 +253,8 @@ def test_patch_as_a_call():
         handle.undo()
     handle.undo()  # again is no error
     assert places() == {STOCK}
+    with pytest.raises(RuntimeError, match="this patch was undone"), handle:
+        pass
 
 
 def test_patch_ends_when_its_block_raises():

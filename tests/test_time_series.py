@@ -97,7 +97,8 @@ def test_baselines_and_seasons():
     assert found["seasonal (3)"].tolist() == [[6, 8, 10, 6, 8], [7, 9, 11, 7, 9]]
     torch.manual_seed(0)
     assert time_series.find_season(wave(200, 9) + torch.arange(200) / 10) == 9
-    assert time_series.find_season(torch.arange(50).double()) == 1
+    for line in (torch.arange(50).double(), 0.3 * torch.arange(60).double() - 7, torch.zeros(50)):
+        assert time_series.find_season(line.double()) == 1
 
 
 def test_the_ensemble_at_once_is_its_models_one_by_one():
@@ -148,6 +149,9 @@ BAD = {
     "--csv . --column a": "directory",
     "--csv good.csv": "--csv needs --column NAME: good.csv has 'day', 'units'",
     "--csv good.csv --column sales": "no column 'sales': good.csv has 'day', 'units'",
+    "--csv twice.csv --column units": "twice.csv has 2 columns 'units'",
+    "--csv wide.csv --column units": r"no column 'units': wide.csv has 'c0', .*'c9', \.\.\.$",
+    "--csv binary.csv --column units": "binary.csv",
     "--csv empty.csv --column a": "empty.csv has no header",
     "--csv words.csv --column units": "words.csv line 4: column 'units' has 'many', not a number",
     "--csv gap.csv --column units": "gap.csv line 3: column 'units' has nothing, not a number",
@@ -184,6 +188,9 @@ def files(tmp_path_factory) -> Path:
     }
     for name, lines in contents.items():
         (folder / f"{name}.csv").write_text("\n".join(["day,units", *lines]))
+    (folder / "twice.csv").write_text("units,units\n1,2\n")
+    (folder / "wide.csv").write_text(",".join(f"c{k}" for k in range(500)) + "\n")
+    (folder / "binary.csv").write_bytes(bytes(range(128)) * 10)
     (folder / "empty.csv").write_text("")
     (folder / "latin1.csv").write_bytes(b"day,units\n1,\xe9\n")
     return folder

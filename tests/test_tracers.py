@@ -80,16 +80,47 @@ def test_exported_program_trains() -> None:
         torch.testing.assert_close(mine[name].grad, parameter.grad, **tolerance(x.dtype))
 
 
-def test_aot_inductor(tmp_path: Path) -> None:
-    model = Model(num_layers=2, bidirectional=True).eval()
+def aot_compiled(program: torch.export.ExportedProgram, folder: Path):
+    """Through a file, as whoever deploys it would."""
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's, of its own
         package = torch._inductor.aoti_compile_and_package(
-            exported(model), package_path=str(tmp_path / "model.pt2"), inductor_configs=quick
+            program, package_path=str(folder / "model.pt2"), inductor_configs=quick
         )
-        program = torch._inductor.aoti_load_package(package)
+        return torch._inductor.aoti_load_package(package)
+
+
+def test_aot_inductor(tmp_path: Path) -> None:
+    model = Model(num_layers=2, bidirectional=True).eval()
+    program = aot_compiled(exported(model), tmp_path)
     with torch.no_grad():
         assert_same(program, model)
+
+
+class Ragged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = fastlstm.LSTM(IN, H, 2, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Tensor):
+        output, (h_n, c_n) = self.lstm(x, lengths=lengths)
+        return output.tanh(), h_n, c_n
+
+
+@pytest.mark.parametrize("inductor", [False, True])
+def test_export_with_lengths(inductor: bool, tmp_path: Path) -> None:
+    """How many rows are packed is known when the program runs, and how long a sequence may be."""
+    model, any_size = Ragged().requires_grad_(False), Dim.DYNAMIC
+    sizes = {"x": {0: any_size, 1: any_size}, "lengths": {0: any_size}}
+    args = torch.randn(T, B, IN), torch.tensor([T, 0, 2])
+    program = torch.export.export(model, args, dynamic_shapes=sizes)
+    run = aot_compiled(program, tmp_path) if inductor else program.module()
+    for lengths in ([T, 0, 2], [9, 9], [0, 0, 0, 1]):
+        args = torch.randn(max(lengths), len(lengths), IN), torch.tensor(lengths)
+        for actual, expected in zip(run(*args), model(*args), strict=True):
+            torch.testing.assert_close(actual, expected, **tolerance(torch.float32))
+    with pytest.raises((ValueError, RuntimeError), match="lengths: expected values from 0 to 5"):
+        run(torch.randn(5, 2, IN), torch.tensor([3, 6]))
 
 
 # --- torch.jit ---------------------------------------------------------------------------

@@ -23,7 +23,8 @@ PROJECTED = Layer((7, 5, 5, 1), 6, 20, projection=17, directions=2, reset=0.3)
 # Small tiles, so that small layers have several programs in a team and several chunks.
 TEAMS = config.Config(batch_tile=16, hidden_tile=16, chunk=16, warps=4, split=1, resident=True)
 SPLIT = TEAMS._replace(chunk=128, warps=8, split=8)
-TILINGS = {"chosen": None, "teams": TEAMS, "split": SPLIT}
+REGISTERS = SPLIT._replace(batch_tile=8, registers=True)
+TILINGS = {"chosen": None, "teams": TEAMS, "split": SPLIT, "registers": REGISTERS}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +57,7 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype) -> None:
     KERNELS.check_layer(case, dtype)
 
 
-@pytest.mark.parametrize("tiles", ["teams", "split"])
+@pytest.mark.parametrize("tiles", ["teams", "split", "registers"])
 @pytest.mark.parametrize("case", [LAYERS[n] for n in (4, 8, 9, 14, 16)], ids=str)
 def test_teams_equal_reference(case: Layer, tiles: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, TILINGS[tiles])
@@ -270,7 +271,8 @@ def test_configurations() -> None:
                     chosen = choose(hidden, product, limits, kind)
                     taken = config.shared_bytes(kind, chosen, hidden, hidden, product)
                     assert not chosen.resident or taken <= limits.shared
-                    assert chosen.chunk // chosen.split >= 16 and chosen.batch_tile >= 16
+                    assert chosen.chunk // chosen.split >= 16
+                    assert chosen.batch_tile >= (8 if chosen.registers else 16)
 
 
 @pytest.mark.parametrize("batch", [1, 16, 17, 64, 65, 10_000])
@@ -280,7 +282,7 @@ def test_batch_size_matters_by_class_only(batch: int) -> None:
         for kind in (config.FORWARD, config.BACKWARD)
         for hidden in (128, 1024, 4096)
     }
-    assert {c.batch_tile for c in sizes} <= {16, 32, 64}
+    assert {c.batch_tile for c in sizes} <= {8, 16, 32, 64}
 
 
 def test_small_batch_tiles_where_every_program_has_a_multiprocessor() -> None:
@@ -288,11 +290,24 @@ def test_small_batch_tiles_where_every_program_has_a_multiprocessor() -> None:
         found = config.choose(config.FORWARD, hidden, hidden, "half", directions, sequences, H100)
         return found.batch_tile
 
-    assert rows(512, 64) == 16 and rows(512, 65) == 32  # 32 programs a team, 132 multiprocessors
-    assert rows(512, 32, directions=2) == 16 and rows(512, 33, directions=2) == 32
+    # 32 programs a team, 132 multiprocessors
+    assert [rows(512, n) for n in (1, 32, 33, 64, 65)] == [8, 8, 16, 16, 32]
+    assert [rows(512, n, directions=2) for n in (16, 17, 32, 33)] == [8, 16, 16, 32]
+    assert rows(1024, 8) == 16  # a slice that registers have no room for
     assert rows(1024, 32) == 16 and rows(1024, 64) == 32
     assert rows(1024, 16, directions=2) == 16  # the larger tile would be half empty
     assert rows(128, 10_000) == 16  # nobody waits
+
+
+def test_slices_of_half_a_register_file_stay_there() -> None:
+    def chosen(hidden: int, product: str, output: int = 0, kind: str = config.BACKWARD):
+        return config.choose(kind, hidden, output or hidden, product, 1, 16, H100)
+
+    assert chosen(512, "half").registers and chosen(512, "half", kind=config.FORWARD).registers
+    assert chosen(256, "tf32").registers and not chosen(512, "tf32").registers
+    assert not chosen(1024, "half").registers and chosen(1024, "half").resident
+    assert not chosen(512, "half", output=128).registers  # a projection needs registers, too
+    assert not chosen(512, "ieee").registers
 
 
 @pytest.mark.parametrize("offset", [0, 1])

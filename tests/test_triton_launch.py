@@ -34,7 +34,7 @@ def test_nothing_is_compiled_for_the_number_of_steps_sequences_or_rows(
     padded, packed = slice(0, 9), slice(9, None)
     alone, team = record["loaded"]["alone"], record["loaded"]["team"]
     assert alone[padded] == [2] * 9 and alone[packed] == [4] * 6  # one class
-    assert team[padded] == [2] * 6 + [4] * 3  # with 225 sequences or more, larger tiles
+    assert team[padded] == [2] * 6 + [4] * 3  # of 8 rows, and from 225 sequences on of 32
     assert team[packed] == [6] * 4 + [8] * 2
 
 
@@ -46,9 +46,9 @@ def test_a_second_call_asks_nothing_again(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("room", "spans", "grid", "cooperative"),
     [
-        ("together", [(0, 3, 0)], [3, 9, 1], True),
+        ("together", [(0, 3, 0)], [5, 9, 1], True),
         ("in turns", [(0, 3, 0), (0, 3, 1)], [1, 9, 1], True),
-        ("by exchanges", [(0, 1, 0), (1, 2, 0), (2, 3, 0)], [3, 9, 1], False),
+        ("by exchanges", [(0, 1, 0), (1, 2, 0), (2, 3, 0)], [5, 9, 1], False),
     ],
     ids=["together", "in turns", "by exchanges"],
 )

@@ -142,8 +142,8 @@ def test_two_slots_are_enough_and_what_the_kernels_have_is_more() -> None:
     [
         ("barrier.py", r"epoch = exchange\.to\(tl\.int64\) \* programs"),
         ("barrier.py", r"debug_barrier\(\)\n.*\n\s+tl\.atomic_add\(counter, 1, sem=\"release\""),
-        ("forward.py", r"wait\(counters \+ team, exchange, tiles,"),
-        ("backward.py", r"wait\(counters \+ team, exchange, tiles,"),
+        ("forward.py", r"wait\(counter, exchange, tiles,"),
+        ("backward.py", r"wait\(counter, exchange, tiles,"),
     ],
 )
 def test_the_model_has_the_kernels_rule(file: str, pattern: str) -> None:

@@ -16,6 +16,8 @@ import optuna
 import pytest
 import torch
 import tune
+from common import UserError
+from tasks import TASKS, CharTask, SeriesTask
 from test_char_rnn import check_error, png_size, same_threads_afterwards  # noqa: F401
 
 SCRIPT = Path(tune.__file__)
@@ -23,7 +25,7 @@ SMALL = ["--task", "series", "--threads", "1"]
 NUMBER = r"(-?\d[\d.]*)"
 
 
-class TinyTask(tune.SeriesTask):
+class TinyTask(SeriesTask):
     """The series with fewer epochs."""
 
     epochs, patience = 12, 4
@@ -40,7 +42,7 @@ def searched(tmp_path_factory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lambda *words: lines.append(" ".join(map(str, words))))
-        patch.setitem(tune.TASKS, "series", TinyTask)
+        patch.setitem(TASKS, "series", TinyTask)
         tune.main([*SMALL, "--trials", "15", "--minutes", "0.6", "--out", str(folder)])
     return folder, "\n".join(lines)
 
@@ -67,8 +69,10 @@ def test_the_tuned_model_beats_the_untuned_one(searched):
     again = tune.train(TinyTask(0), choice, 0)
     assert again.loss == pytest.approx(study.best_value, rel=1e-5)
     assert again.held_out == pytest.approx(float(tuned[1]), abs=1e-3)
-    rates = re.search(rf"nn.LSTM {NUMBER}, fastlstm {NUMBER}, ratio {NUMBER}", stdout).groups()
-    assert float(rates[2]) == pytest.approx(float(rates[1]) / float(rates[0]), rel=0.05)
+    rates = re.findall(rf"nn.LSTM {NUMBER}, fastlstm {NUMBER}, ratio {NUMBER}", stdout)
+    assert len(rates) == 2
+    for stock, ours, ratio in rates:
+        assert float(ratio) == pytest.approx(float(ours) / float(stock), rel=0.05)
     data = (folder / "series.png").read_bytes()
     assert min(png_size(data)) >= 400
     assert len(data) < 150_000
@@ -85,7 +89,7 @@ def test_trials_are_pruned_and_their_hyperparameters_vary(searched):
 
 
 def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
-    """The study of a killed process is taken up by two at once; each trial is counted once."""
+    """Two start at once without a study and are killed; two take it up; no trial is lost."""
     command = [sys.executable, str(SCRIPT), *SMALL, "--out", str(tmp_path), "--minutes", "2"]
 
     def start(*options: str) -> subprocess.Popen[str]:
@@ -101,13 +105,20 @@ def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
         except sqlite3.OperationalError:  # the tables are not made yet
             return 0
 
-    with start() as first:
+    def finished_or_ended(*processes: subprocess.Popen[str]) -> bool:
+        return count() >= 2 or any(process.poll() is not None for process in processes)
+
+    with start() as one, start("--seed", "1") as other:
         until = time.monotonic() + 90
-        while count() < 1 and first.poll() is None and time.monotonic() < until:
+        while not finished_or_ended(one, other) and time.monotonic() < until:
             time.sleep(0.2)
-        os.kill(first.pid, signal.SIGKILL)
+        ended = [process.poll() for process in (one, other)]
+        for process in (one, other):
+            os.kill(process.pid, signal.SIGKILL)
+        said = [process.communicate()[1] for process in (one, other)]
+    assert ended == [None, None], said
     before = count()
-    assert before >= 1
+    assert before >= 2
     total = str(before + 3)
     with start("--trials", total, "--seed", "1") as one, start("--trials", total) as other:
         outputs = [process.communicate(timeout=120) for process in (one, other)]
@@ -117,6 +128,8 @@ def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
     assert before + 3 <= count() <= before + 5  # whoever was at it finishes its trial
     study = open_study(tmp_path)
     assert [trial.number for trial in study.trials] == list(range(len(study.trials)))
+    firsts = [t for t in study.trials if "fixed_params" in t.system_attrs]
+    assert len(firsts) == 1  # prepared once, by one of them
 
 
 def test_a_range_test_finds_the_rates_that_learn():
@@ -146,7 +159,7 @@ def test_schedules_decay_as_they_say():
 
 
 def test_early_stopping_and_the_character_task():
-    task = tune.CharTask(20_000)
+    task = CharTask(20_000)
     choice = {**tune.UNTUNED, "lr": 1e-2, "hidden": 16}
     seen = []
     outcome = tune.train(task, choice, 0, lambda epoch, loss, _: seen.append(loss))
@@ -177,6 +190,14 @@ BAD = {
     "--study .": "is a directory",
     "--out words.txt": "words.txt",
 }
+
+
+def test_a_study_of_another_text_is_refused():
+    study = optuna.create_study()
+    study.set_user_attr("prepared", {"size": 20_000})
+    args = tune.make_parser().parse_args(["--study", "study.db"])
+    with pytest.raises(UserError, match=r"--study study\.db was made with --characters 20000"):
+        tune.prepare_study(study, CharTask(30_000), args)
 
 
 @pytest.mark.parametrize("options", BAD)

@@ -33,7 +33,7 @@ COLUMNS = ("T,B,I,H", "mode", *MEASURED)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``python -m fastlstm bench`` takes."""
     add = parser.add_argument
-    add("--shape", nargs="+", type=shape_of, default=SHAPES, metavar="T,B,I,H")
+    add("--shape", nargs="+", action="extend", type=shape_of, metavar="T,B,I,H")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", type=device_of, default=torch.device("cpu"), help="cpu (default), cuda:0, ...")
     add("--backend", type=backend_of, default="auto")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 refuse(f"{option}: {path}: {error.strerror}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    rows = [row for shape in _progress(args.shape) for row in _measure(args, shape)]
+    rows = [row for shape in _progress(args.shape or SHAPES) for row in _measure(args, shape)]
     print("\n".join(_text(args, rows)))
     if args.json is not None:
         result = describe() | {"dtype": args.dtype, "device": str(args.device), "rows": rows}

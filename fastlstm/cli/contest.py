@@ -48,16 +48,21 @@ class Contest:
         for leaf in (self.x, *self.ours.parameters(), *self.theirs.parameters()):
             leaf.grad = None
 
+    def run(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward: the output and the final states."""
+        output, (h_n, c_n) = module(self.x, self.hx)
+        return output, h_n, c_n
+
     def train(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward: gradients of the input and of every parameter."""
-        output, (h_n, c_n) = module(self.x, self.hx)
-        output.backward(self.dy)
-        return output, h_n, c_n
+        found = self.run(module)
+        found[0].backward(self.dy)
+        return found
 
     @torch.no_grad()
     def infer(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        output, (h_n, c_n) = module(self.x, self.hx)
-        return output, h_n, c_n
+        """Forward without what a backward would need."""
+        return self.run(module)
 
     def results(self, module: nn.Module) -> dict[str, Tensor | None]:
         """Everything ``train`` and ``infer`` compute."""
@@ -82,9 +87,7 @@ class Contest:
             module.train(mode == "train")  # nn.LSTM keeps what a backward needs when training
         step = self.train if mode == "train" else self.infer
         calls = partial(step, self.ours), partial(step, self.theirs)
-        timed = paired(*calls, self.clear, seconds, self.clock)
-        quartiles = {name: getattr(timed, name)._asdict() for name in ("ours", "theirs", "ratio")}
-        return {"pairs": timed.pairs, "calls": timed.calls} | quartiles
+        return paired(*calls, self.clear, seconds, self.clock).row()
 
     def row(self, shape: Shape, mode: str, seconds: float) -> Row:
         """As ``time``, with the rate of both."""

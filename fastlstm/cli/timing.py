@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,11 @@ class Paired(NamedTuple):
     ours: Quartiles  # seconds per call
     theirs: Quartiles
     ratio: Quartiles  # theirs / ours, pair by pair: above 1, ours is faster
+
+    def row(self) -> dict[str, Any]:
+        """For JSON."""
+        quartiles = {name: getattr(self, name)._asdict() for name in ("ours", "theirs", "ratio")}
+        return {"pairs": self.pairs, "calls": self.calls} | quartiles
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
