@@ -82,13 +82,15 @@ class Backward {
     }
     const bool to_initial_state =
         a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr);
+    Unfinished unfinished;
     for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
       if (gate_by_gate_)
         for (int gate = 0; gate < 3; ++gate)
           for (int64_t item = outputs.begin; item < outputs.end; ++item) add_gate(item, s, gate);
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
-        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
+        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance, unfinished);
+      finish(unfinished);
       team.barrier.wait();
       if (!projected_) continue;
       for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
@@ -130,6 +132,15 @@ class Backward {
     int64_t start;    // its first packed row
     int64_t after;    // time of the step undone before
     int64_t carried;  // rows of the step undone before, whose gradients are carried here
+  };
+
+  // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
+  struct Unfinished {
+    Step step;
+    int64_t column, first = 0, last = 0;
+    T* sums;         // of row `first`
+    int buffer = 0;  // which one is its own
+    alignas(64) T own[2][Tiles::max_rows * width];  // (rows of the tile, width)
   };
 
   // The time of the s-th step that is undone in direction d.
@@ -218,28 +229,56 @@ class Backward {
 
   // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
   // tile by tile, and then for the sequences that end at this step.
-  void carry(int64_t item, int64_t s, bool in_advance) {
-    alignas(64) T sums[Tiles::max_rows * width];  // (rows of the tile, width)
+  void carry(int64_t item, int64_t s, bool in_advance, Unfinished& unfinished) {
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
     const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
     if (gate_by_gate_) add_gate(item, s, 3);
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
-      Wanted wanted;
-      if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
-      if (!gate_by_gate_)
-        Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
-                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
-                        width, &wanted);
-      finish_tile(step, first, last, column, gate_by_gate_ ? sums_of(item, tile) : sums);
+      T* sums = unfinished.own[1 - unfinished.buffer];
+      if (gate_by_gate_) {
+        sums = sums_of(item, tile);
+      } else {
+        Wanted wanted;
+        if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
+        const auto some = [&](int64_t begin, int64_t end) { finish(unfinished, begin, end); };
+        Tiles::multiply(
+            da(step.d, s - 1).tile(tile), tiles_.height, last - first,
+            recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums, width,
+            &wanted, false,
+            Meanwhile(some, unfinished.first, unfinished.last, Tiles::blocks(segments)));
+      }
+      put_off(unfinished, step, first, last, column, sums);
+      if (gate_by_gate_ || !Tiles::overlaps) finish(unfinished);
     }
+    if (step.carried < step.rows) finish(unfinished);
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
-      std::memset(sums, 0, sizeof sums);
+      T* sums = unfinished.own[0];
+      std::memset(sums, 0, sizeof unfinished.own[0]);
       const int64_t left = step.rows - first;
       finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column,
                   sums);
     }
+  }
+
+  void put_off(Unfinished& tile, const Step& step, int64_t first, int64_t last, int64_t column,
+               T* sums) {
+    tile.step = step;
+    tile.first = first;
+    tile.last = last;
+    tile.column = column;
+    tile.sums = sums;
+    tile.buffer = 1 - tile.buffer;
+  }
+
+  void finish(const Unfinished& tile, int64_t begin, int64_t end) {
+    finish_tile(tile.step, begin, end, tile.column, tile.sums + (begin - tile.first) * width);
+  }
+
+  void finish(Unfinished& tile) {
+    if (tile.first < tile.last) finish(tile, tile.first, tile.last);
+    tile.last = tile.first;
   }
 
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
