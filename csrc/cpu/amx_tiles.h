@@ -126,6 +126,11 @@ struct AmxProduct {
 
   // The terms of A that meet term j of B.
   static constexpr int met(int j) { return left < 3 - j ? left : 3 - j; }
+  static constexpr int pauses() {  // of a block: times that `meanwhile` is called
+    int count = 0;
+    for (int j = 0; j < right; ++j) count += met(j);
+    return count;
+  }
 
 #define FASTLSTM_LOAD_LEFT(i)                                          \
   do {                                                                 \
@@ -137,6 +142,7 @@ struct AmxProduct {
       _tile_dpbf16ps(2, 5, 6);                                         \
       _tile_dpbf16ps(3, 5, 7);                                         \
     }                                                                  \
+    meanwhile();                                                       \
   } while (0)
 
   template <bool two, class Other>
@@ -151,7 +157,6 @@ struct AmxProduct {
         for (int i = met(j) - 1; i >= 0; --i) FASTLSTM_LOAD_LEFT(i);
       }
       b += 2 * right * register_size;
-      meanwhile();
     }
   }
 #undef FASTLSTM_LOAD_LEFT
@@ -258,7 +263,6 @@ struct AmxTiles {
     }
   }
 
-  // How many blocks of K are multiplied one after the other.
   static int64_t blocks(const Segments& segments) {
     int64_t count = 0;
     for (int64_t s = 0; s < segments.count; ++s)
@@ -266,8 +270,13 @@ struct AmxTiles {
     return count;
   }
 
-  // A block keeps the unit busy for some 400 cycles and the rest of the core for a tenth of that.
-  // `meanwhile` is called after each.
+  // Two products of 32 rows keep the unit busy for 64 cycles, in which the rest of the core waits
+  // (the unit's registers can't be loaded far ahead) or does what is to be done `meanwhile`: at
+  // each pause a piece of some 60 instructions is free, a larger one is not.
+  static int64_t pauses(const Segments& segments) {
+    return blocks(segments) * AmxProduct<terms, weight_terms>::pauses();
+  }
+
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
                        const Segments& segments, bool, float* c, int64_t ldc, const Wanted*,

@@ -86,14 +86,20 @@ class Backward {
     for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
       if (gate_by_gate_)
         for (int gate = 0; gate < 3; ++gate)
-          for (int64_t item = outputs.begin; item < outputs.end; ++item) add_gate(item, s, gate);
+          for (int64_t item = outputs.begin; item < outputs.end; ++item) {
+            const Step step = this->step(int(item / output_panels_), s);
+            Idle idle;
+            for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
+              add_gate(item, step, gate, tile, idle);
+          }
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
         carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance, unfinished);
-      finish(unfinished);
+      unfinished.cells.all();
       team.barrier.wait();
       if (!projected_) continue;
-      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
+      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s, unfinished);
+      unfinished.cells.all();
       team.barrier.wait();
     }
     if (a_.begin < a_.end && a_.end < walk_.all_steps()) leave_carry(team);
@@ -134,13 +140,189 @@ class Backward {
     int64_t carried;  // rows of the step undone before, whose gradients are carried here
   };
 
+  // The cells of one panel of units and of sequences [first, last), all of them carried from the
+  // step undone before, or none: undone unit group by unit group, row by row, and of each row a
+  // piece at a time. `sums` (rows, width) is the gradient of m or, where there is no projection,
+  // what is carried of the gradient of h.
+  class Cells {
+   public:
+    Cells() = default;
+    Cells(Backward& pass, const Step& step, Range rows, int64_t unit, const T* sums)
+        : p_(&pass), step_(step), rows_(rows), H_(pass.n_.H), sums_(sums) {
+      if (rows.begin >= rows.end) return;
+      last_unit_ = unit + width < H_ ? unit + width : H_;
+      left_ = (rows.end - rows.begin) * blocks_of(last_unit_ - unit, L) * 4;
+      begin(unit);
+    }
+
+    int64_t pieces() const { return left_; }
+
+    void operator()() {
+      --left_;
+      switch (piece_++) {
+        case 0:
+          return receive();
+        case 1:
+          return undo();
+        case 2:
+          return give_first();
+        default:
+          give_last();
+          piece_ = 0;
+          if (r_ == rows_.end) end();
+      }
+    }
+
+    void all() {
+      while (piece_ > 0) (*this)();
+      while (left_ > 0) {
+        Cells cells(*this);  // which nothing else can point to: it may be held in registers
+        do {
+          cells.receive();
+          cells.undo();
+          cells.give_first();
+          cells.give_last();
+        } while (cells.r_ < cells.rows_.end);
+        cells.left_ -= 4 * (rows_.end - r_);
+        *this = cells;
+        end();
+      }
+    }
+
+   private:
+    // The cells of L units, from unit `unit` on.
+    void begin(int64_t unit) {
+      const BackwardArgs& a = p_->a_;
+      const int64_t D = p_->n_.D, first = rows_.begin, row = (step_.start + first) * D + step_.d;
+      const int64_t before = Walk::previous(step_.d, step_.t);
+      const int64_t state = p_->state_at(step_.d, first, H_) + unit;
+      const T* c_all = static_cast<const T*>(a.c_all) + unit;
+      const Operand blocked = p_->da(step_.d, step_.index);
+      r_ = first;
+      unit_ = unit;
+      count_ = int(H_ - unit < L ? H_ - unit : L);
+      row_stride_ = D * H_;
+      rows_before_ = p_->walk_.rows(before);
+      ends_here_ = first >= step_.carried;
+      sums_at_ = sums_ + unit % width;
+      dy_ = a.dy && !p_->projected_ ? static_cast<const S*>(a.dy) + row * H_ + unit : nullptr;
+      dh_n_ = a.dh_n && !p_->projected_ ? static_cast<const S*>(a.dh_n) + state : nullptr;
+      dc_n_ = a.dc_n ? static_cast<const S*>(a.dc_n) + state : nullptr;
+      dc_all_ = a.dc_all ? static_cast<const T*>(a.dc_all) + row * H_ + unit : nullptr;
+      c_ = c_all + row * H_;
+      c_before_ = rows_before_ == 0
+                      ? nullptr
+                      : c_all + ((p_->walk_.start(before) + first) * D + step_.d) * H_;
+      c0_ = static_cast<const S*>(a.c0) + state;
+      gates_ = static_cast<const S*>(a.gates) + row * 4 * H_ + unit;
+      da_ = static_cast<T*>(a.da) + (row - a.first_row[step_.d] * D) * 4 * H_ + unit;
+      carried_ = p_->carried_cell(step_.d, first, unit);
+      exchanged_ = blocked.at(first, 0, unit);
+      gate_stride_ = p_->gate_blocks_ * blocked.block_size();
+      height_ = blocked.height;
+      term_stride_ = height_ * Operand::columns;
+      // From the end of one tile's rows of a block to the next tile's.
+      next_tile_ = blocked.blocks * blocked.block_size() - term_stride_;
+      beyond_ = 0;
+      sum_ = Gates<V>{};
+    }
+
+    void end() {
+      T* dbias = p_->dbias_ + step_.d * 4 * H_ + unit_;  // this thread's own units
+      store_some(dbias, load_some(dbias, count_) + sum_.i, count_);
+      store_some(dbias + H_, load_some(dbias + H_, count_) + sum_.f, count_);
+      store_some(dbias + 2 * H_, load_some(dbias + 2 * H_, count_) + sum_.g, count_);
+      store_some(dbias + 3 * H_, load_some(dbias + 3 * H_, count_) + sum_.o, count_);
+      p_->note(beyond_);
+      if (left_ > 0) begin(unit_ + L);
+    }
+
+    __attribute__((always_inline)) void receive() {
+      const bool resets = p_->a_.reset != nullptr;
+      dm_ = load(sums_at_);
+      dc_ = V{};
+      if (ends_here_) {
+        if (dh_n_) dm_ = load_some(dh_n_, count_), dh_n_ += H_;
+        if (dc_n_) dc_ = load_some(dc_n_, count_), dc_n_ += H_;
+      } else if (!resets || !p_->walk_.cut_before(step_.d, step_.after, r_)) {
+        dc_ = load(carried_);
+      } else if (!p_->projected_) {
+        dm_ = V{};
+      }
+      if (dy_) dm_ += load_some(dy_, count_), dy_ += row_stride_;
+      if (dc_all_) dc_ += load_some(dc_all_, count_), dc_all_ += row_stride_;
+      c_prev_ = V{};
+      if (!resets || !p_->walk_.cut_before(step_.d, step_.t, r_))
+        c_prev_ = previous_cell();
+    }
+
+    __attribute__((always_inline)) V previous_cell() const {
+      if (r_ < rows_before_) return load_some(c_before_, count_);
+      return load_some(c0_, count_);
+    }
+
+    __attribute__((always_inline)) void undo() {
+      const Gates<V> saved{load_some(gates_, count_), load_some(gates_ + H_, count_),
+                           load_some(gates_ + 2 * H_, count_), load_some(gates_ + 3 * H_, count_)};
+      const CellGradient<V> gradient =
+          Math::cell_backward(saved, c_prev_, load_some(c_, count_), dm_, dc_);
+      store(carried_, gradient.dc_prev);
+      d_ = gradient.da;
+      sum_.i += d_.i, sum_.f += d_.f, sum_.g += d_.g, sum_.o += d_.o;
+    }
+
+    // da goes where it is multiplied, and out.
+    __attribute__((always_inline)) void give(int gate, V da) {
+      beyond_ |= Tiles::put(exchanged_ + gate * gate_stride_, term_stride_, da);
+      store_some(da_ + gate * H_, da, count_);
+    }
+    __attribute__((always_inline)) void give_first() {
+      give(0, d_.i);
+      give(1, d_.f);
+    }
+    __attribute__((always_inline)) void give_last() {
+      give(2, d_.g);
+      give(3, d_.o);
+      gates_ += 4 * row_stride_;
+      da_ += 4 * row_stride_;
+      c_ += row_stride_;
+      if (c_before_) c_before_ += row_stride_;
+      c0_ += H_;
+      carried_ += L;
+      sums_at_ += width;
+      exchanged_ += Operand::columns;
+      if (++r_ % height_ == 0) exchanged_ += next_tile_;
+    }
+
+    Backward* p_ = nullptr;
+    Step step_;
+    Range rows_{0, 0};
+    int64_t H_ = 0, left_ = 0;  // pieces
+    const T* sums_ = nullptr;
+    int piece_ = 0;  // of the row, the next one
+    // Of the L units whose turn it is:
+    int64_t unit_, last_unit_, r_ = 0, row_stride_, rows_before_;
+    int count_;
+    bool ends_here_;
+    const T* sums_at_;
+    const S *dy_, *dh_n_, *dc_n_, *c0_, *gates_;
+    const T *dc_all_, *c_, *c_before_;
+    T *da_, *carried_;
+    Element* exchanged_;
+    int64_t gate_stride_, term_stride_, height_, next_tile_;
+    Gates<V> sum_;
+    unsigned beyond_ = 0;
+    // Of the row whose turn it is:
+    V dm_, dc_, c_prev_;
+    Gates<V> d_;
+  };
+
   // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
   struct Unfinished {
-    Step step;
-    int64_t column, first = 0, last = 0;
-    T* sums;         // of row `first`
-    int buffer = 0;  // which one is its own
-    alignas(64) T own[2][Tiles::max_rows * width];  // (rows of the tile, width)
+    Cells cells;
+    int buffer = 0;                                   // which one is its own
+    alignas(64) T sums[2][Tiles::max_rows * width];  // (rows of the tile, width)
+    T* next() { return sums[buffer = 1 - buffer]; }
   };
 
   // The time of the s-th step that is undone in direction d.
@@ -232,66 +414,41 @@ class Backward {
   void carry(int64_t item, int64_t s, bool in_advance, Unfinished& unfinished) {
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
-    const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
-    if (gate_by_gate_) add_gate(item, s, 3);
+    const Segments segments =
+        gate_by_gate_ ? Segments{1, {n_.H}} : Segments{4, {n_.H, n_.H, n_.H, n_.H}};
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
-      T* sums = unfinished.own[1 - unfinished.buffer];
-      if (gate_by_gate_) {
-        sums = sums_of(item, tile);
-      } else {
-        Wanted wanted;
-        if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
-        const auto some = [&](int64_t begin, int64_t end) { finish(unfinished, begin, end); };
-        Tiles::multiply(
-            da(step.d, s - 1).tile(tile), tiles_.height, last - first,
-            recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums, width,
-            &wanted, false,
-            Meanwhile(some, unfinished.first, unfinished.last, Tiles::blocks(segments)));
-      }
-      put_off(unfinished, step, first, last, column, sums);
-      if (gate_by_gate_ || !Tiles::overlaps) finish(unfinished);
+      T* const sums = gate_by_gate_ ? sums_of(item, tile) : unfinished.next();
+      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
+      Wanted wanted;
+      if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
+      if (gate_by_gate_)
+        add_gate(item, step, 3, tile, meanwhile);
+      else
+        Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
+                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
+                        width, &wanted, false, meanwhile);
+      finish_tile(step, first, last, column, sums, unfinished);
     }
-    if (step.carried < step.rows) finish(unfinished);
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
-      T* sums = unfinished.own[0];
-      std::memset(sums, 0, sizeof unfinished.own[0]);
+      T* const sums = unfinished.next();
+      std::memset(sums, 0, sizeof unfinished.sums[0]);
       const int64_t left = step.rows - first;
       finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column,
-                  sums);
+                  sums, unfinished);
     }
-  }
-
-  void put_off(Unfinished& tile, const Step& step, int64_t first, int64_t last, int64_t column,
-               T* sums) {
-    tile.step = step;
-    tile.first = first;
-    tile.last = last;
-    tile.column = column;
-    tile.sums = sums;
-    tile.buffer = 1 - tile.buffer;
-  }
-
-  void finish(const Unfinished& tile, int64_t begin, int64_t end) {
-    finish_tile(tile.step, begin, end, tile.column, tile.sums + (begin - tile.first) * width);
-  }
-
-  void finish(Unfinished& tile) {
-    if (tile.first < tile.last) finish(tile, tile.first, tile.last);
-    tile.last = tile.first;
   }
 
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
   // by.
-  void add_gate(int64_t item, int64_t s, int gate) {
+  template <class Other>
+  void add_gate(int64_t item, const Step& step, int gate, int64_t tile, Other& meanwhile) {
     if constexpr (Tiles::adds) {
-      const Step step = this->step(int(item / output_panels_), s);
-      const Element* panel = recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H);
-      const Operand operand = da(step.d, s - 1);
-      for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
-        Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
-                        tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height, panel,
-                        {1, {n_.H}}, false, sums_of(item, tile), width, nullptr, gate > 0);
+      const Operand operand = da(step.d, step.index - 1);
+      Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
+                      tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
+                      recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}}, false,
+                      sums_of(item, tile), width, nullptr, gate > 0, meanwhile);
     }
   }
 
@@ -300,14 +457,23 @@ class Backward {
   }
 
   // Rows [first, last) of one panel: all of them carried from the step undone before, or none.
-  void finish_tile(const Step& step, int64_t first, int64_t last, int64_t column, T* sums) {
+  // Their cells may wait.
+  void finish_tile(const Step& step, int64_t first, int64_t last, int64_t column, T* sums,
+                   Unfinished& unfinished) {
     const int64_t going_on = step.rows < first ? first : step.rows < last ? step.rows : last;
+    const int64_t received = projected_ ? first : going_on;  // by cells
     for (int64_t part = 0; part < width && column + part < n_.P; part += L) {
-      receive(step, first, last, column + part, sums + part);
-      if (projected_) continue;
-      undo_cells(step, first, going_on, column + part, sums + part);
-      finish_sequences(step, going_on, last, column + part);
+      receive(step, received, last, column + part, sums + (received - first) * width + part);
+      if (!projected_) finish_sequences(step, going_on, last, column + part);
     }
+    if (!projected_) put_off(unfinished, Cells(*this, step, {first, going_on}, column, sums));
+  }
+
+  // What was put off before is done at the latest now.
+  void put_off(Unfinished& unfinished, const Cells& cells) {
+    unfinished.cells.all();
+    unfinished.cells = cells;
+    if (!Tiles::overlaps) unfinished.cells.all();
   }
 
   // What is read and written to undo the cells of one panel of units. It lies kilobytes apart,
@@ -356,24 +522,25 @@ class Backward {
   }
 
   // (eq. 8) dm = dh W_hr for one panel of units, and their cells.
-  void unproject(int64_t item, int64_t s) {
-    alignas(64) T sums[Tiles::max_rows * width];
+  void unproject(int64_t item, int64_t s, Unfinished& unfinished) {
     const Step step = this->step(int(item / unit_panels_), s);
     const int64_t unit = item % unit_panels_ * width;
     const Segments segments{1, {n_.P}};
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
+      T* const sums = unfinished.next();
+      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
       Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
                       projection_ + item * Tiles::panel_size(n_.P), segments, false, sums, width,
-                      nullptr);
+                      nullptr, false, meanwhile);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried
                                                    : last;
-      for (int64_t part = 0; part < width && unit + part < n_.H; part += L) {
-        undo_cells(step, first, middle, unit + part, sums + part);
-        undo_cells(step, middle, last, unit + part, sums + (middle - first) * width + part);
-      }
+      if (first < middle) put_off(unfinished, Cells(*this, step, {first, middle}, unit, sums));
+      if (middle < last)
+        put_off(unfinished,
+                Cells(*this, step, {middle, last}, unit, sums + (middle - first) * width));
     }
     for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
       finish_sequences(step, step.rows, step.carried, unit + part);
@@ -392,72 +559,6 @@ class Backward {
       const V dc = cut ? V{} : load(carried_cell(step.d, r, unit));
       store_some(static_cast<S*>(a_.dc0) + state_at(step.d, r, n_.H) + unit, dc, count);
     }
-  }
-
-  // The cells of L units and sequences [first, last), from the gradients of m (rows, width). What
-  // does not change from row to row is held in locals: stores may alias everything that is not.
-  void undo_cells(const Step step, int64_t first, int64_t last, int64_t unit, const T* dm) {
-    if (first >= last) return;
-    const int d = step.d, count = int(n_.H - unit < L ? n_.H - unit : L);
-    const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
-    const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
-    const int64_t state = state_at(d, first, H) + unit;
-    const int64_t before = Walk::previous(d, step.t), rows_before = walk_.rows(before);
-    const T* c_all = static_cast<const T*>(a_.c_all);
-    const T* c = c_all + row * H + unit;
-    const T* c_before =
-        rows_before == 0 ? nullptr : c_all + ((walk_.start(before) + first) * D + d) * H + unit;
-    const S* c0 = static_cast<const S*>(a_.c0) + state;
-    const S* dc_n = a_.dc_n ? static_cast<const S*>(a_.dc_n) + state : nullptr;
-    const T* dc_all = a_.dc_all ? static_cast<const T*>(a_.dc_all) + row * H + unit : nullptr;
-    const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
-    const Operand blocked = da(d, step.index);
-    const int64_t gate_stride = gate_blocks_ * blocked.block_size();
-    Element* exchanged = nullptr;
-    unsigned beyond = 0;
-    T* out = static_cast<T*>(a_.da) + (row - a_.first_row[d] * D) * 4 * H + unit;
-    T* carried = carried_cell(d, first, unit);
-    Gates<V> sum{};
-
-    for (int64_t r = first; r < last; ++r, dm += width, carried += L) {
-      const int64_t k = r - first;
-      V dc{};
-      if (!ends_here) {
-        if (!resets || !walk_.cut_before(d, step.after, r)) dc = load(carried);
-      } else if (dc_n) {
-        dc = load_some(dc_n + k * H, count);
-      }
-      if (dc_all) dc += load_some(dc_all + k * D * H, count);
-      V c_prev{};
-      if (!resets || !walk_.cut_before(d, step.t, r))
-        c_prev =
-            r < rows_before ? load_some(c_before + k * D * H, count) : load_some(c0 + k * H, count);
-      const S* saved = gates + k * D * 4 * H;
-      const CellGradient<V> gradient =
-          Math::cell_backward({load_some(saved, count), load_some(saved + H, count),
-                               load_some(saved + 2 * H, count), load_some(saved + 3 * H, count)},
-                              c_prev, load_some(c + k * D * H, count), load(dm), dc);
-      store(carried, gradient.dc_prev);
-      const Gates<V>& da = gradient.da;
-      if (exchanged == nullptr || r % tiles_.height == 0) exchanged = blocked.at(r, 0, unit);
-      beyond |= blocked.put(exchanged, da.i);
-      beyond |= blocked.put(exchanged + gate_stride, da.f);
-      beyond |= blocked.put(exchanged + 2 * gate_stride, da.g);
-      beyond |= blocked.put(exchanged + 3 * gate_stride, da.o);
-      exchanged += Operand::columns;
-      T* da_out = out + k * D * 4 * H;
-      store_some(da_out, da.i, count);
-      store_some(da_out + H, da.f, count);
-      store_some(da_out + 2 * H, da.g, count);
-      store_some(da_out + 3 * H, da.o, count);
-      sum.i += da.i, sum.f += da.f, sum.g += da.g, sum.o += da.o;
-    }
-    note(beyond);
-    T* dbias = dbias_ + d * 4 * H + unit;  // this thread's own units
-    store_some(dbias, load_some(dbias, count) + sum.i, count);
-    store_some(dbias + H, load_some(dbias + H, count) + sum.f, count);
-    store_some(dbias + 2 * H, load_some(dbias + 2 * H, count) + sum.g, count);
-    store_some(dbias + 3 * H, load_some(dbias + 3 * H, count) + sum.o, count);
   }
 
   const BackwardArgs& a_;

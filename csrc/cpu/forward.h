@@ -85,7 +85,7 @@ class Forward {
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < mine.end - mine.begin; ++k)
         step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance, unfinished);
-      finish(unfinished);
+      unfinished.cells.all();
       prepare_step(team, s + 1);
       team.barrier.wait();
       if (out_panels_ > 0) {
@@ -127,13 +127,130 @@ class Forward {
     Operand reads, hidden;    // what it multiplies; where it leaves h for the step after it
   };
 
+  // The cells of one item and the sequences of one tile, from their pre-activations: row by row,
+  // and of each row a piece at a time. (m is at most 1: there is nothing to note.)
+  class Cells {
+   public:
+    Cells() = default;
+    Cells(const Forward& pass, const Item& item, const Step& step, Range rows, const T* pre,
+          const T* ahead)
+        : p_(&pass),
+          d_(item.d),
+          count_(item.count),
+          unit_(item.unit),
+          step_(step),
+          r_(rows.begin),
+          last_(rows.end),
+          pre_(pre),
+          ahead_(ahead),
+          bias_(pass.bias_ + item.index * 4 * L),
+          cell_(pass.cells_ + (item.index * pass.rows_ + r_) * L),
+          projected_(pass.out_panels_ > 0) {
+      const ForwardArgs& a = pass.a_;
+      const int64_t H = pass.n_.H, row = (step.start + r_) * pass.n_.D + d_;
+      row_stride_ = pass.n_.D * H;
+      H_ = H;
+      S* const m_all = static_cast<S*>(a.m);
+      y_ = projected_ ? (m_all ? m_all + row * H + unit_ : nullptr)
+                      : static_cast<S*>(a.y) + row * H + unit_;
+      gates_ = a.gates ? static_cast<S*>(a.gates) + row * 4 * H + unit_ : nullptr;
+      c_all_ = a.c_all ? static_cast<T*>(a.c_all) + row * H + unit_ : nullptr;
+      hidden_ = projected_ ? pass.unprojected(d_).at(r_, 0, unit_)
+                           : step.hidden.at(r_, pass.hidden_block(), unit_);
+    }
+
+    int64_t pieces() const { return (last_ - r_) * 4 - piece_; }
+
+    void operator()() {
+      switch (piece_++) {
+        case 0:
+          return activate_input();
+        case 1:
+          return activate_output();
+        case 2:
+          return step_state();
+        default:
+          keep();
+          piece_ = 0;
+      }
+    }
+
+    void all() {
+      while (piece_ > 0) (*this)();
+      Cells cells(*this);  // which nothing else can point to: all of it may be held in registers
+      for (; cells.r_ < cells.last_;) {
+        cells.activate_input();
+        cells.activate_output();
+        cells.step_state();
+        cells.keep();
+      }
+      r_ = last_;
+    }
+
+   private:
+    FASTLSTM_INLINE V sum_of(const Cells& c, int gate) {
+      const V sum = load(c.pre_ + gate * L) + load(c.bias_ + gate * L);
+      return c.ahead_ ? sum + load(c.ahead_ + gate * L) : sum;
+    }
+    __attribute__((always_inline)) void activate_input() {
+      s_.i = Math::sigmoid(sum_of(*this, 0));
+      s_.f = Math::sigmoid(sum_of(*this, 1));
+    }
+    __attribute__((always_inline)) void activate_output() {
+      s_.g = Math::tanh(sum_of(*this, 2));
+      s_.o = Math::sigmoid(sum_of(*this, 3));
+    }
+    __attribute__((always_inline)) void step_state() {
+      final_ = r_ >= step_.next_rows;
+      const bool cut =
+          p_->a_.reset != nullptr && !final_ && p_->walk_.cut_before(d_, step_.next, r_);
+      c_ = Math::cell_state(s_, load(cell_));
+      m_ = rounded_to_storage<S>(Math::cell_output(s_, c_));
+      store(cell_, cut ? V{} : c_);
+      step_.hidden.put(hidden_, cut && !projected_ ? V{} : m_);
+    }
+    __attribute__((always_inline)) void keep() {
+      if (gates_) {
+        store_some(gates_, s_.i, count_);
+        store_some(gates_ + H_, s_.f, count_);
+        store_some(gates_ + 2 * H_, s_.g, count_);
+        store_some(gates_ + 3 * H_, s_.o, count_);
+        gates_ += 4 * row_stride_;
+      }
+      if (c_all_) store_some(c_all_, c_, count_), c_all_ += row_stride_;
+      if (y_) store_some(y_, m_, count_), y_ += row_stride_;
+      if (final_) {
+        const int64_t state = p_->state_at(d_, r_, H_) + unit_;
+        store_some(static_cast<S*>(p_->a_.c_n) + state, c_, count_);
+        if (!projected_) store_some(static_cast<S*>(p_->a_.h_n) + state, m_, count_);
+      }
+      ++r_;
+      pre_ += 4 * L;
+      if (ahead_) ahead_ += 4 * L;
+      cell_ += L;
+      hidden_ += Operand::columns;
+    }
+
+    const Forward* p_ = nullptr;
+    int d_ = 0, count_ = 0, piece_ = 0;
+    int64_t unit_ = 0;
+    Step step_;
+    int64_t r_ = 0, last_ = 0;
+    const T *pre_, *ahead_, *bias_;  // of gate after gate: (4, L)
+    T* cell_;
+    bool projected_, final_;
+    int64_t row_stride_, H_;
+    S *y_, *gates_;  // y, or m where there is a projection
+    T* c_all_;
+    Element* hidden_;  // where m goes to be multiplied
+    Gates<V> s_;       // of the row that is being finished
+    V c_, m_;
+  };
+
   // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
   struct Unfinished {
-    Item item;
-    Step step;
-    int64_t first = 0, last = 0;
-    const T* ahead;  // of row `first`, or null
-    int buffer = 0;  // which one is its own
+    Cells cells;
+    int buffer = 0;                                 // which one is its own
     alignas(64) T pre[2][Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
   };
 
@@ -240,6 +357,7 @@ class Forward {
     }
     team.barrier.wait();
     const Segments segments{1, {n_.I}};
+    Idle idle;
     for (int64_t k = mine.begin; k < mine.end; ++k) {
       const int d = item(k).d;
       const Range times = chunk_times(d, s);
@@ -247,7 +365,7 @@ class Forward {
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
         multiply(k, 0, segments, inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
-                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, Idle{});
+                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
     }
   }
@@ -255,7 +373,7 @@ class Forward {
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
   template <class Other>
   void multiply(int64_t item, int64_t k, const Segments& segments, const Operand& blocked,
-                int64_t tile, int64_t rows, bool in_advance, T* pre, Other&& meanwhile) {
+                int64_t tile, int64_t rows, bool in_advance, T* pre, Other& meanwhile) {
     const Element* panel = panels_ + item * 2 * panel_size() + Tiles::panel_size(k);
     for (int half = 0; half < 2; ++half)
       Tiles::multiply(blocked.tile(tile), blocked.height, rows, panel + half * panel_size(),
@@ -279,80 +397,16 @@ class Forward {
     }
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
-      T* const pre = unfinished.pre[1 - unfinished.buffer];
-      const auto some = [&](int64_t begin, int64_t end) { finish(unfinished, begin, end); };
-      multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
-               pre,
-               Meanwhile(some, unfinished.first, unfinished.last, 2 * Tiles::blocks(segments)));
-      unfinished.item = item;
-      unfinished.step = step;
-      unfinished.first = first;
-      unfinished.last = last;
-      unfinished.ahead = ahead ? ahead + first * 4 * L : nullptr;
       unfinished.buffer = 1 - unfinished.buffer;
-      if (!Tiles::overlaps) finish(unfinished);
-    }
-  }
-
-  void finish(const Unfinished& tile, int64_t begin, int64_t end) {
-    const int64_t done = (begin - tile.first) * 4 * L;
-    finish_cells(tile.item, tile.step, begin, end, tile.pre[tile.buffer] + done,
-                 tile.ahead ? tile.ahead + done : nullptr);
-  }
-
-  void finish(Unfinished& tile) {
-    if (tile.first < tile.last) finish(tile, tile.first, tile.last);
-    tile.last = tile.first;
-  }
-
-  FASTLSTM_INLINE void add(Gates<V>& sum, const T* p) {
-    sum.i += load(p), sum.f += load(p + L), sum.g += load(p + 2 * L), sum.o += load(p + 3 * L);
-  }
-
-  // The cells of one item and the sequences of one tile, from their pre-activations. What does
-  // not change from row to row is held in locals: stores may alias everything that is not. (m is
-  // at most 1: there is nothing to note.)
-  __attribute__((noinline)) void finish_cells(const Item item, const Step step, int64_t first, int64_t last, const T* pre,
-                    const T* ahead) {
-    const int d = item.d, count = item.count;
-    const bool projected = out_panels_ > 0, resets = a_.reset != nullptr;
-    const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
-    const T* bias = bias_ + item.index * 4 * L;
-    T* cell = cells_ + (item.index * rows_ + first) * L;
-    Element* hidden = step.hidden.at(first, hidden_block(), item.unit);
-    S* y = static_cast<S*>(a_.y) + row * H + item.unit;
-    S* gates = a_.gates ? static_cast<S*>(a_.gates) + row * 4 * H + item.unit : nullptr;
-    T* c_all = a_.c_all ? static_cast<T*>(a_.c_all) + row * H + item.unit : nullptr;
-    S* m_all = a_.m ? static_cast<S*>(a_.m) + row * H + item.unit : nullptr;
-    Element* m_out = projected ? unprojected(d).at(first, 0, item.unit) : nullptr;
-
-    for (int64_t r = first; r < last; ++r, pre += 4 * L, cell += L) {
-      Gates<V> sum{load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L)};
-      add(sum, bias);
-      if (ahead) add(sum, ahead), ahead += 4 * L;
-      const Gates<V> s = Math::activate(sum);
-      const V c = Math::cell_state(s, load(cell));
-      const V m = rounded_to_storage<S>(Math::cell_output(s, c));
-      if (gates) {
-        store_some(gates, s.i, count);
-        store_some(gates + H, s.f, count);
-        store_some(gates + 2 * H, s.g, count);
-        store_some(gates + 3 * H, s.o, count);
-        gates += D * 4 * H;
-      }
-      if (c_all) store_some(c_all, c, count), c_all += D * H;
-      const bool final = r >= step.next_rows;
-      const bool cut = resets && !final && walk_.cut_before(d, step.next, r);
-      store(cell, cut ? V{} : c);
-      if (final) store_some(static_cast<S*>(a_.c_n) + state_at(d, r, H) + item.unit, c, count);
-      if (projected) {
-        step.hidden.put(m_out, m), m_out += Operand::columns;
-        if (m_all) store_some(m_all, m, count), m_all += D * H;
-        continue;
-      }
-      store_some(y, m, count), y += D * H;
-      if (final) store_some(static_cast<S*>(a_.h_n) + state_at(d, r, H) + item.unit, m, count);
-      step.hidden.put(hidden, cut ? V{} : m), hidden += Operand::columns;
+      T* const pre = unfinished.pre[unfinished.buffer];
+      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
+                              2 * Tiles::pauses(segments));
+      multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
+               pre, meanwhile);
+      unfinished.cells.all();
+      unfinished.cells = Cells(*this, item, step, {first, last}, pre,
+                               ahead ? ahead + first * 4 * L : nullptr);
+      if (!Tiles::overlaps) unfinished.cells.all();
     }
   }
 

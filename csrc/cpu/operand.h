@@ -16,8 +16,8 @@
 //                       there of them
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
 //   asks                whether multiply asks for what is Wanted
-//   overlaps            whether multiply does what is given as `meanwhile` a piece at a time, in
-//                       between; otherwise it leaves it alone
+//   overlaps, pauses    whether multiply calls what is given as `meanwhile` while it waits, and
+//                       how often
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
@@ -58,26 +58,23 @@ struct Idle {
   void operator()() {}
 };
 
-// Work that is done a few rows at a time, in about equal shares of the calls that are still to
-// come. `finish(begin, end)` does rows [begin, end).
-template <class Finish>
-class Meanwhile {
+// A number of pieces of work, spread evenly over a number of pauses. `work()` does the next piece.
+template <class Work>
+class Spread {
  public:
-  Meanwhile(const Finish& finish, int64_t begin, int64_t end, int64_t calls)
-      : finish_(finish), begin_(begin), end_(end), calls_(calls) {}
+  Spread(Work& work, int64_t pieces, int64_t pauses)
+      : work_(work), pieces_(pieces), pauses_(pauses), left_(pieces) {}
   void operator()() {
-    const int64_t rows = calls_ > 1 ? blocks_of(end_ - begin_, calls_) : end_ - begin_;
-    --calls_;
-    if (rows == 0) return;
-    finish_(begin_, begin_ + rows);
-    begin_ += rows;
+    for (due_ += pieces_; due_ >= pauses_ && left_ > 0; due_ -= pauses_, --left_) work_();
+  }
+  void rest() {
+    for (; left_ > 0; --left_) work_();
   }
 
  private:
-  const Finish& finish_;
-  int64_t begin_;
-  const int64_t end_;
-  int64_t calls_;
+  Work& work_;
+  const int64_t pieces_, pauses_;
+  int64_t left_, due_ = 0;
 };
 
 // How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin

@@ -82,7 +82,7 @@ struct VectorTiles {
     tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted);
   }
 
-  static int64_t blocks(const Segments&) { return 1; }
+  static int64_t pauses(const Segments&) { return 0; }
 
   static constexpr bool adds = false, asks = true, overlaps = false;
 
