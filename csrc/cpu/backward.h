@@ -252,8 +252,7 @@ class Backward {
       if (dy_) dm_ += load_some(dy_, count_), dy_ += row_stride_;
       if (dc_all_) dc_ += load_some(dc_all_, count_), dc_all_ += row_stride_;
       c_prev_ = V{};
-      if (!resets || !p_->walk_.cut_before(step_.d, step_.t, r_))
-        c_prev_ = previous_cell();
+      if (!resets || !p_->walk_.cut_before(step_.d, step_.t, r_)) c_prev_ = previous_cell();
     }
 
     __attribute__((always_inline)) V previous_cell() const {
@@ -320,7 +319,7 @@ class Backward {
   // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
   struct Unfinished {
     Cells cells;
-    int buffer = 0;                                   // which one is its own
+    int buffer = 0;                                  // which one is its own
     alignas(64) T sums[2][Tiles::max_rows * width];  // (rows of the tile, width)
     T* next() { return sums[buffer = 1 - buffer]; }
   };

@@ -404,8 +404,8 @@ class Forward {
       multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
                pre, meanwhile);
       unfinished.cells.all();
-      unfinished.cells = Cells(*this, item, step, {first, last}, pre,
-                               ahead ? ahead + first * 4 * L : nullptr);
+      unfinished.cells =
+          Cells(*this, item, step, {first, last}, pre, ahead ? ahead + first * 4 * L : nullptr);
       if (!Tiles::overlaps) unfinished.cells.all();
     }
   }

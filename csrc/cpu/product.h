@@ -55,7 +55,8 @@ class Product {
     const Range shared = team.share(transposed ? all_tiles_ : all_panels_);
     Element* const first = transposed ? right_ + team.rank * buffers * group_ * panel_size_
                                       : left_ + team.rank * buffers * group_ * tile_size_;
-    Element* const second = first + (buffers - 1) * group_ * (transposed ? panel_size_ : tile_size_);
+    Element* const second =
+        first + (buffers - 1) * group_ * (transposed ? panel_size_ : tile_size_);
     Group group = next({-depth_, mine.end, mine.end}, mine);
     Packing<!transposed> packing(*this, group, first);
     Sums sums;
@@ -157,11 +158,14 @@ class Product {
       const Operand operand{buffer_ + (item_ - begin_) * p_->tile_size_, blocks_of(depth_, block),
                             height};
       Element* const place = operand.data + k_ / block * operand.block_size() + row_ * block;
-      if constexpr (transposed)
+      if constexpr (transposed) {
         LeftTiles::pack_block_columns(place, height, from_ + k_ * ld_ + first + row_, ld_,
                                       count(item_) - row_, depth_ - k_);
-      else
-        LeftTiles::pack_block_row(place, height, from_ + (first + row_) * ld_ + k_, depth_ - k_);
+      } else {
+        const Left* row = from_ + (first + row_) * ld_ + k_;
+        if (Tiles::overlaps) prefetch(row + ld_, block);
+        LeftTiles::pack_block_row(place, height, row, depth_ - k_);
+      }
       if ((k_ += block) < depth_) return;
       k_ = 0;
       if ((row_ += transposed ? L : 1) < count(item_)) return;
@@ -171,12 +175,23 @@ class Product {
 
     // Some rows of one panel.
     void panel_piece() {
+      const Right* row = from_ + k_ * ld_ + item_ * width;
+      if (transposed && Tiles::overlaps)
+        for (int64_t k = 0; k < RightTiles::rows_together; ++k)
+          prefetch(row + (8 + k) * ld_, width);
       RightTiles::pack_some_rows(
-          from_ + k_ * ld_ + item_ * width, ld_, depth_ - k_, p_->columns_ - item_ * width,
+          row, ld_, depth_ - k_, p_->columns_ - item_ * width,
           buffer_ + (item_ - begin_) * p_->panel_size_ + RightTiles::row_offset(k_));
       if (++item_ < end_) return;
       item_ = begin_;
       k_ += RightTiles::rows_together;
+    }
+
+    // What will be packed in some microseconds: a piece that waits for memory stops the unit too.
+    template <class S>
+    static void prefetch(const S* from, int64_t count) {
+      const char* const bytes = reinterpret_cast<const char*>(from);
+      for (int64_t k = 0; k < count * int64_t(sizeof(S)); k += 64) __builtin_prefetch(bytes + k);
     }
 
     const Product* p_;
@@ -190,38 +205,40 @@ class Product {
   void multiply_group(const Group& group, Element* buffer, Packing<!transposed>& packing,
                       Sums& sums) {
     const Segments segments{1, {depth(group.k)}};
-    const bool add = p_.add || group.k > 0;
-    const int64_t products = (group.end - group.begin) * (transposed ? all_tiles_ : all_panels_);
-    // The first pauses are for the sums.
-    const int64_t pauses = Tiles::pauses(segments) - most_pieces;
-    Spread<Packing<!transposed>> pack(packing, packing.left(), products * (pauses > 1 ? pauses : 1));
+    const int64_t others = transposed ? all_tiles_ : all_panels_;
+    const int64_t pauses = Tiles::pauses(segments) - most_pieces;  // the others are for the sums
+    Spread<Packing<!transposed>> pack(
+        packing, packing.left(), (group.end - group.begin) * others * (pauses > 1 ? pauses : 1));
     const auto meanwhile = [&] {
       if (sums.piece < sums.pieces)
         write_piece(sums);
       else
         pack();
     };
-    for (int64_t other = 0; other < (transposed ? all_tiles_ : all_panels_); ++other)
+    for (int64_t other = 0; other < others; ++other)
       for (int64_t own = group.begin; own < group.end; ++own) {
         const int64_t tile = transposed ? other : own, panel = transposed ? own : other;
         const int64_t first = tile * tiles_.height, count = tiles_.end(tile, rows_) - first;
-        const Element* left = transposed ? shared_place(tile) : buffer + (own - group.begin) * tile_size_;
-        const Element* right = transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(panel);
+        const Element* const left =
+            transposed ? shared_place(tile) : buffer + (own - group.begin) * tile_size_;
+        const Element* const right =
+            transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(panel);
         T* const values = sums.values[1 - sums.buffer];
         Tiles::multiply(left, tiles_.height, count, right, segments, false, values, width, nullptr,
                         false, meanwhile);
         write_rest(sums);
-        sums.first = first, sums.count = count, sums.column = panel * width, sums.add = add;
+        sums.first = first, sums.count = count, sums.column = panel * width;
+        sums.add = p_.add || group.k > 0;
         sums.buffer = 1 - sums.buffer;
-        sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * (transposed ? panel_vectors : 1);
+        sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
         if (!Tiles::overlaps) write_rest(sums);
       }
   }
 
-  // So many rows of sums are a piece, and such a number of them is the most that there is.
+  // So many rows and columns of sums are a piece, and such a number of them is the most there is.
   static constexpr int64_t piece_rows = transposed ? L : 4;
-  static constexpr int64_t most_pieces =
-      blocks_of(LeftTiles::max_rows, piece_rows) * (transposed ? panel_vectors : 1);
+  static constexpr int64_t piece_parts = transposed ? panel_vectors : 1;
+  static constexpr int64_t most_pieces = blocks_of(LeftTiles::max_rows, piece_rows) * piece_parts;
 
   void write_rest(Sums& sums) {
     while (sums.piece < sums.pieces) write_piece(sums);
@@ -229,13 +246,12 @@ class Product {
 
   void write_piece(Sums& sums) {
     const int64_t columns = columns_ - sums.column < width ? columns_ - sums.column : width;
-    const int64_t piece = sums.piece++, parts = transposed ? panel_vectors : 1;
-    const int64_t r = piece / parts * piece_rows;
+    const int64_t piece = sums.piece++, r = piece / piece_parts * piece_rows;
     const int64_t rows = sums.count - r < piece_rows ? sums.count - r : piece_rows;
     T* const c = static_cast<T*>(p_.c);
     const T* const values = sums.values[sums.buffer] + r * width;
     if constexpr (transposed) {
-      const int64_t part = piece % parts * L;
+      const int64_t part = piece % piece_parts * L;
       Vec<T> square[L];
       for (int k = 0; k < L; ++k) square[k] = k < rows ? load(values + k * width + part) : Vec<T>{};
       transpose<T>(square);
@@ -245,7 +261,8 @@ class Product {
       for (int64_t k = 0; k < rows; ++k)
         for (int64_t part = 0; part < columns; part += L)
           put(c + (sums.first + r + k) * p_.ldc + sums.column + part,
-              load(values + k * width + part), int(columns - part < L ? columns - part : L), sums.add);
+              load(values + k * width + part), int(columns - part < L ? columns - part : L),
+              sums.add);
     }
   }
 
