@@ -20,7 +20,7 @@
 namespace fastlstm {
 namespace {
 
-constexpr int64_t slab_rows = 512;  // of K, a multiple of every block's columns
+constexpr int64_t most_slab_rows = 512;  // of K, a multiple of every block's columns
 
 // LeftTiles says how what goes into tiles is packed, RightTiles how what goes into panels, and
 // Tiles multiplies the two.
@@ -39,7 +39,7 @@ class Product {
       : p_(args),
         rows_(transposed ? p_.N : p_.M),
         columns_(transposed ? p_.M : p_.N),
-        depth_(p_.K < slab_rows ? blocks_of(p_.K, block) * block : slab_rows),
+        depth_(slab_rows(p_)),
         tiles_(rows_, LeftTiles::max_rows),
         all_tiles_(tiles_.count(rows_)),
         all_panels_(blocks_of(columns_, width)),
@@ -89,6 +89,14 @@ class Product {
     int buffer = 0;                 // which one is its own
     alignas(64) T values[2][LeftTiles::max_rows * width];
   };
+
+  // A slab of B that fills the L2 cache leaves no room for the groups that it meets there.
+  static int64_t slab_rows(const ProductArgs& p) {
+    const int64_t bytes =
+        blocks_of(p.N, width) * RightTiles::panel_size(most_slab_rows) * int64_t(sizeof(Element));
+    const int64_t most = bytes > l2_cache_bytes() / 2 ? most_slab_rows / 2 : most_slab_rows;
+    return p.K < most ? blocks_of(p.K, block) * block : most;
+  }
 
   static int64_t group(int64_t size) {
     return l2_cache_bytes() / (2 * buffers) / (size * int64_t(sizeof(Element))) + 1;
