@@ -6,10 +6,11 @@
 // empty vector. fastlstm/cpu.py is the only caller.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/layer_backward.h"
 #include "cpu/scratch.h"
 #include "tensor_checks.h"
 
@@ -146,78 +147,104 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   return {y, c_all, h_n, c_n, gates, m};
 }
 
-// A checked pointer to what an operator writes.
-void* result(const char* name, Tensor tensor, Sizes sizes, ScalarType dtype, bool poison) {
-  check(name, tensor, sizes, dtype);
-  fastlstm::advise_huge_pages(tensor.mutable_data_ptr(),
-                              size_t(tensor.numel()) * size_t(tensor.element_size()));
-  if (poison) torch::stable::fill_(tensor, __builtin_nan(""));
-  return tensor.mutable_data_ptr();
-}
-void* result(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype, bool poison) {
-  return tensor ? result(name, *tensor, sizes, dtype, poison) : nullptr;
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// Rows that direction d has in steps [begin, end) of the walk, in the order they are undone.
-int64_t rows_of_steps(const fastlstm::Shape& shape, int d, int64_t begin, int64_t end,
-                      int64_t* first_row) {
-  int64_t steps = shape.T, rows = 0;
-  while (steps > 0 && shape.batch_sizes[steps - 1] == 0) --steps;
-  const int64_t from = d == 0 ? steps - end : begin, to = d == 0 ? steps - begin : end;
-  *first_row = 0;
-  for (int64_t t = 0; t < to; ++t) (t < from ? *first_row : rows) += shape.batch_sizes[t];
-  return rows;
+// C += a dense matrix.
+template <class T>
+void add_matrix(const T* matrix, const fastlstm::ProductArgs& p) {
+  T* c = static_cast<T*>(p.c);
+  for (int64_t row = 0; row < p.M; ++row, c += p.ldc, matrix += p.N)
+    for (int64_t k = 0; k < p.N; ++k) c[k] += matrix[k];
 }
 
-bool cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
-                  const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
-                  const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
-                  const Tensor& c_all, const Tensor& gates, int64_t begin, int64_t end,
-                  const Tensor& da, const Optional& dh_all, const Optional& dbias,
-                  const Optional& dh0, const Optional& dc0, const Optional& da_carry,
-                  const Optional& dc_carry) {
-  if (gates.dim() != 3) fail("gates: expected shape (N, D, 4H)");
-  const ScalarType dtype = gates.scalar_type(), state = state_of(dtype);
-  fastlstm::BackwardArgs args{};
-  args.shape = shape_of(gates.size(0), batch_sizes, c0, output_size_of(w_hh));
-  args.storage = storage_of(dtype);
-  args.threads = threads();
-  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
-  args.dy = input("dy", dy, {N, D * P}, dtype);
-  args.dc_all = input("dc_all", dc_all, {N, D * H}, state);
-  args.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
-  args.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
-  args.c0 = input("c0", c0, {D, B, H}, dtype);
-  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
-  inputs("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+// C = or += op(A) B by torch, for what the kernels leave to it.
+void torch_product(const fastlstm::ProductArgs& p) {
+  const ScalarType storage = dtype_of(p.storage), state = state_of(storage);
+  const auto matrix = [](const void* data, Sizes sizes, Sizes strides, ScalarType dtype) {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype);
+  };
+  const Tensor left = p.transposed ? matrix(p.a, {p.M, p.K}, {1, p.lda}, state)
+                                   : matrix(p.a, {p.M, p.K}, {p.lda, 1}, state);
+  const Tensor right = in_dtype(matrix(p.b, {p.K, p.N}, {p.ldb, 1}, storage), state);
+  const Tensor out = matrix(p.c, {p.M, p.N}, {p.ldc, 1}, state);
+  Tensor product = p.add ? empty({p.M, p.N}, state) : out;
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
+                                    torch::stable::detail::from(right),
+                                    torch::stable::detail::from(product)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to release
+  if (!p.add) return;
+  if (state == ScalarType::Double)
+    add_matrix(static_cast<const double*>(product.const_data_ptr()), p);
+  else
+    add_matrix(static_cast<const float*>(product.const_data_ptr()), p);
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors>;
+
+// need: of x, h0, c0, w_ih, w_hh, bias, w_hr. A list that is not asked for is empty.
+BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                            const Optional& dc_n, const Tensor& x, const Tensor& batch_sizes,
+                            const Tensor& h0, const Tensor& c0, const Tensors& w_ih,
+                            const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                            const Tensor& y, const Tensor& c_all, const Tensor& gates,
+                            const Optional& m, const std::vector<bool>& need, int64_t chunk_rows) {
+  if (x.dim() != 2) fail("x: expected shape (N, I)");
+  if (need.size() != 7) fail("need: expected seven flags");
+  const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
+  fastlstm::LayerBackwardArgs args{};
+  fastlstm::BackwardArgs& walk = args.walk;
+  walk.shape = shape_of(x.size(0), batch_sizes, c0, output_size_of(w_hh));
+  walk.shape.I = x.size(1);
+  walk.storage = storage_of(dtype);
+  walk.threads = threads();
+  args.chunk_rows = chunk_rows;
+  const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
+  walk.dy = input("dy", dy, {N, D * P}, dtype);
+  walk.dc_all = input("dc_all", dc_all, {N, D * H}, state);
+  walk.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
+  walk.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
+  args.x = input("x", x, {N, I}, dtype);
+  args.h0 = input("h0", h0, {D, B, P}, dtype);
+  walk.c0 = input("c0", c0, {D, B, H}, dtype);
+  inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
+  inputs("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
-  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
-  args.c_all = input("c_all", c_all, {N, D * H}, state);
-  args.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  args.y = input("y", y, {N, D * P}, dtype);
+  walk.c_all = input("c_all", c_all, {N, D * H}, state);
+  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  args.m = input("m", m, {N, D * H}, dtype);
+  if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
 
-  int64_t steps = T;
-  while (steps > 0 && sizes[steps - 1] == 0) --steps;
-  if (begin < 0 || begin > end || end > steps)
-    fail("begin, end: got " + std::to_string(begin) + ", " + std::to_string(end) +
-         ", expected steps in order, of " + std::to_string(steps));
-  if ((begin > 0 || end < steps) && !(da_carry && dc_carry))
-    fail("da_carry, dc_carry: a walk in several calls needs both");
-  args.begin = begin;
-  args.end = end;
-  int64_t rows = 0;
-  for (int d = 0; d < D; ++d)
-    rows = std::max(rows, rows_of_steps(args.shape, d, begin, end, &args.first_row[d]));
-  if (da.dim() != 3 || da.size(0) < rows)
-    fail("da: expected at least " + std::to_string(rows) + " rows");
-  args.da = result("da", da, {da.size(0), D, 4 * H}, state, poisoned);
-  args.dh_all = result("dh_all", dh_all, {da.size(0), D * P}, state, poisoned);
-  args.dbias = result("dbias", dbias, {D, 4 * H}, state, poisoned);
-  const bool fresh = poisoned && begin == 0;
-  args.dh0 = result("dh0", dh0, {D, B, P}, dtype, fresh);
-  args.dc0 = result("dc0", dc0, {D, B, H}, dtype, fresh);
-  args.da_carry = result("da_carry", da_carry, {D, B, 4 * H}, state, fresh);
-  args.dc_carry = result("dc_carry", dc_carry, {D, B, H}, state, fresh);
-  return fastlstm::kernels().backward(args);
+  Tensor dx = need[0] ? output({N, I}, state) : absent();
+  Tensor dh0 = need[1] ? output({D, B, P}, dtype) : absent();
+  Tensor dc0 = need[2] ? output({D, B, H}, dtype) : absent();
+  if (need[0]) args.dx = dx.mutable_data_ptr();
+  if (need[1]) walk.dh0 = dh0.mutable_data_ptr();
+  if (need[2]) walk.dc0 = dc0.mutable_data_ptr();
+  const auto each = [&, D = D](bool needed, Sizes sizes, void*(&out)[max_directions]) {
+    Tensors made;
+    for (int64_t d = 0; needed && d < D; ++d) {
+      made.push_back(output(sizes, state));
+      out[d] = made.back().mutable_data_ptr();
+    }
+    return made;
+  };
+  Tensors dw_ih = each(need[3], {4 * H, I}, args.dw_ih);
+  Tensors dw_hh = each(need[4], {4 * H, P}, args.dw_hh);
+  Tensors dbias = each(need[5], {4 * H}, args.dbias);
+  Tensors dw_hr = each(need[6], {P, H}, args.dw_hr);
+  fastlstm::layer_backward(args, torch_product);
+  for (Tensors* list : {&dw_ih, &dw_hh, &dbias, &dw_hr})
+    for (Tensor& tensor : *list) tensor = in_dtype(tensor, dtype);
+  return {in_dtype(dx, dtype), dh0, dc0, dw_ih, dw_hh, dbias, dw_hr};
 }
 
 // Overwrites pre with the gates where they have its type.
@@ -343,10 +370,11 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " bool need_cells) -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor gates,"
       " Tensor m)");
   m.def(
-      "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
-      " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
-      " int begin, int end, Tensor(a!) da, Tensor(b!)? dh_all, Tensor(c!)? dbias, Tensor(d!)? dh0,"
-      " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> bool");
+      "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
+      " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] w_hr,"
+      " Tensor? reset, Tensor y, Tensor c_all, Tensor gates, Tensor? m, bool[] need,"
+      " int chunk_rows) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, Tensor[] dw_hh,"
+      " Tensor[] dbias, Tensor[] dw_hr)");
   m.def(
       "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
       " -> (Tensor c_all, Tensor gates, Tensor m)");

@@ -63,6 +63,20 @@ inline fastlstm::Storage storage_of(ScalarType dtype) {
   }
 }
 
+inline ScalarType dtype_of(fastlstm::Storage storage) {
+  switch (storage) {
+    case fastlstm::Storage::f64:
+      return ScalarType::Double;
+    case fastlstm::Storage::f16:
+      return ScalarType::Half;
+    case fastlstm::Storage::bf16:
+      return ScalarType::BFloat16;
+    case fastlstm::Storage::f32:
+      break;
+  }
+  return ScalarType::Float;
+}
+
 inline ScalarType state_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

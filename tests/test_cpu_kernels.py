@@ -9,7 +9,6 @@ from torch import Tensor
 from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
 from fastlstm.contract import OutputGradients, Outputs, Requested
-from fastlstm.products import torch_multiply
 
 assert native.missing() is None, native.missing()
 _C = torch.ops.fastlstm_C
@@ -262,28 +261,6 @@ def test_overflowing_products_saturate(instruction_set: str) -> None:
     layer.weights[0].w_ih.mul_(1e20)
     want = reference.layer_forward(*layer, True, True)
     compare(cpu.layer_forward(*layer, True, True), want, torch.float32, "forward")
-
-
-def test_a_backward_pass_within_another() -> None:
-    """As from a signal handler, which runs wherever Python does: neither disturbs the other."""
-    layer = make_layer(Layer((9, 9, 8), 50, 60), torch.float32)
-    saved = reference.layer_forward(*layer, True, True)
-    rest = (*layer, saved.reserve(), need_of(Layer((), 50, 60)))
-    grads, others = random_gradients(saved), random_gradients(saved)
-    want = [cpu.layer_backward(g, *rest) for g in (grads, others)]
-    inner = []
-
-    def multiply(bounded: bool, *args) -> None:
-        if not inner:
-            inner.append(None)
-            inner[0] = cpu.layer_backward(others, *rest)
-        torch_multiply(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_multiply", multiply)
-        outer = cpu.layer_backward(grads, *rest)
-    compare(outer, want[0], torch.float32, "outer")
-    compare(inner[0], want[1], torch.float32, "inner")
 
 
 PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300), (17, 2, 3), (530, 9, 2)]
