@@ -67,6 +67,25 @@ fastlstm::Shape shape_of(int64_t rows, const Tensor& batch_sizes, const Tensor& 
   return shape;
 }
 
+// Rows of a layer: (N, size), or (T, B, size) where all sequences have all steps and x comes so.
+class Rows {
+ public:
+  explicit Rows(const Tensor& x) : padded_(x.dim() == 3) {
+    if (x.dim() != 2 && !padded_) fail("x: expected shape (N, I) or (T, B, I)");
+    for (int64_t k = 0; k < x.dim() - 1; ++k) shape_[k] = x.size(k);
+  }
+  int64_t count() const { return padded_ ? shape_[0] * shape_[1] : shape_[0]; }
+  // Until the next call.
+  Sizes of(int64_t size) {
+    shape_[padded_ ? 2 : 1] = size;
+    return {shape_, size_t(padded_ ? 3 : 2)};
+  }
+
+ private:
+  const bool padded_;
+  int64_t shape_[3];
+};
+
 int64_t output_size_of(const Tensors& w_hh) {
   if (w_hh.empty() || w_hh[0].dim() != 2) fail("w_hh: expected matrices, one per direction");
   return w_hh[0].size(1);
@@ -77,10 +96,10 @@ bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memo
 // torch's allocator itself: the dispatcher's new_empty would cost more than a small layer.
 Tensor empty(Sizes sizes, ScalarType dtype) {
   int64_t strides[4] = {1, 1, 1, 1};
-  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes.begin()[k];
+  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
   AtenTensorHandle handle = nullptr;
   STD_TORCH_CHECK(aoti_torch_empty_strided(
-                      int64_t(sizes.size()), sizes.begin(), strides,
+                      int64_t(sizes.size()), sizes.data(), strides,
                       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                       aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
                   "fastlstm: out of memory");
@@ -108,15 +127,15 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
                           const Tensor& c0, const Tensors& w_ih, const Tensors& w_hh,
                           const Tensors& bias, const Tensors& w_hr, const Optional& reset,
                           bool need_reserve, bool need_cells) {
-  if (x.dim() != 2) fail("x: expected shape (N, I)");
+  Rows rows(x);
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::ForwardArgs args{};
-  args.shape = shape_of(x.size(0), batch_sizes, c0, output_size_of(w_hh));
-  args.shape.I = x.size(1);
+  args.shape = shape_of(rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  args.shape.I = x.size(x.dim() - 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = args.shape;
-  args.x = input("x", x, {N, I}, dtype);
+  args.x = input("x", x, rows.of(I), dtype);
   args.h0 = input("h0", h0, {D, B, P}, dtype);
   args.c0 = input("c0", c0, {D, B, H}, dtype);
   inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
@@ -126,13 +145,13 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
-  Tensor y = output({N, D * P}, dtype), h_n = output({D, B, P}, dtype);
+  Tensor y = output(rows.of(D * P), dtype), h_n = output({D, B, P}, dtype);
   Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
   if (need_reserve || need_cells) {
-    c_all = output({N, D * H}, state);
+    c_all = output(rows.of(D * H), state);
     args.c_all = c_all.mutable_data_ptr();
   }
   if (need_reserve) {
@@ -194,22 +213,22 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
                             const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
                             const Tensor& y, const Tensor& c_all, const Tensor& gates,
                             const Optional& m, const std::vector<bool>& need, int64_t chunk_rows) {
-  if (x.dim() != 2) fail("x: expected shape (N, I)");
+  Rows rows(x);
   if (need.size() != 7) fail("need: expected seven flags");
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::LayerBackwardArgs args{};
   fastlstm::BackwardArgs& walk = args.walk;
-  walk.shape = shape_of(x.size(0), batch_sizes, c0, output_size_of(w_hh));
-  walk.shape.I = x.size(1);
+  walk.shape = shape_of(rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  walk.shape.I = x.size(x.dim() - 1);
   walk.storage = storage_of(dtype);
   walk.threads = threads();
   args.chunk_rows = chunk_rows;
   const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
-  walk.dy = input("dy", dy, {N, D * P}, dtype);
-  walk.dc_all = input("dc_all", dc_all, {N, D * H}, state);
+  walk.dy = input("dy", dy, rows.of(D * P), dtype);
+  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
   walk.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
   walk.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
-  args.x = input("x", x, {N, I}, dtype);
+  args.x = input("x", x, rows.of(I), dtype);
   args.h0 = input("h0", h0, {D, B, P}, dtype);
   walk.c0 = input("c0", c0, {D, B, H}, dtype);
   inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
@@ -217,13 +236,13 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   inputs("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
-  args.y = input("y", y, {N, D * P}, dtype);
-  walk.c_all = input("c_all", c_all, {N, D * H}, state);
+  args.y = input("y", y, rows.of(D * P), dtype);
+  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
   walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
   args.m = input("m", m, {N, D * H}, dtype);
   if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
 
-  Tensor dx = need[0] ? output({N, I}, state) : absent();
+  Tensor dx = need[0] ? output(rows.of(I), state) : absent();
   Tensor dh0 = need[1] ? output({D, B, P}, dtype) : absent();
   Tensor dc0 = need[2] ? output({D, B, H}, dtype) : absent();
   if (need[0]) args.dx = dx.mutable_data_ptr();

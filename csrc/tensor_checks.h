@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,7 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline std::string shown(const int64_t* sizes, size_t count) {
   std::string text = "(";
@@ -40,10 +39,10 @@ inline void check(const char* name, const Tensor& tensor, Sizes sizes, ScalarTyp
   if (tensor.scalar_type() != dtype) fail(std::string(name) + ": has an unexpected dtype");
   const auto got = tensor.sizes();
   bool same = got.size() == sizes.size();
-  for (size_t k = 0; same && k < sizes.size(); ++k) same = got[k] == sizes.begin()[k];
+  for (size_t k = 0; same && k < sizes.size(); ++k) same = got[k] == sizes[k];
   if (!same) {
     fail(std::string(name) + ": got shape " + shown(got.data(), got.size()) + ", expected " +
-         shown(sizes.begin(), sizes.size()));
+         shown(sizes.data(), sizes.size()));
   }
   if (!tensor.is_contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
 }

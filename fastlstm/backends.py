@@ -21,7 +21,7 @@ from .contract import Gradients, Outputs, Reserve, Weights
 class Call(NamedTuple):
     """What a backend is asked to serve, as far as its answer may depend on it."""
 
-    x: Tensor  # (N, I)
+    x: Tensor  # (N, I), or (T, B, I)
     batch_sizes: Tensor  # (T,)
     h0: Tensor  # (D, B, P)
     weights: Weights  # of one direction
@@ -58,6 +58,7 @@ class Backend:
     layer_recompute: Callable[..., Reserve] | None = None
     automatic: bool = True  # may "auto" take it, without a record that says it is the fastest?
     compiled: bool = False  # is it the library of csrc/, with its instruction sets?
+    padded: bool = False  # does it also take (T, B, ...) for packed rows?
 
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot serve ``call``, or None."""
@@ -77,6 +78,7 @@ _TABLE = {
             cpu.missing,
             cpu.unsupported,
             compiled=True,
+            padded=True,
             layer_recompute=cpu.layer_recompute,
         ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),

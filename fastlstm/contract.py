@@ -26,8 +26,16 @@ class Weights(NamedTuple):
 
     w_ih: Tensor  # (4H, I)
     w_hh: Tensor  # (4H, P)
-    bias: Tensor | None  # (4H), the sum b_ih + b_hh
+    bias: Tensor | None  # (4H), the sum b_ih + b_hh; b_ih where b_hh stands beside it
     w_hr: Tensor | None  # (P, H)
+    b_hh: Tensor | None = None  # (4H); a backend gets None here
+
+    def summed(self) -> Weights:
+        """As backends take them, with one bias."""
+        if self.b_hh is None:
+            return self
+        assert self.bias is not None
+        return Weights(self.w_ih, self.w_hh, self.bias + self.b_hh, self.w_hr)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -93,14 +93,14 @@ def layer_forward(
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(type(t) not in _PLAIN for t in tensors)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 def layer_backward(
@@ -196,7 +196,8 @@ def _requested(results: Sequence[Any], need: Requested) -> Gradients:
 
 def _lists(weights: Sequence[Weights]) -> list[list[Tensor]]:
     """Four lists over directions; bias and w_hr empty where the layer has none."""
-    return [[t for t in kind if t is not None] for kind in zip(*weights, strict=True)]
+    kinds = zip(*((w.w_ih, w.w_hh, w.bias, w.w_hr) for w in weights), strict=True)
+    return [[t for t in kind if t is not None] for kind in kinds]
 
 
 def _weights(
@@ -388,8 +389,8 @@ def check_layer(
     directions = len(weights)
     if directions not in (1, 2):
         raise ValueError(f"weights: got {directions} directions, expected 1 or 2")
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 dimensions (N, I)")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, I) or (T, B, I)")
     if weights[0].w_hh.dim() != 2:
         raise ValueError(f"w_hh[0]: got shape {tuple(weights[0].w_hh.shape)}, expected (4H, P)")
     batch = h0.size(1) if h0.dim() == 3 else -1
@@ -409,11 +410,13 @@ def check_layer(
 
     fit(h0, (directions, batch, output), "h0")
     fit(c0, (directions, batch, hidden), "c0")
-    for d, (w_ih, w_hh, bias, w_hr) in enumerate(weights):
-        fit(w_ih, (4 * hidden, x.size(1)), "w_ih", d)
+    for d, (w_ih, w_hh, bias, w_hr, b_hh) in enumerate(weights):
+        fit(w_ih, (4 * hidden, x.size(-1)), "w_ih", d)
         fit(w_hh, (4 * hidden, output), "w_hh", d)
         if bias is not None:
             fit(bias, (4 * hidden,), "bias", d)
+        if b_hh is not None:
+            fit(b_hh, (4 * hidden,), "b_hh", d)
         if w_hr is not None:
             fit(w_hr, (output, hidden), "w_hr", d)
         elif output != hidden:
@@ -427,10 +430,11 @@ def check_layer(
             f"batch_sizes: got {batch_sizes.dtype} {tuple(batch_sizes.shape)} on "
             f"{batch_sizes.device}, expected an int64 vector on cpu"
         )
+    rows = x.size(0) if x.dim() == 2 else x.size(0) * x.size(1)
     if reset is not None and (
-        (reset.shape, reset.dtype, reset.device) != (x.shape[:1], torch.uint8, device)
+        (reset.shape, reset.dtype, reset.device) != ((rows,), torch.uint8, device)
     ):
         raise ValueError(
             f"reset: got {reset.dtype} {tuple(reset.shape)} on {reset.device}, "
-            f"expected torch.uint8 ({x.size(0)},) on {device}"
+            f"expected torch.uint8 ({rows},) on {device}"
         )
