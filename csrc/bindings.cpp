@@ -1,7 +1,7 @@
 // torch.ops.fastlstm_C: the kernels as torch operators, through LibTorch's stable ABI, so that
 // one library serves every Python and every torch from 2.10 on.
 //
-// These operators trust nothing: every tensor's device, dtype, shape and contiguity is checked,
+// These operators trust nothing: every tensor's device, dtype, shape and contiguity is looked at,
 // because a kernel reads and writes through raw pointers. What is not asked for is returned as an
 // empty vector. fastlstm/cpu.py is the only caller.
 #include <torch/csrc/stable/library.h>
@@ -16,29 +16,38 @@
 
 namespace {
 
-// A checked input pointer; null for an absent optional tensor.
-const void* input(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
-  check(name, tensor, sizes, dtype);
-  return tensor.const_data_ptr();
-}
-const void* input(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
-  return tensor ? input(name, *tensor, sizes, dtype) : nullptr;
-}
+// The inputs of one call, as pointers: each is checked, and copied where it is not contiguous.
+class Inputs {
+ public:
+  // Null for an absent optional tensor.
+  const void* operator()(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
+    check(name, tensor, sizes, dtype);
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return copies_.back().const_data_ptr();
+  }
+  const void* operator()(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
+    return tensor ? (*this)(name, *tensor, sizes, dtype) : nullptr;
+  }
 
-// A list over directions, or an empty one where the layer has no such weights.
-void inputs(const char* name, const Tensors& tensors, int64_t directions, Sizes sizes,
+  // A list over directions, or an empty one where the layer has no such weights.
+  void each(const char* name, const Tensors& tensors, int64_t directions, Sizes sizes,
             ScalarType dtype, const void* (&out)[max_directions], bool required = false) {
-  for (auto& pointer : out) pointer = nullptr;
-  if (tensors.empty() && !required) return;
-  if (int64_t(tensors.size()) != directions)
-    fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
-         std::to_string(directions));
-  for (size_t d = 0; d < tensors.size(); ++d) out[d] = input(name, tensors[d], sizes, dtype);
-}
+    for (auto& pointer : out) pointer = nullptr;
+    if (tensors.empty() && !required) return;
+    if (int64_t(tensors.size()) != directions)
+      fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
+           std::to_string(directions));
+    for (size_t d = 0; d < tensors.size(); ++d) out[d] = (*this)(name, tensors[d], sizes, dtype);
+  }
+
+ private:
+  Tensors copies_;
+};
 
 // Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these three
 // tensors; the caller adds I where it matters.
-fastlstm::Shape shape_of(int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
+fastlstm::Shape shape_of(Inputs& input, int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
                          int64_t output_size) {
   if (batch_sizes.dim() != 1) fail("batch_sizes: expected a vector");
   if (c0.dim() != 3 || c0.size(0) < 1 || c0.size(0) > max_directions || c0.size(2) < 1)
@@ -128,9 +137,10 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
                           const Tensors& bias, const Tensors& w_hr, const Optional& reset,
                           bool need_reserve, bool need_cells) {
   Rows rows(x);
+  Inputs input;
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::ForwardArgs args{};
-  args.shape = shape_of(rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  args.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
   args.shape.I = x.size(x.dim() - 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
@@ -138,10 +148,10 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   args.x = input("x", x, rows.of(I), dtype);
   args.h0 = input("h0", h0, {D, B, P}, dtype);
   args.c0 = input("c0", c0, {D, B, H}, dtype);
-  inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
-  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
-  inputs("bias", bias, D, {4 * H}, dtype, args.bias);
-  inputs("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+  input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
+  input.each("bias", bias, D, {4 * H}, dtype, args.bias);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
@@ -214,11 +224,12 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
                             const Tensor& y, const Tensor& c_all, const Tensor& gates,
                             const Optional& m, const std::vector<bool>& need, int64_t chunk_rows) {
   Rows rows(x);
+  Inputs input;
   if (need.size() != 7) fail("need: expected seven flags");
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::LayerBackwardArgs args{};
   fastlstm::BackwardArgs& walk = args.walk;
-  walk.shape = shape_of(rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  walk.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
   walk.shape.I = x.size(x.dim() - 1);
   walk.storage = storage_of(dtype);
   walk.threads = threads();
@@ -231,9 +242,9 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   args.x = input("x", x, rows.of(I), dtype);
   args.h0 = input("h0", h0, {D, B, P}, dtype);
   walk.c0 = input("c0", c0, {D, B, H}, dtype);
-  inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
-  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
-  inputs("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
+  input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
   args.y = input("y", y, rows.of(D * P), dtype);
@@ -270,10 +281,11 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
 std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch_sizes,
                                                  const Tensor& c0, const Optional& reset,
                                                  bool need_m) {
-  if (pre.dim() != 2) fail("pre: expected shape (N, 4H)");
+  if (pre.dim() != 2 || !pre.is_contiguous()) fail("pre: expected a contiguous (N, 4H)");
+  Inputs input;
   const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
   fastlstm::RecomputeArgs args{};
-  args.shape = shape_of(pre.size(0), batch_sizes, c0, 1);
+  args.shape = shape_of(input, pre.size(0), batch_sizes, c0, 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = args.shape;
@@ -341,6 +353,7 @@ ProbeResult cpu_gate_math(const Tensor& a, const Tensor& c_prev, const Tensor& d
   const ScalarType dtype = a.scalar_type();
   if (dtype != state_of(dtype)) fail("a: expected float32 or float64");
   const int64_t n = c_prev.numel();
+  Inputs input;
   Tensor gates = output({4, n}, dtype), c = output({n}, dtype), m = output({n}, dtype);
   Tensor da = output({4, n}, dtype), dc_prev = output({n}, dtype);
   fastlstm::GateProbe probe{n,

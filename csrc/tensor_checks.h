@@ -44,6 +44,9 @@ inline void check(const char* name, const Tensor& tensor, Sizes sizes, ScalarTyp
     fail(std::string(name) + ": got shape " + shown(got.data(), got.size()) + ", expected " +
          shown(sizes.data(), sizes.size()));
   }
+}
+
+inline void check_contiguous(const char* name, const Tensor& tensor) {
   if (!tensor.is_contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
 }
 

@@ -27,6 +27,7 @@ class _Run(NamedTuple):
     need_cells: bool
     backend: str
     checkpoint: bool
+    chosen: backends.Backend | None = None  # what ``backend`` came to, where it was called directly
 
 
 def lstm_layer(
@@ -84,7 +85,7 @@ def lstm_layer(
     if train and not composite and (chosen is None or chosen.layer_backward is not None):
         # An opaque operator's backward pass can't be torch's own but by running forward again.
         checkpoint |= traced and backends.lacks_backward(backend, x, reset, need_cells)
-        run = _Run(need_cells, backend if chosen is None else chosen.name, checkpoint)
+        run = _Run(need_cells, backend, checkpoint, chosen)
         if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
             x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
         y, h_n, c_n, *rest = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
@@ -147,9 +148,7 @@ def _needs_composite() -> bool:
 
 def _is_batched(grad: Tensor | None) -> bool:
     """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
-    if grad is None or torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def has_autocast(device_type: str) -> bool:
@@ -193,6 +192,10 @@ class LSTMLayer(torch.autograd.Function):
             out, saved = ops.checkpoint_forward(
                 x, batch_sizes, h0, c0, weights, reset, run.need_cells, run.backend
             )
+        elif run.chosen is not None:
+            out = run.chosen.layer_forward(
+                x, batch_sizes, h0, c0, weights, reset, True, run.need_cells
+            )
         else:
             out = ops.layer_forward(
                 x, batch_sizes, h0, c0, weights, reset, True, run.need_cells, run.backend
@@ -221,12 +224,13 @@ class LSTMLayer(torch.autograd.Function):
         need = _requested(ctx.needs_input_grad[3:])
         gradients: Sequence[Tensor | None]
         grads = (dy, dc_all, dh_n, dc_n)
+        compiling = torch.compiler.is_compiling()
         with without_autocast(inputs[0].device):
-            if _needs_composite() or any(map(_is_batched, grads)):
+            if _needs_composite() or (not compiling and any(map(_is_batched, grads))):
                 gradients = _batched_gradients(
                     ctx.run, batch_sizes, reset, grads, inputs, ctx.needs_input_grad[3:]
                 )
-            elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            elif torch.is_grad_enabled() or compiling:
                 gradients = LSTMLayerBackward.apply(
                     ctx.run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
@@ -254,8 +258,9 @@ def _first_order(
         )
     else:  # which does not look at the biases
         got = ops.layer_backward(
-            output_grads, x, batch_sizes, h0, c0, weights, reset, reserve, need, run.backend
-        )
+            output_grads, x, batch_sizes, h0, c0, weights, reset, reserve, need,
+            run.backend, run.chosen,
+        )  # fmt: skip
     kinds = (got.w_ih, got.w_hh, got.bias, got.w_hr, got.bias)
     by_direction = [
         None if kind is None or weight is None else kind[d]
@@ -285,8 +290,10 @@ def _batched_gradients(
 def _requested(flags: Sequence[bool]) -> Requested:
     """needs_input_grad of (x, h0, c0, *flat weights) by kind."""
     size = len(Weights._fields)
-    directions = (flags[k : k + size] for k in range(3, len(flags), size))
-    w_ih, w_hh, bias, w_hr, b_hh = map(any, zip(*directions, strict=True))
+    here, *other = (flags[k : k + size] for k in range(3, len(flags), size))
+    for there in other:
+        here = tuple(a or b for a, b in zip(here, there, strict=True))
+    w_ih, w_hh, bias, w_hr, b_hh = here
     x, h0, c0 = flags[:3]
     return Requested(x, h0, c0, w_ih, w_hh, bias or b_hh, w_hr)
 

@@ -20,6 +20,7 @@ from .contract import (
     Requested,
     Reserve,
     Weights,
+    by_kind,
     state_dtype,
 )
 from .products import entered_h
@@ -41,10 +42,6 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _present(tensor: Tensor) -> Tensor | None:
     """The library returns what was not asked for as an empty vector."""
     return None if tensor.dim() == 1 else tensor
@@ -62,15 +59,12 @@ def layer_forward(
 ) -> Outputs:
     """One layer; shapes as in ``contract.Outputs``."""
     y, c_all, h_n, c_n, gates, m = torch.ops.fastlstm_C.cpu_forward.default(
-        x.contiguous(),
-        batch_sizes.contiguous(),
-        h0.contiguous(),
-        c0.contiguous(),
-        [w.w_ih.contiguous() for w in weights],
-        [w.w_hh.contiguous() for w in weights],
-        [w.bias.contiguous() for w in weights if w.bias is not None],
-        [w.w_hr.contiguous() for w in weights if w.w_hr is not None],
-        _contiguous(reset),
+        x,
+        batch_sizes,
+        h0,
+        c0,
+        *by_kind(weights),
+        reset,
         need_reserve,
         need_cells,
     )
@@ -123,17 +117,18 @@ def layer_backward(
     forward pass saved, and a chunk of them is still in the cache when it is multiplied.
     """
     row_bytes = c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
+    w_ih, w_hh, _, w_hr = by_kind(weights)
     dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr = torch.ops.fastlstm_C.cpu_backward.default(
-        *map(_contiguous, grads),
-        x.contiguous(),
-        batch_sizes.contiguous(),
-        h0.contiguous(),
-        c0.contiguous(),
-        [w.w_ih.contiguous() for w in weights],
-        [w.w_hh.contiguous() for w in weights],
-        [w.w_hr.contiguous() for w in weights if w.w_hr is not None],
-        _contiguous(reset),
-        *map(_contiguous, saved),
+        *grads,
+        x,
+        batch_sizes,
+        h0,
+        c0,
+        w_ih,
+        w_hh,
+        w_hr,
+        reset,
+        *saved,
         need,
         max(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes),
     )

@@ -25,6 +25,7 @@ from .contract import (
     Requested,
     Reserve,
     Weights,
+    by_kind,
     state_dtype,
 )
 
@@ -80,7 +81,7 @@ def layer_forward(
             x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
         )
     results = torch.ops.fastlstm.layer_forward(
-        x, batch_sizes, h0, c0, *_lists(weights), reset, need_reserve, need_cells, backend
+        x, batch_sizes, h0, c0, *by_kind(weights), reset, need_reserve, need_cells, backend
     )
     projected = weights[0].w_hr is not None
     return Outputs(
@@ -114,19 +115,26 @@ def layer_backward(
     saved: Reserve,
     need: Requested,
     backend: str,
+    chosen: backends.Backend | None = None,
 ) -> Gradients:
-    """Run one layer's backward pass; see ``reference.layer_backward``."""
+    """Run one layer's backward pass; see ``reference.layer_backward``.
+
+    ``chosen`` is what ``backend`` came to in the forward pass, where that is known.
+    """
     if not is_traced(x, h0, *weights[0]):
-        return _pick_backward(
-            backend, x, batch_sizes, h0, weights[0], reset, grads.c_all is not None
-        )(grads, x, batch_sizes, h0, c0, weights, reset, saved, need)
+        if chosen is not None and chosen.layer_backward is not None:
+            run = chosen.layer_backward
+        else:
+            need_cells = grads.c_all is not None
+            run = _pick_backward(backend, x, batch_sizes, h0, weights[0], reset, need_cells)
+        return run(grads, x, batch_sizes, h0, c0, weights, reset, saved, need)
     results = torch.ops.fastlstm.layer_backward(
         *grads,
         x,
         batch_sizes,
         h0,
         c0,
-        *_lists(weights),
+        *by_kind(weights),
         reset,
         saved.y,
         saved.c_all,
@@ -152,7 +160,7 @@ def checkpoint_forward(
     if not is_traced(x, h0, *weights[0]):
         return checkpoint.layer_forward(x, batch_sizes, h0, c0, weights, reset, need_cells, backend)
     y, c_all, h_n, c_n, borders = torch.ops.fastlstm.checkpoint_forward(
-        x, batch_sizes, h0, c0, *_lists(weights), reset, need_cells, backend
+        x, batch_sizes, h0, c0, *by_kind(weights), reset, need_cells, backend
     )
     return Outputs(y, c_all if need_cells else None, h_n, c_n), Borders(y, borders)
 
@@ -175,7 +183,7 @@ def checkpoint_backward(
             grads, x, batch_sizes, h0, c0, weights, reset, saved, need, backend
         )
     results = torch.ops.fastlstm.checkpoint_backward(
-        *grads, x, batch_sizes, h0, c0, *_lists(weights), reset, *saved, list(need), backend
+        *grads, x, batch_sizes, h0, c0, *by_kind(weights), reset, *saved, list(need), backend
     )
     return _requested(results, need)
 
@@ -194,16 +202,10 @@ def _requested(results: Sequence[Any], need: Requested) -> Gradients:
     )
 
 
-def _lists(weights: Sequence[Weights]) -> list[list[Tensor]]:
-    """Four lists over directions; bias and w_hr empty where the layer has none."""
-    kinds = zip(*((w.w_ih, w.w_hh, w.bias, w.w_hr) for w in weights), strict=True)
-    return [[t for t in kind if t is not None] for kind in kinds]
-
-
 def _weights(
     w_ih: list[Tensor], w_hh: list[Tensor], bias: list[Tensor], w_hr: list[Tensor]
 ) -> list[Weights]:
-    """The inverse of ``_lists``."""
+    """The inverse of ``by_kind``."""
     return [
         Weights(w_ih[d], w_hh[d], bias[d] if bias else None, w_hr[d] if w_hr else None)
         for d in range(len(w_ih))
