@@ -116,6 +116,7 @@ class BackwardCells {
 
   [[gnu::always_inline]] void receive() {
     const bool resets = p_->a_.reset != nullptr;
+    if (Tiles::overlaps && unit_ % width == 0) ask_for_next();
     dm_ = load(sums_at_);
     dc_ = V{};
     if (ends_here_) {
@@ -130,6 +131,24 @@ class BackwardCells {
     if (dc_all_) dc_ += load_some(dc_all_, count_), dc_all_ += row_stride_;
     c_prev_ = V{};
     if (!resets || !p_->walk_.cut_before(step_.d, step_.t, r_)) c_prev_ = previous_cell();
+  }
+
+  // What the panel's units of the next row need lies kilobytes from theirs of this row, where no
+  // processor foresees it. A piece that waits for memory stops the multiplication too.
+  [[gnu::always_inline]] void ask_for_next() const {
+    for (int gate = 0; gate < 4; ++gate) {
+      ask<0>(gates_ + 4 * row_stride_ + gate * H_);
+      ask<1>(da_ + 4 * row_stride_ + gate * H_);
+    }
+    ask<0>(c_ + row_stride_);
+    if (c_before_) ask<0>(c_before_ + row_stride_);
+    if (dy_) ask<0>(dy_ + row_stride_);
+  }
+  template <int write, class Value>
+  [[gnu::always_inline]] static void ask(const Value* values) {
+    const char* const bytes = reinterpret_cast<const char*>(values);
+    for (int64_t k = 0; k < width * int64_t(sizeof(Value)); k += 64)
+      __builtin_prefetch(bytes + k, write);
   }
 
   [[gnu::always_inline]] V previous_cell() const {
