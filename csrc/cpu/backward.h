@@ -97,11 +97,11 @@ class Backward {
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
         carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance, unfinished);
-      unfinished.cells.all();
+      unfinished.cells.rest();
       team.barrier.wait();
       if (!projected_) continue;
       for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s, unfinished);
-      unfinished.cells.all();
+      unfinished.cells.rest();
       team.barrier.wait();
     }
     if (a_.begin < a_.end && a_.end < walk_.all_steps()) leave_carry(team);
@@ -294,14 +294,17 @@ class Backward {
       receive(step, received, last, column + part, sums + (received - first) * width + part);
       if (!projected_) finish_sequences(step, going_on, last, column + part);
     }
-    if (!projected_) put_off(unfinished, Cells(*this, step, {first, going_on}, column, sums));
+    if (!projected_) undo(unfinished, Cells(*this, step, {first, going_on}, column, sums));
   }
 
-  // What was put off before is done at the latest now.
-  void put_off(Unfinished& unfinished, const Cells& cells) {
-    unfinished.cells.all();
-    unfinished.cells = cells;
-    if (!Tiles::overlaps) unfinished.cells.all();
+  // Undoes cells; what may be put off is done at the latest when the next is.
+  void undo(Unfinished& unfinished, Cells cells) {
+    if constexpr (Tiles::overlaps) {
+      unfinished.cells.rest();
+      unfinished.cells = cells;
+    } else {
+      cells.all();
+    }
   }
 
   // What is read and written to undo the cells of one panel of units. It lies kilobytes apart,
@@ -365,10 +368,9 @@ class Backward {
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried
                                                    : last;
-      if (first < middle) put_off(unfinished, Cells(*this, step, {first, middle}, unit, sums));
+      if (first < middle) undo(unfinished, Cells(*this, step, {first, middle}, unit, sums));
       if (middle < last)
-        put_off(unfinished,
-                Cells(*this, step, {middle, last}, unit, sums + (middle - first) * width));
+        undo(unfinished, Cells(*this, step, {middle, last}, unit, sums + (middle - first) * width));
     }
     for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
       finish_sequences(step, step.rows, step.carried, unit + part);

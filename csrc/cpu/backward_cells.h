@@ -51,20 +51,26 @@ class BackwardCells {
     }
   }
 
-  void all() {
-    while (piece_ > 0) (*this)();
+  // Where nothing else can point to the object, all of it may be held in registers.
+  [[gnu::always_inline]] void all() {
     while (left_ > 0) {
-      BackwardCells cells(*this);  // which nothing else can point to: it may be held in registers
+      left_ -= 4 * (rows_.end - r_);
       do {
-        cells.receive();
-        cells.undo();
-        cells.give_first();
-        cells.give_last();
-      } while (cells.r_ < cells.rows_.end);
-      cells.left_ -= 4 * (rows_.end - r_);
-      *this = cells;
+        receive();
+        undo();
+        give_first();
+        give_last();
+      } while (r_ < rows_.end);
       end();
     }
+  }
+
+  // All that is left, of a row that was begun too.
+  void rest() {
+    while (piece_ > 0) (*this)();
+    BackwardCells cells(*this);
+    cells.all();
+    left_ = 0;
   }
 
  private:

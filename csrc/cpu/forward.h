@@ -87,7 +87,7 @@ class Forward {
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < mine.end - mine.begin; ++k)
         step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance, unfinished);
-      unfinished.cells.all();
+      unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
       if (out_panels_ > 0) {
@@ -288,10 +288,13 @@ class Forward {
                               2 * Tiles::pauses(segments));
       multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
                pre, meanwhile);
-      unfinished.cells.all();
-      unfinished.cells =
-          Cells(*this, item, step, {first, last}, pre, ahead ? ahead + first * 4 * L : nullptr);
-      if (!Tiles::overlaps) unfinished.cells.all();
+      const T* const first_ahead = ahead ? ahead + first * 4 * L : nullptr;
+      if constexpr (Tiles::overlaps) {
+        unfinished.cells.rest();
+        unfinished.cells = Cells(*this, item, step, {first, last}, pre, first_ahead);
+      } else {
+        Cells(*this, item, step, {first, last}, pre, first_ahead).all();
+      }
     }
   }
 

@@ -66,15 +66,21 @@ class ForwardCells {
     }
   }
 
-  void all() {
-    while (piece_ > 0) (*this)();
-    ForwardCells cells(*this);  // which nothing else can point to: it may be held in registers
-    while (cells.r_ < cells.last_) {
-      cells.activate_input();
-      cells.activate_output();
-      cells.step_state();
-      cells.keep();
+  // Where nothing else can point to the object, all of it may be held in registers.
+  [[gnu::always_inline]] void all() {
+    while (r_ < last_) {
+      activate_input();
+      activate_output();
+      step_state();
+      keep();
     }
+  }
+
+  // All that is left, of a row that was begun too.
+  void rest() {
+    while (piece_ > 0) (*this)();
+    ForwardCells cells(*this);
+    cells.all();
     r_ = last_;
   }
 
