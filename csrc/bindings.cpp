@@ -1,43 +1,53 @@
 // torch.ops.fastlstm_C: the kernels as torch operators, through LibTorch's stable ABI, so that
 // one library serves every Python and every torch from 2.10 on.
 //
-// These operators trust nothing: every tensor's device, dtype, shape and contiguity is checked,
+// These operators trust nothing: every tensor's device, dtype, shape and contiguity is looked at,
 // because a kernel reads and writes through raw pointers. What is not asked for is returned as an
 // empty vector. fastlstm/cpu.py is the only caller.
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
+#include <array>
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "cpu/layer_backward.h"
 #include "cpu/scratch.h"
 #include "tensor_checks.h"
 
 namespace {
 
-// A checked input pointer; null for an absent optional tensor.
-const void* input(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
-  check(name, tensor, sizes, dtype);
-  return tensor.const_data_ptr();
-}
-const void* input(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
-  return tensor ? input(name, *tensor, sizes, dtype) : nullptr;
-}
+// The inputs of one call, as pointers: each is checked, and copied where it is not contiguous.
+class Inputs {
+ public:
+  // Null for an absent optional tensor.
+  const void* operator()(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
+    check(name, tensor, sizes, dtype);
+    if (tensor.is_contiguous()) return tensor.const_data_ptr();
+    copies_.push_back(torch::stable::contiguous(tensor));
+    return copies_.back().const_data_ptr();
+  }
+  const void* operator()(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
+    return tensor ? (*this)(name, *tensor, sizes, dtype) : nullptr;
+  }
 
-// A list over directions, or an empty one where the layer has no such weights.
-void inputs(const char* name, const Tensors& tensors, int64_t directions, Sizes sizes,
+  // A list over directions, or an empty one where the layer has no such weights.
+  void each(const char* name, const Tensors& tensors, int64_t directions, Sizes sizes,
             ScalarType dtype, const void* (&out)[max_directions], bool required = false) {
-  for (auto& pointer : out) pointer = nullptr;
-  if (tensors.empty() && !required) return;
-  if (int64_t(tensors.size()) != directions)
-    fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
-         std::to_string(directions));
-  for (size_t d = 0; d < tensors.size(); ++d) out[d] = input(name, tensors[d], sizes, dtype);
-}
+    for (auto& pointer : out) pointer = nullptr;
+    if (tensors.empty() && !required) return;
+    if (int64_t(tensors.size()) != directions)
+      fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
+           std::to_string(directions));
+    for (size_t d = 0; d < tensors.size(); ++d) out[d] = (*this)(name, tensors[d], sizes, dtype);
+  }
+
+ private:
+  Tensors copies_;
+};
 
 // Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these three
 // tensors; the caller adds I where it matters.
-fastlstm::Shape shape_of(int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
+fastlstm::Shape shape_of(Inputs& input, int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
                          int64_t output_size) {
   if (batch_sizes.dim() != 1) fail("batch_sizes: expected a vector");
   if (c0.dim() != 3 || c0.size(0) < 1 || c0.size(0) > max_directions || c0.size(2) < 1)
@@ -66,6 +76,25 @@ fastlstm::Shape shape_of(int64_t rows, const Tensor& batch_sizes, const Tensor& 
   return shape;
 }
 
+// Rows of a layer: (N, size), or (T, B, size) where all sequences have all steps and x comes so.
+class Rows {
+ public:
+  explicit Rows(const Tensor& x) : padded_(x.dim() == 3) {
+    if (x.dim() != 2 && !padded_) fail("x: expected shape (N, I) or (T, B, I)");
+    for (int64_t k = 0; k < x.dim() - 1; ++k) shape_[k] = x.size(k);
+  }
+  int64_t count() const { return padded_ ? shape_[0] * shape_[1] : shape_[0]; }
+  // Until the next call.
+  Sizes of(int64_t size) {
+    shape_[padded_ ? 2 : 1] = size;
+    return {shape_, size_t(padded_ ? 3 : 2)};
+  }
+
+ private:
+  const bool padded_;
+  int64_t shape_[3];
+};
+
 int64_t output_size_of(const Tensors& w_hh) {
   if (w_hh.empty() || w_hh[0].dim() != 2) fail("w_hh: expected matrices, one per direction");
   return w_hh[0].size(1);
@@ -76,10 +105,10 @@ bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memo
 // torch's allocator itself: the dispatcher's new_empty would cost more than a small layer.
 Tensor empty(Sizes sizes, ScalarType dtype) {
   int64_t strides[4] = {1, 1, 1, 1};
-  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes.begin()[k];
+  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
   AtenTensorHandle handle = nullptr;
   STD_TORCH_CHECK(aoti_torch_empty_strided(
-                      int64_t(sizes.size()), sizes.begin(), strides,
+                      int64_t(sizes.size()), sizes.data(), strides,
                       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
                       aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
                   "fastlstm: out of memory");
@@ -107,31 +136,32 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
                           const Tensor& c0, const Tensors& w_ih, const Tensors& w_hh,
                           const Tensors& bias, const Tensors& w_hr, const Optional& reset,
                           bool need_reserve, bool need_cells) {
-  if (x.dim() != 2) fail("x: expected shape (N, I)");
+  Rows rows(x);
+  Inputs input;
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::ForwardArgs args{};
-  args.shape = shape_of(x.size(0), batch_sizes, c0, output_size_of(w_hh));
-  args.shape.I = x.size(1);
+  args.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  args.shape.I = x.size(x.dim() - 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = args.shape;
-  args.x = input("x", x, {N, I}, dtype);
+  args.x = input("x", x, rows.of(I), dtype);
   args.h0 = input("h0", h0, {D, B, P}, dtype);
   args.c0 = input("c0", c0, {D, B, H}, dtype);
-  inputs("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
-  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
-  inputs("bias", bias, D, {4 * H}, dtype, args.bias);
-  inputs("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+  input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
+  input.each("bias", bias, D, {4 * H}, dtype, args.bias);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
-  Tensor y = output({N, D * P}, dtype), h_n = output({D, B, P}, dtype);
+  Tensor y = output(rows.of(D * P), dtype), h_n = output({D, B, P}, dtype);
   Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
   if (need_reserve || need_cells) {
-    c_all = output({N, D * H}, state);
+    c_all = output(rows.of(D * H), state);
     args.c_all = c_all.mutable_data_ptr();
   }
   if (need_reserve) {
@@ -146,88 +176,116 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   return {y, c_all, h_n, c_n, gates, m};
 }
 
-// A checked pointer to what an operator writes.
-void* result(const char* name, Tensor tensor, Sizes sizes, ScalarType dtype, bool poison) {
-  check(name, tensor, sizes, dtype);
-  fastlstm::advise_huge_pages(tensor.mutable_data_ptr(),
-                              size_t(tensor.numel()) * size_t(tensor.element_size()));
-  if (poison) torch::stable::fill_(tensor, __builtin_nan(""));
-  return tensor.mutable_data_ptr();
-}
-void* result(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype, bool poison) {
-  return tensor ? result(name, *tensor, sizes, dtype, poison) : nullptr;
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// Rows that direction d has in steps [begin, end) of the walk, in the order they are undone.
-int64_t rows_of_steps(const fastlstm::Shape& shape, int d, int64_t begin, int64_t end,
-                      int64_t* first_row) {
-  int64_t steps = shape.T, rows = 0;
-  while (steps > 0 && shape.batch_sizes[steps - 1] == 0) --steps;
-  const int64_t from = d == 0 ? steps - end : begin, to = d == 0 ? steps - begin : end;
-  *first_row = 0;
-  for (int64_t t = 0; t < to; ++t) (t < from ? *first_row : rows) += shape.batch_sizes[t];
-  return rows;
+// C += a dense matrix.
+template <class T>
+void add_matrix(const T* matrix, const fastlstm::ProductArgs& p) {
+  T* c = static_cast<T*>(p.c);
+  for (int64_t row = 0; row < p.M; ++row, c += p.ldc, matrix += p.N)
+    for (int64_t k = 0; k < p.N; ++k) c[k] += matrix[k];
 }
 
-bool cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
-                  const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
-                  const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
-                  const Tensor& c_all, const Tensor& gates, int64_t begin, int64_t end,
-                  const Tensor& da, const Optional& dh_all, const Optional& dbias,
-                  const Optional& dh0, const Optional& dc0, const Optional& da_carry,
-                  const Optional& dc_carry) {
-  if (gates.dim() != 3) fail("gates: expected shape (N, D, 4H)");
-  const ScalarType dtype = gates.scalar_type(), state = state_of(dtype);
-  fastlstm::BackwardArgs args{};
-  args.shape = shape_of(gates.size(0), batch_sizes, c0, output_size_of(w_hh));
-  args.storage = storage_of(dtype);
-  args.threads = threads();
-  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
-  args.dy = input("dy", dy, {N, D * P}, dtype);
-  args.dc_all = input("dc_all", dc_all, {N, D * H}, state);
-  args.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
-  args.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
-  args.c0 = input("c0", c0, {D, B, H}, dtype);
-  inputs("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
-  inputs("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+// C = or += op(A) B by torch, for what the kernels leave to it.
+void torch_product(const fastlstm::ProductArgs& p) {
+  const ScalarType storage = dtype_of(p.storage), state = state_of(storage);
+  const auto matrix = [](const void* data, Sizes sizes, Sizes strides, ScalarType dtype) {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype);
+  };
+  const Tensor left = p.transposed ? matrix(p.a, {p.M, p.K}, {1, p.lda}, state)
+                                   : matrix(p.a, {p.M, p.K}, {p.lda, 1}, state);
+  const Tensor right = in_dtype(matrix(p.b, {p.K, p.N}, {p.ldb, 1}, storage), state);
+  const Tensor out = matrix(p.c, {p.M, p.N}, {p.ldc, 1}, state);
+  Tensor product = p.add ? empty({p.M, p.N}, state) : out;
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
+                                    torch::stable::detail::from(right),
+                                    torch::stable::detail::from(product)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to release
+  if (!p.add) return;
+  if (state == ScalarType::Double)
+    add_matrix(static_cast<const double*>(product.const_data_ptr()), p);
+  else
+    add_matrix(static_cast<const float*>(product.const_data_ptr()), p);
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors>;
+
+// need: of x, h0, c0, w_ih, w_hh, bias, w_hr. A list that is not asked for is empty.
+BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                            const Optional& dc_n, const Tensor& x, const Tensor& batch_sizes,
+                            const Tensor& h0, const Tensor& c0, const Tensors& w_ih,
+                            const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                            const Tensor& y, const Tensor& c_all, const Tensor& gates,
+                            const Optional& m, const std::vector<bool>& need, int64_t chunk_rows) {
+  Rows rows(x);
+  Inputs input;
+  if (need.size() != 7) fail("need: expected seven flags");
+  const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
+  fastlstm::LayerBackwardArgs args{};
+  fastlstm::BackwardArgs& walk = args.walk;
+  walk.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  walk.shape.I = x.size(x.dim() - 1);
+  walk.storage = storage_of(dtype);
+  walk.threads = threads();
+  args.chunk_rows = chunk_rows;
+  const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
+  walk.dy = input("dy", dy, rows.of(D * P), dtype);
+  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
+  walk.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
+  walk.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
+  args.x = input("x", x, rows.of(I), dtype);
+  args.h0 = input("h0", h0, {D, B, P}, dtype);
+  walk.c0 = input("c0", c0, {D, B, H}, dtype);
+  input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
-  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
-  args.c_all = input("c_all", c_all, {N, D * H}, state);
-  args.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  args.y = input("y", y, rows.of(D * P), dtype);
+  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
+  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  args.m = input("m", m, {N, D * H}, dtype);
+  if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
 
-  int64_t steps = T;
-  while (steps > 0 && sizes[steps - 1] == 0) --steps;
-  if (begin < 0 || begin > end || end > steps)
-    fail("begin, end: got " + std::to_string(begin) + ", " + std::to_string(end) +
-         ", expected steps in order, of " + std::to_string(steps));
-  if ((begin > 0 || end < steps) && !(da_carry && dc_carry))
-    fail("da_carry, dc_carry: a walk in several calls needs both");
-  args.begin = begin;
-  args.end = end;
-  int64_t rows = 0;
-  for (int d = 0; d < D; ++d)
-    rows = std::max(rows, rows_of_steps(args.shape, d, begin, end, &args.first_row[d]));
-  if (da.dim() != 3 || da.size(0) < rows)
-    fail("da: expected at least " + std::to_string(rows) + " rows");
-  args.da = result("da", da, {da.size(0), D, 4 * H}, state, poisoned);
-  args.dh_all = result("dh_all", dh_all, {da.size(0), D * P}, state, poisoned);
-  args.dbias = result("dbias", dbias, {D, 4 * H}, state, poisoned);
-  const bool fresh = poisoned && begin == 0;
-  args.dh0 = result("dh0", dh0, {D, B, P}, dtype, fresh);
-  args.dc0 = result("dc0", dc0, {D, B, H}, dtype, fresh);
-  args.da_carry = result("da_carry", da_carry, {D, B, 4 * H}, state, fresh);
-  args.dc_carry = result("dc_carry", dc_carry, {D, B, H}, state, fresh);
-  return fastlstm::kernels().backward(args);
+  Tensor dx = need[0] ? output(rows.of(I), state) : absent();
+  Tensor dh0 = need[1] ? output({D, B, P}, dtype) : absent();
+  Tensor dc0 = need[2] ? output({D, B, H}, dtype) : absent();
+  if (need[0]) args.dx = dx.mutable_data_ptr();
+  if (need[1]) walk.dh0 = dh0.mutable_data_ptr();
+  if (need[2]) walk.dc0 = dc0.mutable_data_ptr();
+  const auto each = [&, D = D](bool needed, Sizes sizes, void*(&out)[max_directions]) {
+    Tensors made;
+    for (int64_t d = 0; needed && d < D; ++d) {
+      made.push_back(output(sizes, state));
+      out[d] = made.back().mutable_data_ptr();
+    }
+    return made;
+  };
+  Tensors dw_ih = each(need[3], {4 * H, I}, args.dw_ih);
+  Tensors dw_hh = each(need[4], {4 * H, P}, args.dw_hh);
+  Tensors dbias = each(need[5], {4 * H}, args.dbias);
+  Tensors dw_hr = each(need[6], {P, H}, args.dw_hr);
+  fastlstm::layer_backward(args, torch_product);
+  for (Tensors* list : {&dw_ih, &dw_hh, &dbias, &dw_hr})
+    for (Tensor& tensor : *list) tensor = in_dtype(tensor, dtype);
+  return {in_dtype(dx, dtype), dh0, dc0, dw_ih, dw_hh, dbias, dw_hr};
 }
 
 // Overwrites pre with the gates where they have its type.
 std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch_sizes,
                                                  const Tensor& c0, const Optional& reset,
                                                  bool need_m) {
-  if (pre.dim() != 2) fail("pre: expected shape (N, 4H)");
+  if (pre.dim() != 2 || !pre.is_contiguous()) fail("pre: expected a contiguous (N, 4H)");
+  Inputs input;
   const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
   fastlstm::RecomputeArgs args{};
-  args.shape = shape_of(pre.size(0), batch_sizes, c0, 1);
+  args.shape = shape_of(input, pre.size(0), batch_sizes, c0, 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = args.shape;
@@ -295,6 +353,7 @@ ProbeResult cpu_gate_math(const Tensor& a, const Tensor& c_prev, const Tensor& d
   const ScalarType dtype = a.scalar_type();
   if (dtype != state_of(dtype)) fail("a: expected float32 or float64");
   const int64_t n = c_prev.numel();
+  Inputs input;
   Tensor gates = output({4, n}, dtype), c = output({n}, dtype), m = output({n}, dtype);
   Tensor da = output({4, n}, dtype), dc_prev = output({n}, dtype);
   fastlstm::GateProbe probe{n,
@@ -343,10 +402,11 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " bool need_cells) -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor gates,"
       " Tensor m)");
   m.def(
-      "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
-      " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
-      " int begin, int end, Tensor(a!) da, Tensor(b!)? dh_all, Tensor(c!)? dbias, Tensor(d!)? dh0,"
-      " Tensor(e!)? dc0, Tensor(f!)? da_carry, Tensor(g!)? dc_carry) -> bool");
+      "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
+      " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] w_hr,"
+      " Tensor? reset, Tensor y, Tensor c_all, Tensor gates, Tensor? m, bool[] need,"
+      " int chunk_rows) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, Tensor[] dw_hh,"
+      " Tensor[] dbias, Tensor[] dw_hr)");
   m.def(
       "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
       " -> (Tensor c_all, Tensor gates, Tensor m)");

@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,7 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 inline std::string shown(const int64_t* sizes, size_t count) {
   std::string text = "(";
@@ -40,11 +39,14 @@ inline void check(const char* name, const Tensor& tensor, Sizes sizes, ScalarTyp
   if (tensor.scalar_type() != dtype) fail(std::string(name) + ": has an unexpected dtype");
   const auto got = tensor.sizes();
   bool same = got.size() == sizes.size();
-  for (size_t k = 0; same && k < sizes.size(); ++k) same = got[k] == sizes.begin()[k];
+  for (size_t k = 0; same && k < sizes.size(); ++k) same = got[k] == sizes[k];
   if (!same) {
     fail(std::string(name) + ": got shape " + shown(got.data(), got.size()) + ", expected " +
-         shown(sizes.begin(), sizes.size()));
+         shown(sizes.data(), sizes.size()));
   }
+}
+
+inline void check_contiguous(const char* name, const Tensor& tensor) {
   if (!tensor.is_contiguous()) fail(std::string(name) + ": expected a contiguous tensor");
 }
 
@@ -61,6 +63,20 @@ inline fastlstm::Storage storage_of(ScalarType dtype) {
     default:
       fail("expected float32, float64, float16 or bfloat16 tensors");
   }
+}
+
+inline ScalarType dtype_of(fastlstm::Storage storage) {
+  switch (storage) {
+    case fastlstm::Storage::f64:
+      return ScalarType::Double;
+    case fastlstm::Storage::f16:
+      return ScalarType::Half;
+    case fastlstm::Storage::bf16:
+      return ScalarType::BFloat16;
+    case fastlstm::Storage::f32:
+      break;
+  }
+  return ScalarType::Float;
 }
 
 inline ScalarType state_of(ScalarType dtype) {

@@ -27,6 +27,7 @@ class _Run(NamedTuple):
     need_cells: bool
     backend: str
     checkpoint: bool
+    chosen: backends.Backend | None = None  # what ``backend`` came to, where it was called directly
 
 
 def lstm_layer(
@@ -44,7 +45,8 @@ def lstm_layer(
     """Run one layer, differentiably.
 
     Args:
-        x: (N, I) packed rows; float16, bfloat16, float32 or float64.
+        x: (N, I) packed rows, or (T, B, I) where all sequences have all steps; float16, bfloat16,
+            float32 or float64.
         batch_sizes: (T,) int64 on the CPU, never increasing; may end in zeros.
         h0, c0: (D, B, P) and (D, B, H) initial states; ``B >= batch_sizes[0]``.
         weights: one ``Weights`` per direction, in ``x``'s dtype and on its device.
@@ -56,7 +58,7 @@ def lstm_layer(
 
     Returns:
         y (N, D*P); every c_t (N, D*H) in ``state_dtype(x.dtype)``, or None; h_n (D, B, P);
-        c_n (D, B, H).
+        c_n (D, B, H).  y and cells are (T, B, ...) where x is.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -64,24 +66,48 @@ def lstm_layer(
     """
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     flat = [t for w in weights for t in w]
-    run = _Run(need_cells, backend, checkpoint)
-    if _needs_composite():
-        out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
-    elif not torch.is_grad_enabled() or not any(
+    train = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, *flat)
-    ):
-        out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend)
-    elif (chosen := _self_differentiating(run, x, batch_sizes, h0, reset, flat)) is not None:
-        out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, need_cells)
-    else:
+    )
+    composite, traced = _needs_composite(), ops.is_traced(x, h0, *flat)
+    chosen = None  # by name only, in checkpoint.py or behind an operator
+    if not (composite or traced or checkpoint):
+        call = backends.Call(
+            x, batch_sizes, h0, weights[0], reset, need_cells, need_reserve=False, train=train
+        )
+        chosen = backends.pick(backend, call)
+    if x.dim() == 3 and (chosen is None or not chosen.padded):
+        y, cells, h_n, c_n = lstm_layer(
+            x.flatten(0, 1), batch_sizes, h0, c0, weights, reset,
+            need_cells=need_cells, backend=backend, checkpoint=checkpoint,
+        )  # fmt: skip
+        return _shaped(y, x), None if cells is None else _shaped(cells, x), h_n, c_n
+    if train and not composite and (chosen is None or chosen.layer_backward is not None):
         # An opaque operator's backward pass can't be torch's own but by running forward again.
-        if ops.is_traced(x) and backends.lacks_backward(backend, x, reset, need_cells):
-            run = run._replace(checkpoint=True)
+        checkpoint |= traced and backends.lacks_backward(backend, x, reset, need_cells)
+        run = _Run(need_cells, backend, checkpoint, chosen)
         if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
             x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
-        y, h_n, c_n, *cells = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
-        return y, cells[0] if need_cells else None, h_n, c_n
+        y, h_n, c_n, *rest = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
+        return y, rest[0] if need_cells else None, h_n, c_n
+    weights = [w.summed() for w in weights]
+    if composite:
+        out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
+    elif chosen is not None:  # torch differentiates it by itself, or nobody does
+        out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, train, need_cells)
+    else:
+        out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend)
     return out.y, out.c_all if need_cells else None, out.h_n, out.c_n
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(T, B, size) as packed rows."""
+    return values.flatten(0, 1) if values.dim() == 3 else values
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``_rows``: packed rows in the form of ``like``."""
+    return rows.unflatten(0, like.shape[:2]) if like.dim() == 3 else rows
 
 
 def layer_gates(
@@ -99,6 +125,7 @@ def layer_gates(
     """
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     with torch.no_grad():
+        x, weights = _rows(x), [w.summed() for w in weights]
         if _needs_composite():
             out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, False)
         else:
@@ -121,28 +148,7 @@ def _needs_composite() -> bool:
 
 def _is_batched(grad: Tensor | None) -> bool:
     """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
-    if grad is None or torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-def _self_differentiating(
-    run: _Run,
-    x: Tensor,
-    batch_sizes: Tensor,
-    h0: Tensor,
-    reset: Tensor | None,
-    flat: Sequence[Tensor | None],
-) -> backends.Backend | None:
-    """The backend to take, if it is one that torch differentiates without our help."""
-    if run.checkpoint or ops.is_traced(x, h0, *flat):
-        return None
-    weights = _unflatten(flat)[0]
-    call = backends.Call(
-        x, batch_sizes, h0, weights, reset, run.need_cells, need_reserve=False, train=True
-    )
-    chosen = backends.pick(run.backend, call)
-    return chosen if chosen.layer_backward is None else None
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def has_autocast(device_type: str) -> bool:
@@ -162,8 +168,9 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
-    """(w_ih, w_hh, bias, w_hr) of each direction in turn, back to ``Weights``."""
-    return [Weights(*flat[k : k + 4]) for k in range(0, len(flat), 4)]  # type: ignore[arg-type]
+    """The fields of each direction's ``Weights`` in turn, back to those."""
+    size = len(Weights._fields)
+    return [Weights(*flat[k : k + size]) for k in range(0, len(flat), size)]  # type: ignore[arg-type]
 
 
 class LSTMLayer(torch.autograd.Function):
@@ -180,10 +187,14 @@ class LSTMLayer(torch.autograd.Function):
         c0: Tensor,
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        weights, saved = _unflatten(flat), None
+        weights, saved = [w.summed() for w in _unflatten(flat)], None
         if run.checkpoint:
             out, saved = ops.checkpoint_forward(
                 x, batch_sizes, h0, c0, weights, reset, run.need_cells, run.backend
+            )
+        elif run.chosen is not None:
+            out = run.chosen.layer_forward(
+                x, batch_sizes, h0, c0, weights, reset, True, run.need_cells
             )
         else:
             out = ops.layer_forward(
@@ -213,12 +224,13 @@ class LSTMLayer(torch.autograd.Function):
         need = _requested(ctx.needs_input_grad[3:])
         gradients: Sequence[Tensor | None]
         grads = (dy, dc_all, dh_n, dc_n)
+        compiling = torch.compiler.is_compiling()
         with without_autocast(inputs[0].device):
-            if _needs_composite() or any(map(_is_batched, grads)):
+            if _needs_composite() or (not compiling and any(map(_is_batched, grads))):
                 gradients = _batched_gradients(
                     ctx.run, batch_sizes, reset, grads, inputs, ctx.needs_input_grad[3:]
                 )
-            elif torch.is_grad_enabled() or torch.compiler.is_compiling():
+            elif torch.is_grad_enabled() or compiling:
                 gradients = LSTMLayerBackward.apply(
                     ctx.run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
@@ -238,16 +250,22 @@ def _first_order(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, h0, c0, *flat weights), None where not asked for."""
     x, h0, c0, *flat = inputs
-    weights = _unflatten(flat)
-    layer = (OutputGradients(*grads), x, batch_sizes, h0, c0, weights, reset)
+    weights, output_grads = _unflatten(flat), OutputGradients(*grads)
     if isinstance(reserve, Borders):
-        got = ops.checkpoint_backward(*layer, reserve, need, run.backend)
-    else:
-        got = ops.layer_backward(*layer, reserve, need, run.backend)
+        summed = [w.summed() for w in weights]
+        got = ops.checkpoint_backward(
+            output_grads, x, batch_sizes, h0, c0, summed, reset, reserve, need, run.backend
+        )
+    else:  # which does not look at the biases
+        got = ops.layer_backward(
+            output_grads, x, batch_sizes, h0, c0, weights, reset, reserve, need,
+            run.backend, run.chosen,
+        )  # fmt: skip
+    kinds = (got.w_ih, got.w_hh, got.bias, got.w_hr, got.bias)
     by_direction = [
-        None if kind is None else kind[d]
-        for d in range(len(weights))
-        for kind in (got.w_ih, got.w_hh, got.bias, got.w_hr)
+        None if kind is None or weight is None else kind[d]
+        for d, w in enumerate(weights)
+        for kind, weight in zip(kinds, w, strict=True)
     ]
     return got.x, got.h0, got.c0, *by_direction
 
@@ -271,8 +289,13 @@ def _batched_gradients(
 
 def _requested(flags: Sequence[bool]) -> Requested:
     """needs_input_grad of (x, h0, c0, *flat weights) by kind."""
-    directions = range(3, len(flags), 4)
-    return Requested(*flags[:3], *(any(flags[d + k] for d in directions) for k in range(4)))
+    size = len(Weights._fields)
+    here, *other = (flags[k : k + size] for k in range(3, len(flags), size))
+    for there in other:
+        here = tuple(a or b for a, b in zip(here, there, strict=True))
+    w_ih, w_hh, bias, w_hr, b_hh = here
+    x, h0, c0 = flags[:3]
+    return Requested(x, h0, c0, w_ih, w_hh, bias or b_hh, w_hr)
 
 
 class LSTMLayerBackward(torch.autograd.Function):
@@ -321,11 +344,13 @@ def _composite_gradients(
 ) -> list[Tensor | None]:
     """Gradients of (x, h0, c0, *flat weights) through the reference, with a graph."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
+    weights = [w.summed() for w in _unflatten(flat)]
     out = reference.layer_forward(
-        x, batch_sizes, h0, c0, _unflatten(flat), reset, False, run.need_cells
+        _rows(x), batch_sizes, h0, c0, weights, reset, False, run.need_cells
     )
+    rows = [None if r is None else _shaped(r, x) for r in (out.y, out.c_all)]
     inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]
-    found = iter(_grad(out[:4], inputs, grads, create_graph=True))
+    found = iter(_grad((*rows, out.h_n, out.c_n), inputs, grads, create_graph=True))
     return [next(found) if t is not None and t.requires_grad else None for t in tensors[4:]]
 
 

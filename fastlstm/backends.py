@@ -21,7 +21,7 @@ from .contract import Gradients, Outputs, Reserve, Weights
 class Call(NamedTuple):
     """What a backend is asked to serve, as far as its answer may depend on it."""
 
-    x: Tensor  # (N, I)
+    x: Tensor  # (N, I), or (T, B, I)
     batch_sizes: Tensor  # (T,)
     h0: Tensor  # (D, B, P)
     weights: Weights  # of one direction
@@ -58,6 +58,7 @@ class Backend:
     layer_recompute: Callable[..., Reserve] | None = None
     automatic: bool = True  # may "auto" take it, without a record that says it is the fastest?
     compiled: bool = False  # is it the library of csrc/, with its instruction sets?
+    padded: bool = False  # does it also take (T, B, ...) for packed rows?
 
     def refusal(self, call: Call) -> str | None:
         """Why this backend cannot serve ``call``, or None."""
@@ -77,6 +78,7 @@ _TABLE = {
             cpu.missing,
             cpu.unsupported,
             compiled=True,
+            padded=True,
             layer_recompute=cpu.layer_recompute,
         ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
@@ -151,23 +153,25 @@ def _recorded(call: Call) -> list[Backend]:
     return [_TABLE[name] for name in names]
 
 
-# A step of fewer multiply-adds is over before our call has begun.
-_LEAST_STEP = 1 << 21
+# The steps that our kernels take faster than torch's matrix product does, which is good at one row
+# and at many: of so many rows, with so many multiply-adds.
+_OWN_ROWS = (4, 5)
+_LEAST_STEP = 1 << 22
 
 
 def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
     """Should a module's single step, ``input (B, I)`` or ``(I,)``, be left to torch's own cell?
 
     Its calls and their gradients cost less than any backend's: measured, it is the faster one
-    but for large float32 steps on the CPU that save nothing for a backward pass.
+    but for large float32 steps of a few rows on the CPU that save nothing for a backward pass.
     """
     if backend != "auto":
         return backend == "aten"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return True
-    if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
+    if input.dim() != 2 or input.size(0) not in _OWN_ROWS:
         return True
-    if input.dim() != 2:
+    if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
         return True
     rows, inputs = input.shape
     return rows * (inputs + hidden_size) * 4 * hidden_size < _LEAST_STEP

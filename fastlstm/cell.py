@@ -19,7 +19,7 @@ class LSTMCell(Stock):
 
     It is an ``isinstance`` of ``nn.LSTMCell``, which torch.compile does not mind.  Where all
     steps of the input are known at once, ``fastlstm.LSTM`` is much faster: for a single step
-    ``backend="auto"`` is torch's own cell but in large steps without gradients.
+    ``backend="auto"`` is torch's own cell but in large steps of few rows without gradients.
 
     Args:
         input_size: features of the input, I.
@@ -69,7 +69,7 @@ class LSTMCell(Stock):
                 type is its.
         """
         if backends.is_torchs_own_step(self.backend, input, self.hidden_size):
-            return super().forward(input, hx)
+            return self._torchs_own_step(input, hx)
         weights = weights_of(self, _NAMES if self.bias else _NAMES[:2])
         batched = checks.check_step(input, self.input_size, weights.w_ih)
         if not batched:  # one sequence is a batch of one
@@ -88,5 +88,21 @@ class LSTMCell(Stock):
         )
         return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
 
+    def _torchs_own_step(self, input: Tensor, hx: State | None) -> State:
+        """nn.LSTMCell's, by a shorter way than nn.Module's __getattr__ for each weight: what it
+        saves is what asking for the backend has cost."""
+        plain: dict[str, Any] = self._parameters
+        if (
+            torch.compiler.is_compiling()
+            or not isinstance(hx, tuple)
+            or len(hx) != 2
+            or not plain.keys() >= _ALL_NAMES
+            or not input.dim() == hx[0].dim() == hx[1].dim() == 2
+        ):
+            return super().forward(input, hx)
+        w_ih, w_hh, b_ih, b_hh = [plain[name] for name in _NAMES]
+        return torch._VF.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
+
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_ALL_NAMES = frozenset(_NAMES)

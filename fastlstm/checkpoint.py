@@ -23,6 +23,7 @@ from .contract import Borders, Gradients, OutputGradients, Outputs, Requested, W
 # A chunk has a thirty-second of all rows, if those are enough for products with the weights to be
 # efficient (half as many as there are units), and if their gates do not take more than this.
 _CHUNKS, _LEAST_ROWS, _MOST_BYTES = 32, 128, 8 << 20
+_KINDS = Requested._fields[3:]  # of weights
 
 
 def chunk_steps(steps: int, x: Tensor, c0: Tensor) -> int:
@@ -171,7 +172,7 @@ def layer_backward(
                     dx[chunk.rows] += got.x
                 else:
                     dx[chunk.rows].index_add_(0, chunk.order, got.x.to(state))
-            for kind in Weights._fields:
+            for kind in _KINDS:
                 part = getattr(got, kind)
                 if part is None:
                     continue
@@ -252,20 +253,20 @@ def _differentiated(
 ) -> Gradients:
     """A chunk's gradients by torch, for a backend that has no backward pass of its own."""
     x, sizes, h, c, (w,), reset = inputs
-    flags = dict(zip(("x", "h", "c", *Weights._fields), need, strict=True))
+    flags = dict(zip(("x", "h", "c", *_KINDS), need, strict=True))
     with torch.enable_grad():
         x, h, c = (t.detach().requires_grad_(flags[n]) for n, t in (("x", x), ("h", h), ("c", c)))
         w = Weights(
             *(
                 t if t is None else t.detach().requires_grad_(flags[n])
-                for n, t in zip(Weights._fields, w, strict=True)
+                for n, t in zip(_KINDS, w, strict=False)  # without b_hh, which is None here
             )  # type: ignore[arg-type]
         )
         out = chosen.layer_forward(x, sizes, h, c, [w], reset, True, need_cells)
         pairs = [
             (o, g) for o, g in zip(out[:4], grads, strict=True) if o is not None and g is not None
         ]
-        leaves = {n: t for n, t in zip(flags, (x, h, c, *w), strict=True) if flags[n]}
+        leaves = {n: t for n, t in zip(flags, (x, h, c, *w), strict=False) if flags[n]}
         results = torch.autograd.grad(
             [o for o, _ in pairs],
             list(leaves.values()),  # type: ignore[arg-type]
@@ -274,5 +275,5 @@ def _differentiated(
             materialize_grads=True,
         )
     found = dict(zip(leaves, results, strict=True))
-    weights = {n: [found[n]] if n in found else None for n in Weights._fields}
+    weights = {n: [found[n]] if n in found else None for n in _KINDS}
     return Gradients(found.get("x"), found.get("h"), found.get("c"), **weights)

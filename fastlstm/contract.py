@@ -15,6 +15,7 @@ or H without a projection).  Gate order is torch's: i, f, g, o.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,21 @@ class Weights(NamedTuple):
 
     w_ih: Tensor  # (4H, I)
     w_hh: Tensor  # (4H, P)
-    bias: Tensor | None  # (4H), the sum b_ih + b_hh
+    bias: Tensor | None  # (4H), the sum b_ih + b_hh; b_ih where b_hh stands beside it
     w_hr: Tensor | None  # (P, H)
+    b_hh: Tensor | None = None  # (4H); a backend gets None here
+
+    def summed(self) -> Weights:
+        """As backends take them, with one bias."""
+        if self.b_hh is None:
+            return self
+        assert self.bias is not None
+        return Weights(self.w_ih, self.w_hh, self.bias + self.b_hh, self.w_hr)
+
+
+def by_kind(weights: Sequence[Weights]) -> list[list[Tensor]]:
+    """w_ih, w_hh, bias and w_hr, each of all directions, or of none where the layer has none."""
+    return [[t for t in kind if t is not None] for kind in zip(*weights, strict=True)][:4]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

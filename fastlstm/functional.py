@@ -72,7 +72,8 @@ def lstm(
 ) -> _Rows:
     """Run ``stack`` over packed rows.
 
-    ``rows (N, I)``, ``batch_sizes (T,)`` int64 on the CPU, ``h0 (L*D, B, P)``,
+    ``rows (N, I)``, or ``(T, B, I)`` where all sequences have all steps, as the results then are;
+    ``batch_sizes (T,)`` int64 on the CPU, ``h0 (L*D, B, P)``,
     ``c0 (L*D, B, H)``, ``reset (N,)`` uint8.  Under autocast everything but float64
     is cast once here, as ``nn.LSTM`` does, and the layers run outside of it.
     """
@@ -94,6 +95,7 @@ def lstm(
         if k == stack.gates_of:
             gates = layer_gates(rows, batch_sizes, h_in[k], c_in[k], weights, reset)
             gates = gates.unflatten(-1, (4, -1)).transpose(1, 2).flatten(1)  # from (N, D, 4H)
+            gates = gates.view(*rows.shape[:-1], -1)
         rows, cells, h_n, c_n = lstm_layer(
             rows,
             batch_sizes,
@@ -142,7 +144,7 @@ def lstm_padded(
         reset = None if reset is None else reset.t()
     steps, batch, _ = input.shape
     result = lstm(
-        input.flatten(0, 1),
+        input.contiguous(),
         torch.full((steps,), batch, dtype=torch.int64, device="cpu"),
         h0,
         c0,
@@ -150,11 +152,7 @@ def lstm_padded(
         None if reset is None else reset.flatten().view(torch.uint8),
     )
 
-    def padded(rows: Tensor) -> Tensor:
-        output = rows.view(steps, batch, rows.size(1))
-        return output.transpose(0, 1) if batch_first else output
-
-    return _with_form(result, padded)
+    return _with_form(result, lambda rows: rows.transpose(0, 1) if batch_first else rows)
 
 
 def lstm_lengths(

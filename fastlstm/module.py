@@ -309,10 +309,5 @@ def weights_of(module: nn.RNNBase | nn.RNNCellBase, names: Sequence[str]) -> Wei
     # nn.Module's own __getattr__ takes longer than all of a small step's arithmetic.
     plain: dict[str, Any] = module._parameters
     w_ih, w_hh, *rest = [plain[n] if n in plain else getattr(module, n) for n in names]
-    biases = 2 if module.bias else 0
-    return Weights(
-        w_ih,
-        w_hh,
-        rest[0] + rest[1] if biases else None,
-        rest[biases] if len(rest) > biases else None,
-    )
+    b_ih, b_hh, *rest = rest if module.bias else (None, None, *rest)
+    return Weights(w_ih, w_hh, b_ih, rest[0] if rest else None, b_hh)

@@ -25,6 +25,7 @@ from .contract import (
     Requested,
     Reserve,
     Weights,
+    by_kind,
     state_dtype,
 )
 
@@ -80,7 +81,7 @@ def layer_forward(
             x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
         )
     results = torch.ops.fastlstm.layer_forward(
-        x, batch_sizes, h0, c0, *_lists(weights), reset, need_reserve, need_cells, backend
+        x, batch_sizes, h0, c0, *by_kind(weights), reset, need_reserve, need_cells, backend
     )
     projected = weights[0].w_hr is not None
     return Outputs(
@@ -93,14 +94,14 @@ def layer_forward(
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
     """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(type(t) not in _PLAIN for t in tensors)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
 def layer_backward(
@@ -114,19 +115,26 @@ def layer_backward(
     saved: Reserve,
     need: Requested,
     backend: str,
+    chosen: backends.Backend | None = None,
 ) -> Gradients:
-    """Run one layer's backward pass; see ``reference.layer_backward``."""
+    """Run one layer's backward pass; see ``reference.layer_backward``.
+
+    ``chosen`` is what ``backend`` came to in the forward pass, where that is known.
+    """
     if not is_traced(x, h0, *weights[0]):
-        return _pick_backward(
-            backend, x, batch_sizes, h0, weights[0], reset, grads.c_all is not None
-        )(grads, x, batch_sizes, h0, c0, weights, reset, saved, need)
+        if chosen is not None and chosen.layer_backward is not None:
+            run = chosen.layer_backward
+        else:
+            need_cells = grads.c_all is not None
+            run = _pick_backward(backend, x, batch_sizes, h0, weights[0], reset, need_cells)
+        return run(grads, x, batch_sizes, h0, c0, weights, reset, saved, need)
     results = torch.ops.fastlstm.layer_backward(
         *grads,
         x,
         batch_sizes,
         h0,
         c0,
-        *_lists(weights),
+        *by_kind(weights),
         reset,
         saved.y,
         saved.c_all,
@@ -152,7 +160,7 @@ def checkpoint_forward(
     if not is_traced(x, h0, *weights[0]):
         return checkpoint.layer_forward(x, batch_sizes, h0, c0, weights, reset, need_cells, backend)
     y, c_all, h_n, c_n, borders = torch.ops.fastlstm.checkpoint_forward(
-        x, batch_sizes, h0, c0, *_lists(weights), reset, need_cells, backend
+        x, batch_sizes, h0, c0, *by_kind(weights), reset, need_cells, backend
     )
     return Outputs(y, c_all if need_cells else None, h_n, c_n), Borders(y, borders)
 
@@ -175,7 +183,7 @@ def checkpoint_backward(
             grads, x, batch_sizes, h0, c0, weights, reset, saved, need, backend
         )
     results = torch.ops.fastlstm.checkpoint_backward(
-        *grads, x, batch_sizes, h0, c0, *_lists(weights), reset, *saved, list(need), backend
+        *grads, x, batch_sizes, h0, c0, *by_kind(weights), reset, *saved, list(need), backend
     )
     return _requested(results, need)
 
@@ -194,15 +202,10 @@ def _requested(results: Sequence[Any], need: Requested) -> Gradients:
     )
 
 
-def _lists(weights: Sequence[Weights]) -> list[list[Tensor]]:
-    """Four lists over directions; bias and w_hr empty where the layer has none."""
-    return [[t for t in kind if t is not None] for kind in zip(*weights, strict=True)]
-
-
 def _weights(
     w_ih: list[Tensor], w_hh: list[Tensor], bias: list[Tensor], w_hr: list[Tensor]
 ) -> list[Weights]:
-    """The inverse of ``_lists``."""
+    """The inverse of ``by_kind``."""
     return [
         Weights(w_ih[d], w_hh[d], bias[d] if bias else None, w_hr[d] if w_hr else None)
         for d in range(len(w_ih))
@@ -388,8 +391,8 @@ def check_layer(
     directions = len(weights)
     if directions not in (1, 2):
         raise ValueError(f"weights: got {directions} directions, expected 1 or 2")
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected 2 dimensions (N, I)")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, I) or (T, B, I)")
     if weights[0].w_hh.dim() != 2:
         raise ValueError(f"w_hh[0]: got shape {tuple(weights[0].w_hh.shape)}, expected (4H, P)")
     batch = h0.size(1) if h0.dim() == 3 else -1
@@ -409,11 +412,13 @@ def check_layer(
 
     fit(h0, (directions, batch, output), "h0")
     fit(c0, (directions, batch, hidden), "c0")
-    for d, (w_ih, w_hh, bias, w_hr) in enumerate(weights):
-        fit(w_ih, (4 * hidden, x.size(1)), "w_ih", d)
+    for d, (w_ih, w_hh, bias, w_hr, b_hh) in enumerate(weights):
+        fit(w_ih, (4 * hidden, x.size(-1)), "w_ih", d)
         fit(w_hh, (4 * hidden, output), "w_hh", d)
         if bias is not None:
             fit(bias, (4 * hidden,), "bias", d)
+        if b_hh is not None:
+            fit(b_hh, (4 * hidden,), "b_hh", d)
         if w_hr is not None:
             fit(w_hr, (output, hidden), "w_hr", d)
         elif output != hidden:
@@ -427,10 +432,11 @@ def check_layer(
             f"batch_sizes: got {batch_sizes.dtype} {tuple(batch_sizes.shape)} on "
             f"{batch_sizes.device}, expected an int64 vector on cpu"
         )
+    rows = x.size(0) if x.dim() == 2 else x.size(0) * x.size(1)
     if reset is not None and (
-        (reset.shape, reset.dtype, reset.device) != (x.shape[:1], torch.uint8, device)
+        (reset.shape, reset.dtype, reset.device) != ((rows,), torch.uint8, device)
     ):
         raise ValueError(
             f"reset: got {reset.dtype} {tuple(reset.shape)} on {reset.device}, "
-            f"expected torch.uint8 ({x.size(0)},) on {device}"
+            f"expected torch.uint8 ({rows},) on {device}"
         )

@@ -170,6 +170,7 @@ def _onnx_layer(
     """One node: (T, B, I) to (T, B, D*H), with states (D, B, H)."""
     steps, batch, _ = x.shape
     directions, _, hidden = c0.shape
+    weights = [w.summed() for w in weights]
     w_ih = torch.stack([_onnx_order(w.w_ih) for w in weights])
     w_hh = torch.stack([_onnx_order(w.w_hh) for w in weights])
     bias = None

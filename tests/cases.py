@@ -103,6 +103,7 @@ LAYERS = (
     Layer((), 4, 5, batch=2),  # no steps at all
     Layer((0, 0), 4, 5, batch=0),  # no sequences
     Layer((2, 2), 0, 3),  # no inputs
+    Layer((5,) * 4, 3, 2, directions=2),  # more rows than gates: h is multiplied where it lies
 )
 
 # What the benchmarks time: (T, B, I, H).

@@ -9,9 +9,9 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cases import Layer, make_layer, tolerance
-from fastlstm import LSTM, ops, reference
+from fastlstm import LSTM, reference
 from fastlstm.autograd import lstm_layer
-from fastlstm.contract import Weights
+from fastlstm.contract import Weights, by_kind
 
 BACKENDS = ("reference", "aten", "cpu")
 
@@ -263,7 +263,7 @@ def test_batched_gradients(backend: str) -> None:
 def test_operators_pass_opcheck(case: Layer, reserve: bool) -> None:
     layer = make_layer(case, torch.float32)
     x, batch_sizes, h0, c0, weights, reset = layer
-    lists = ops._lists(weights)
+    lists = by_kind(weights)
     args = (x, batch_sizes, h0, c0, *lists, reset, reserve, True, "cpu")
     torch.library.opcheck(torch.ops.fastlstm.layer_forward.default, args)
     saved = reference.layer_forward(*layer, True, True)

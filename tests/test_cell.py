@@ -74,22 +74,39 @@ def test_single_steps_are_the_whole_sequence(backend, dtype):
         torch.testing.assert_close(a, b, **near)
 
 
-def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
-    """And a small one, or one with gradients, on torch's own cell: what is faster."""
+def test_a_large_step_of_few_rows_without_gradients_runs_on_the_kernels(monkeypatch):
+    """And a small one, one of many rows, or one with gradients, on torch's own cell."""
     seen = []
     real = torch._VF.lstm_cell
     monkeypatch.setattr(torch._VF, "lstm_cell", lambda *a: seen.append(a) or real(*a))
-    stock, ours = nn.LSTMCell(256, 256), fastlstm.LSTMCell(256, 256)
+    stock, ours = nn.LSTMCell(400, 400), fastlstm.LSTMCell(400, 400)
     ours.load_state_dict(stock.state_dict())
-    x = torch.randn(8, 256)
+    x = torch.randn(5, 400)
     want = stock(x)
     del seen[:]
     with torch.no_grad():
         assert_same(flat(ours(x)), flat(want), x.dtype)
         assert not seen
         ours(x[:1])
+        ours(torch.cat((x, x)))
     ours(x)
-    assert len(seen) == 2
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    "hx", [[torch.zeros(B, H)] * 2, (torch.zeros(B, H),), torch.zeros(2, B, H)]
+)
+def test_states_of_other_forms_fare_as_with_nn_lstm_cell(hx):
+    """What is no tuple of two is left to torch: its result, or its error."""
+    stock, ours = make_pair(torch.float32)
+    x = torch.randn(B, IN)
+    try:
+        want = stock(x, hx)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            ours(x, hx)
+    else:
+        assert_same(flat(ours(x, hx)), flat(want), x.dtype)
 
 
 @pytest.mark.parametrize("bias", [True, False])

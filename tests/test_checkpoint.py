@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastlstm
 from cases import LAYERS, Layer, make_layer, tolerance
-from fastlstm import checkpoint, cpu, ops, reference
-from fastlstm.contract import OutputGradients, Requested
+from fastlstm import checkpoint, cpu, reference
+from fastlstm.contract import OutputGradients, Requested, by_kind
 
 ALL = Requested(*[True] * 7)
 
@@ -156,7 +156,7 @@ def test_it_compiles_with_every_length(monkeypatch):
 def test_operators_pass_opcheck(case: Layer) -> None:
     layer = make_layer(case, torch.float32)
     x, batch_sizes, h0, c0, weights, reset = layer
-    inputs = (x, batch_sizes, h0, c0, *ops._lists(weights), reset)
+    inputs = (x, batch_sizes, h0, c0, *by_kind(weights), reset)
     forward = torch.ops.fastlstm.checkpoint_forward.default
     torch.library.opcheck(forward, (*inputs, True, "cpu"))
     y, c_all, h_n, c_n, borders = forward(*inputs, True, "cpu")

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
-from fastlstm.contract import OutputGradients, Outputs, Requested
-from fastlstm.products import torch_multiply
+from fastlstm.contract import OutputGradients, Outputs, Requested, Weights
 
 assert native.missing() is None, native.missing()
 _C = torch.ops.fastlstm_C
@@ -264,28 +263,6 @@ def test_overflowing_products_saturate(instruction_set: str) -> None:
     compare(cpu.layer_forward(*layer, True, True), want, torch.float32, "forward")
 
 
-def test_a_backward_pass_within_another() -> None:
-    """As from a signal handler, which runs wherever Python does: neither disturbs the other."""
-    layer = make_layer(Layer((9, 9, 8), 50, 60), torch.float32)
-    saved = reference.layer_forward(*layer, True, True)
-    rest = (*layer, saved.reserve(), need_of(Layer((), 50, 60)))
-    grads, others = random_gradients(saved), random_gradients(saved)
-    want = [cpu.layer_backward(g, *rest) for g in (grads, others)]
-    inner = []
-
-    def multiply(bounded: bool, *args) -> None:
-        if not inner:
-            inner.append(None)
-            inner[0] = cpu.layer_backward(others, *rest)
-        torch_multiply(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_multiply", multiply)
-        outer = cpu.layer_backward(grads, *rest)
-    compare(outer, want[0], torch.float32, "outer")
-    compare(inner[0], want[1], torch.float32, "inner")
-
-
 PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (33, 40, 300), (17, 2, 3), (530, 9, 2)]
 # Of a value, and of a whole matrix beside what torch's own product makes of it, by state dtype.
 # (In float64 torch's product is what counts as exact.)
@@ -375,7 +352,8 @@ def bad_calls():
         ("projection missing", dict(w_hh=[torch.zeros(16, 2)], h0=torch.zeros(1, 3, 2)), "w_hr"),
         ("reset shape", dict(reset=torch.zeros(5, dtype=torch.uint8)), "reset"),
         ("reset dtype", dict(reset=torch.zeros(6)), "reset"),
-        ("strided", dict(x=torch.zeros(3, 6).T), "contiguous"),
+        ("x rank", dict(x=torch.zeros(1, 2, 3, 3)), "x"),
+        ("padded", dict(x=torch.zeros(2, 2, 3)), "batch_sizes"),
         ("integers", dict(x=torch.zeros(6, 3, dtype=torch.int32)), "dtype|float"),
     ]
 
@@ -393,6 +371,37 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
     _C.cpu_forward(*good.values())
     with pytest.raises(RuntimeError, match=message):
         _C.cpu_forward(*{**good, **change}.values())
+
+
+def test_inputs_may_lie_anyhow_and_be_padded() -> None:
+    """Strided tensors, and (T, B, ...) for packed rows, give the bits of contiguous rows."""
+    x, batch_sizes, h0, c0, weights, _ = make_layer(
+        Layer((3, 3), 5, 4, projection=6, directions=2), torch.float32
+    )
+    want = cpu.layer_forward(x, batch_sizes, h0, c0, weights, None, True, True)
+    dy, dc = torch.randn_like(want.y), torch.randn_like(want.c_all)
+    grads = OutputGradients(dy, dc, None, None)
+    first = (grads, x, batch_sizes, h0, c0, weights, None, want.reserve(), ALL)
+    want_back = cpu.layer_backward(*first)
+
+    def strided(tensor: Tensor) -> Tensor:
+        return torch.stack((tensor, tensor), -1)[..., 0]
+
+    anyhow = [Weights(*(t if t is None else strided(t) for t in w)) for w in weights]
+    padded = strided(x.view(2, 3, 5))
+    args = (padded, strided(batch_sizes), strided(h0), strided(c0), anyhow, None)
+    got = cpu.layer_forward(*args, True, True)
+    assert got.y.shape == (2, 3, 12) and got.c_all.shape == (2, 3, 8)
+    grads = OutputGradients(strided(dy.view(2, 3, 12)), strided(dc.view(2, 3, 8)), None, None)
+    got_back = cpu.layer_backward(grads, *args, got.reserve(), ALL)
+    assert got_back.x.shape == padded.shape
+    for a, b in ((got, want), (got_back, want_back)):
+        for mine, theirs in zip(a, b, strict=True):
+            if theirs is None:
+                assert mine is None
+                continue
+            pairs = zip(mine, theirs, strict=True) if isinstance(mine, list) else [(mine, theirs)]
+            assert all(torch.equal(m.flatten(), t.flatten()) for m, t in pairs)
 
 
 def test_unknown_instruction_set() -> None:

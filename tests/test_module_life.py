@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
+import parallel_region
 import pytest
 import torch
+from parallel_region import REGION
 from test_module import assert_same, flat, make_pair
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
@@ -13,6 +18,7 @@ from torch.utils.data import DataLoader
 
 import fastlstm
 from cases import tolerance
+from fastlstm import build
 
 IN, H = 4, 6
 
@@ -25,6 +31,20 @@ def test_modules_without_memory_get_it_later(kind):
     ):
         module.reset_parameters()
         assert all(t.isfinite().all() for t in flat(module(torch.randn(5, IN))))
+
+
+def test_called_inside_another_parallel_region(tmp_path):
+    """By every thread of an OpenMP region: right, and no thread waits for one that is not there."""
+    source, library = tmp_path / "region.cpp", tmp_path / "region.so"
+    source.write_text(REGION)
+    compiler = build.find_toolchain().compiler
+    subprocess.run([*compiler, "-shared", "-fPIC", "-fopenmp", source, "-o", library], check=True)
+    done = subprocess.run(
+        [sys.executable, parallel_region.__file__, library],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["10"]  # two threads, five times
 
 
 class Encoded(torch.utils.data.Dataset):

@@ -36,6 +36,7 @@ void seen(const Tensor&, const void*) {}
 
 void check_aligned(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
   check(name, tensor, sizes, dtype, on_cpu);
+  check_contiguous(name, tensor);
   if (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % fastlstm::cuda::piece_bytes != 0)
     fail(std::string(name) + ": expected an address that is a multiple of 16 bytes");
 }
