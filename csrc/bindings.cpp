@@ -387,6 +387,11 @@ std::string cpu_use_instruction_set(std::string name) {
   return before;
 }
 
+// For tests: whether the matrix unit leaves small passes to vectors, which is the default.
+void cpu_spare_matrix_unit(bool on) {
+  fastlstm::spare_matrix_unit(on);
+}
+
 // For tests: fill scratch memory and outputs with NaNs before use.
 void poison(bool on) {
   poisoned = on;
@@ -418,6 +423,7 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       "bool bounded) -> bool");
   m.def("cpu_instruction_sets() -> str");
   m.def("cpu_use_instruction_set(str name) -> str");
+  m.def("cpu_spare_matrix_unit(bool on) -> ()");
   m.def("poison(bool on) -> ()");
 }
 
@@ -432,5 +438,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
   m.impl("cpu_use_instruction_set", TORCH_BOX(&cpu_use_instruction_set));
+  m.impl("cpu_spare_matrix_unit", TORCH_BOX(&cpu_spare_matrix_unit));
   m.impl("poison", TORCH_BOX(&poison));
 }

@@ -26,10 +26,13 @@ def instruction_set(request):
 
 @pytest.fixture(autouse=True)
 def poison():
-    """Scratch memory and outputs start as NaNs: what is not written shows."""
+    """Scratch memory and outputs start as NaNs: what is not written shows.  And the matrix unit,
+    where it is in use, takes passes of any size."""
     _C.poison(True)
+    _C.cpu_spare_matrix_unit(False)
     yield
     _C.poison(False)
+    _C.cpu_spare_matrix_unit(True)
 
 
 def need_of(case: Layer) -> Requested:
@@ -371,6 +374,28 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
     _C.cpu_forward(*good.values())
     with pytest.raises(RuntimeError, match=message):
         _C.cpu_forward(*{**good, **change}.values())
+
+
+@pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")
+@pytest.mark.parametrize(
+    ("steps", "batch", "hidden", "spared"), [(9, 40, 40, True), (9, 40, 200, False)]
+)
+def test_the_matrix_unit_is_spared_small_passes(steps, batch, hidden, spared) -> None:
+    """They have the bits of vectors, larger ones not."""
+    layer = make_layer(Layer((batch,) * steps, 30, hidden), torch.float32)
+    _C.cpu_spare_matrix_unit(True)
+    before, results = _C.cpu_use_instruction_set("amx"), []
+    for instruction_set in ("amx", "avx512"):
+        _C.cpu_use_instruction_set(instruction_set)
+        results.append(cpu.layer_forward(*layer, True, True))
+    grads = random_gradients(results[0])
+    for instruction_set in ("amx", "avx512"):
+        _C.cpu_use_instruction_set(instruction_set)
+        back = cpu.layer_backward(grads, *layer, results[0].reserve(), ALL._replace(w_hr=False))
+        results.append(back)
+    _C.cpu_use_instruction_set(before)
+    assert torch.equal(results[0].y, results[1].y) == spared
+    assert torch.equal(results[2].h0, results[3].h0) == spared
 
 
 def test_inputs_may_lie_anyhow_and_be_padded() -> None:

@@ -4,6 +4,7 @@
 
 #include "amx_tiles.h"
 #include "backward.h"
+#include "dispatch.h"
 #include "forward.h"
 #include "isa.h"
 #include "product.h"
@@ -14,15 +15,50 @@ extern const Kernels kernels_avx512;
 
 namespace {
 
-// Below this many rows a step, the unit waits for weights, which take more bytes than as floats.
-constexpr int64_t least_rows = 6;
+// What a pass must have for the unit to be worth it (measured: docs/performance.md).
+struct Least {
+  int64_t rows;   // a step: with fewer it waits for weights, which take more bytes than as floats
+  int64_t all;    // rows that are multiplied in all: for fewer, packing the terms takes too long
+  int64_t depth;  // of what they are multiplied by: with less, cells take most of the time
+};
+
+constexpr Least least_at_all{6, 0, 0};
+// By the terms that a value of storage has.
+constexpr Least least_forward[] = {least_at_all, {6, 32, 48}, {12, 128, 128}};
+constexpr Least least_backward[] = {{6, 64, 64}, {12, 128, 96}, {16, 256, 112}};
+
+template <class S>
+Least least_for(const ForwardArgs&) {
+  return least_forward[terms_of<S> - 1];
+}
+template <class S>
+Least least_for(const BackwardArgs&) {
+  return least_backward[terms_of<S> - 1];
+}
+
+int64_t multiplied(const ForwardArgs& args) {
+  return args.shape.N;
+}
+// The step that is undone first carries nothing.
+int64_t multiplied(const BackwardArgs& args) {
+  const Shape& n = args.shape;
+  return n.T > 0 ? n.N - n.batch_sizes[0] : 0;
+}
+int64_t depth(const ForwardArgs& args) {
+  return args.shape.I + args.shape.P;
+}
+int64_t depth(const BackwardArgs& args) {
+  return args.shape.P;
+}
 
 template <template <class> class Pass, class S, bool state, class Args>
 bool run_as(const Args& args) {
   using Run = Pass<AmxTiles<S, state ? terms_of<float> : terms_of<S>>>;
+  const Least least = spares_matrix_unit() ? least_for<S>(args) : least_at_all;
   const Split split = split_work(args.shape, args.threads, Run::work(args));
   const int64_t walks = args.shape.T * (split.by_sequence ? split.threads : 1);
-  return args.shape.N >= least_rows * walks && run_pass<Run>(args);
+  return args.shape.N >= least.rows * walks && multiplied(args) >= least.all &&
+         depth(args) >= least.depth && run_pass<Run>(args);
 }
 
 // False if it is not worth it, or the results don't count. `state`: are states multiplied, or

@@ -79,4 +79,13 @@ bool use_kernels(const char* name) {
   return false;
 }
 
+static bool spares = true;
+
+bool spares_matrix_unit() {
+  return spares;
+}
+void spare_matrix_unit(bool on) {
+  spares = on;
+}
+
 }  // namespace fastlstm

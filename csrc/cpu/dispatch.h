@@ -12,4 +12,8 @@ int available_kernels(const Kernels** out, int capacity);
 const Kernels& kernels();
 bool use_kernels(const char* name);
 
+// Does the matrix unit leave small passes to vectors? It does, unless a test asks for it.
+bool spares_matrix_unit();
+void spare_matrix_unit(bool on);
+
 }  // namespace fastlstm
