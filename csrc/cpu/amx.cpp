@@ -24,7 +24,7 @@ struct Least {
 
 constexpr Least least_at_all{6, 0, 0};
 // By the terms that a value of storage has.
-constexpr Least least_forward[] = {least_at_all, {6, 32, 48}, {12, 128, 128}};
+constexpr Least least_forward[] = {least_at_all, {6, 32, 48}, {8, 128, 128}};
 constexpr Least least_backward[] = {{6, 64, 64}, {12, 128, 96}, {16, 256, 112}};
 
 template <class S>

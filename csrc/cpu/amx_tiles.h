@@ -277,6 +277,9 @@ struct AmxTiles {
     return blocks(segments) * AmxProduct<terms, weight_terms>::pauses();
   }
 
+  // With few rows the unit waits for its own loads, and there is nothing to gain.
+  static bool overlaps(int64_t rows) { return rows > 8; }
+
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
                        const Segments& segments, bool, float* c, int64_t ldc, const Wanted*,
@@ -319,7 +322,7 @@ struct AmxTiles {
   }
   static constexpr int64_t ahead_rows = 256;
 
-  static constexpr bool adds = true, asks = false, overlaps = true;
+  static constexpr bool adds = true, asks = false, has_pauses = true;
 
   // Panels stream well enough by themselves.
   static bool worth_prefetching(int64_t, int64_t) { return false; }

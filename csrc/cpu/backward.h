@@ -299,12 +299,11 @@ class Backward {
 
   // Undoes cells; what may be put off is done at the latest when the next is.
   void undo(Unfinished& unfinished, Cells cells) {
-    if constexpr (Tiles::overlaps) {
-      unfinished.cells.rest();
+    unfinished.cells.rest();
+    if (Tiles::overlaps(cells.rows()))
       unfinished.cells = cells;
-    } else {
+    else
       cells.all();
-    }
   }
 
   // What is read and written to undo the cells of one panel of units. It lies kilobytes apart,

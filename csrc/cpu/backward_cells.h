@@ -33,6 +33,7 @@ class BackwardCells {
     begin(unit);
   }
 
+  int64_t rows() const { return rows_.end - rows_.begin; }
   int64_t pieces() const { return left_; }
 
   void operator()() {
@@ -122,7 +123,7 @@ class BackwardCells {
 
   [[gnu::always_inline]] void receive() {
     const bool resets = p_->a_.reset != nullptr;
-    if (Tiles::overlaps && unit_ % width == 0) ask_for_next();
+    if (Tiles::has_pauses && unit_ % width == 0) ask_for_next();
     dm_ = load(sums_at_);
     dc_ = V{};
     if (ends_here_) {

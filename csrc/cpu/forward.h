@@ -137,6 +137,7 @@ class Forward {
     Cells cells;
     int buffer = 0;                                 // which one is its own
     alignas(64) T pre[2][Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
+    T* next() { return pre[buffer = 1 - buffer]; }
   };
 
   int64_t panel_size() const { return Tiles::panel_size(n_.I) + Tiles::panel_size(n_.P); }
@@ -282,19 +283,17 @@ class Forward {
     }
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
-      unfinished.buffer = 1 - unfinished.buffer;
-      T* const pre = unfinished.pre[unfinished.buffer];
+      T* const pre = unfinished.next();
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
                               2 * Tiles::pauses(segments));
       multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
                pre, meanwhile);
-      const T* const first_ahead = ahead ? ahead + first * 4 * L : nullptr;
-      if constexpr (Tiles::overlaps) {
-        unfinished.cells.rest();
-        unfinished.cells = Cells(*this, item, step, {first, last}, pre, first_ahead);
-      } else {
-        Cells(*this, item, step, {first, last}, pre, first_ahead).all();
-      }
+      unfinished.cells.rest();
+      Cells cells(*this, item, step, {first, last}, pre, ahead ? ahead + first * 4 * L : nullptr);
+      if (Tiles::overlaps(last - first))
+        unfinished.cells = cells;
+      else
+        cells.all();
     }
   }
 

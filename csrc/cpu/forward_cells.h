@@ -112,7 +112,7 @@ class ForwardCells {
       store_some(gates_ + 2 * H_, s_.g, count_);
       store_some(gates_ + 3 * H_, s_.o, count_);
       gates_ += 4 * row_stride_;
-      if (Tiles::overlaps)  // stores are slow where nobody foresees the place
+      if (Tiles::has_pauses)  // stores are slow where nobody foresees the place
         for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates_ + gate * H_, 1);
     }
     if (c_all_) store_some(c_all_, c_, count_), c_all_ += row_stride_;

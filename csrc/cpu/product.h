@@ -32,7 +32,7 @@ class Product {
   using Element = typename Tiles::Element;
   using Operand = Blocked<LeftTiles>;
   static constexpr int64_t L = Tiles::L, width = Tiles::width, block = LeftTiles::block_columns;
-  static constexpr int64_t buffers = Tiles::overlaps ? 2 : 1;  // of a thread: one is packed
+  static constexpr int64_t buffers = Tiles::has_pauses ? 2 : 1;  // of a thread: one is packed
 
  public:
   Product(const ProductArgs& args, int threads)
@@ -171,7 +171,7 @@ class Product {
                                       count(item_) - row_, depth_ - k_);
       } else {
         const Left* row = from_ + (first + row_) * ld_ + k_;
-        if (Tiles::overlaps) prefetch(row + ld_, block);
+        if (Tiles::has_pauses) prefetch(row + ld_, block);
         LeftTiles::pack_block_row(place, height, row, depth_ - k_);
       }
       if ((k_ += block) < depth_) return;
@@ -184,7 +184,7 @@ class Product {
     // Some rows of one panel.
     void panel_piece() {
       const Right* row = from_ + k_ * ld_ + item_ * width;
-      if (transposed && Tiles::overlaps)
+      if (transposed && Tiles::has_pauses)
         for (int64_t k = 0; k < RightTiles::rows_together; ++k)
           prefetch(row + (8 + k) * ld_, width);
       RightTiles::pack_some_rows(
@@ -239,7 +239,7 @@ class Product {
         sums.add = p_.add || group.k > 0;
         sums.buffer = 1 - sums.buffer;
         sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
-        if (!Tiles::overlaps) write_rest(sums);
+        if (!Tiles::has_pauses) write_rest(sums);
       }
   }
 

@@ -83,8 +83,9 @@ struct VectorTiles {
   }
 
   static int64_t pauses(const Segments&) { return 0; }
+  static constexpr bool overlaps(int64_t) { return false; }
 
-  static constexpr bool adds = false, asks = true, overlaps = false;
+  static constexpr bool adds = false, asks = true, has_pauses = false;
 
   // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
   static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
