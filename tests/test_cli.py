@@ -94,7 +94,7 @@ def broken_output(*args):
 def test_check_finds_a_backend_that_is_wrong(
     function, wrong, says, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    cpu = dataclasses.replace(backends._TABLE["cpu"], **{function: wrong})
+    cpu = dataclasses.replace(backends._TABLE["cpu"], padded=False, **{function: wrong})
     monkeypatch.setitem(backends._TABLE, "cpu", cpu)
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
     before = native.use_instruction_set(native.instruction_sets()[-1])
@@ -157,7 +157,7 @@ def test_bench_does_one_mode(mode: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_bench_does_not_time_what_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    cpu = dataclasses.replace(backends._TABLE["cpu"], layer_forward=wrong_output)
+    cpu = dataclasses.replace(backends._TABLE["cpu"], padded=False, layer_forward=wrong_output)
     monkeypatch.setitem(backends._TABLE, "cpu", cpu)
     assert main(["bench", "--shape", "2,1,3,4", "--backend", "cpu"]) == 1
     assert capsys.readouterr().out.count("not timed: output differs by up to 0.1") == 2
