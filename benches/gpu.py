@@ -94,7 +94,9 @@ def measure_case(case: Case, device: torch.device, seconds: float) -> list[dict[
         problem = contest.problem()
         synchronize(device)
         CHECKS[case.backend](device)
+        plans = contest.plans()
         for row in rows:
+            row["plans"] = plans
             row |= {"error": problem} if problem else measure_mode(contest, row["mode"], seconds)
         synchronize(device)
         CHECKS[case.backend](device)
@@ -123,10 +125,23 @@ def machine(out: Path, device: torch.device) -> dict[str, Any]:
     return {"device": {"name": name}, "versions": {"torch": str(torch.__version__)}}
 
 
+def earlier_steps(out: Path) -> dict[str, str]:
+    """How the steps before this one have ended, by name."""
+    path = out / "steps.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return {row["step"]: row["result"] for row in found}
+
+
 def new_result(out: Path, device: torch.device) -> dict[str, Any]:
     """What is recorded, without rows yet."""
-    dry = device.type == "cpu"
-    return {"machine": machine(out, device), "date": now(), "rows": [], "dry": dry, "lost": None}
+    return {
+        "machine": machine(out, device),
+        "date": now(),
+        "steps": earlier_steps(out),
+        "rows": [],
+        "dry": device.type == "cpu",
+        "lost": None,
+    }
 
 
 def path_of(result: dict[str, Any], out: Path) -> Path:

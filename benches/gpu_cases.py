@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+from gpu_common import KERNELS
 from torch import Tensor
 from variants import VariantContest
 
@@ -22,6 +23,8 @@ PRECISIONS = {
     "fp32": (torch.float32, "ieee"),
 }
 VARIANTS = ("packed", "bidirectional", "two layers", "resets")
+# Where a cluster and a grid of blocks could serve, so that the rule between them can be checked.
+BY_KERNEL = ((16, 512), (64, 512), (16, 256), (1, 256))
 
 
 class Case(NamedTuple):
@@ -33,6 +36,7 @@ class Case(NamedTuple):
     variant: str = "plain"
     steps: int = STEPS
     backend: str = "triton"
+    kernel: str = "best"  # of the cuda backend; "grid" and "cluster" overrule it
 
 
 def cases() -> list[Case]:
@@ -46,6 +50,7 @@ def cases() -> list[Case]:
         *plain(first, "bf16", "tf32"),
         *(case._replace(steps=SHORT) for case in plain(first, "bf16", "tf32")),
         *_cuda(plain(first, "bf16", "fp16", "tf32")),
+        *_by_kernel(),
         *_cuda(Case(*s, "bf16", v) for v in VARIANTS for s in first),
         *(Case(*s, p, v) for v in VARIANTS for s in first for p in ("bf16", "tf32")),
         *plain(others, "bf16", "tf32"),
@@ -62,10 +67,23 @@ def _cuda(these: Iterable[Case]) -> Iterator[Case]:
         yield case._replace(backend="cuda")
 
 
+def _by_kernel() -> Iterator[Case]:
+    """Both kinds of CUDA kernels, for those shapes that this device can give to the kind."""
+    these = (Case(*shape, "bf16", kernel=kernel) for shape in BY_KERNEL for kernel in KERNELS)
+    for case in _cuda(these):
+        sizes = (case.hidden, 1, case.batch, case.kernel)
+        if reason := torch.ops.fastlstm_cuda.refusal("bfloat16", *sizes):
+            print("not measured:", *case, reason)
+        else:
+            yield case
+
+
 def dry_cases() -> list[Case]:
-    """Of a dry run: every variant, tiny."""
-    tiny = [Case(2, 4, "fp32", variant, 2) for variant in ("plain", *VARIANTS)]
-    return [*tiny, *_cuda(Case(2, 8, "bf16", variant, 2) for variant in ("plain", *VARIANTS))]
+    """Of a dry run: every variant and kernel, tiny."""
+    variants = ("plain", *VARIANTS)
+    tiny = [Case(2, 4, "fp32", variant, 2) for variant in variants]
+    of_cuda = [Case(2, 8, "bf16", variant, 2) for variant in variants]
+    return [*tiny, *_cuda([*of_cuda, *(of_cuda[0]._replace(kernel=name) for name in KERNELS)])]
 
 
 def set_precision(name: str) -> torch.dtype:
@@ -87,7 +105,17 @@ class DeviceContest(VariantContest):
         self.case = case
         shape = (case.steps, case.batch, case.hidden, case.hidden)
         dtype = set_precision(case.precision)
+        cuda.KERNEL = case.kernel
         super().__init__(shape, dtype, case.variant, device, case.backend)
+
+    def plans(self) -> dict[str, str]:
+        """Of the cuda backend: the kernels that serve both walks, and in how many teams."""
+        if self.case.backend != "cuda":
+            return {}
+        name, sides = str(self.x.dtype).removeprefix("torch."), 1 + self.theirs.bidirectional
+        sizes = (name, self.case.hidden, sides, self.case.batch, self.case.kernel)
+        walks = {"forward": False, "backward": True}
+        return {walk: torch.ops.fastlstm_cuda.plan(back, *sizes) for walk, back in walks.items()}
 
     def fill(self) -> float:
         """The share of (steps, batch) that has rows."""

@@ -11,6 +11,7 @@ import torch
 from fastlstm.kernels import launch
 
 Result = TypeVar("Result")
+KERNELS = ("cluster", "grid")  # the two kinds of the cuda backend
 
 
 def device_of(name: str) -> torch.device:
@@ -25,14 +26,14 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def setting(name: str, value: object) -> Iterator[None]:
-    """``launch.NAME`` for a while."""
-    before = getattr(launch, name)
-    setattr(launch, name, value)
+def setting(owner: object, name: str, value: object) -> Iterator[None]:
+    """``owner.name`` for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(launch, name, before)
+        setattr(owner, name, before)
 
 
 @contextlib.contextmanager
@@ -40,8 +41,8 @@ def by_exchanges() -> Iterator[None]:
     """Each exchange is a launch of its own, as on a device that has no room for a team."""
     limits = launch.limits
     with (
-        setting("limits", lambda device: limits(device)._replace(threads=0)),
-        setting("_PREPARED", {}),
+        setting(launch, "limits", lambda device: limits(device)._replace(threads=0)),
+        setting(launch, "_PREPARED", {}),
     ):
         yield
 

@@ -1,21 +1,20 @@
 """A step of ``make gpu``: the ``cuda`` backend under load and under compute-sanitizer.
 
-Stress as in gpu_stress.py, then memcheck and racecheck over small layers of every dtype; all in
-OUT/cuda.json.
+Stress as in gpu_stress.py, for each of its two kinds of kernels, then memcheck and racecheck over
+small layers of every dtype and of both kinds; all in OUT/cuda.json.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from time import monotonic
 
 import torch
-from gpu_common import device_of, synchronize
+from gpu_common import KERNELS, device_of, setting, synchronize
 from gpu_stress import Skipped, Stress, expect_same, large_offsets, near_stock, train, two_streams
 from recording import SKIPPED, arguments, write_json
 from torch import nn
@@ -23,26 +22,21 @@ from torch import nn
 from fastlstm import LSTM, cuda
 
 SANITIZED = "--sanitized"  # given to this file by itself: run the layers that are to be watched
-# (T, B, H): one block and several, one slice and several, operands in shared memory.
-LAYERS = ((3, 2, 8), (4, 19, 72), (2, 9, 520))
+# (T, B, H): one block and several, one slice and several.
+LAYERS = ((3, 2, 8), (4, 19, 72))
+# The grid's operands in shared memory too; the widest cluster.
+WIDE = {"grid": lambda dtype: (2, 9, 520), "cluster": lambda dtype: (2, 9, 1024 // dtype.itemsize)}
 
 
 class CudaStress(Stress):
     """The same layer for this backend."""
 
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.dtype = torch.bfloat16
+
     def module(self, inputs: int | None = None, **config: object) -> nn.Module:
         return super().module(inputs, **{"backend": "cuda", **config})
-
-
-@contextlib.contextmanager
-def setting(name: str, value: int) -> Iterator[None]:
-    """``cuda.NAME`` for a while."""
-    before = getattr(cuda, name)
-    setattr(cuda, name, value)
-    try:
-        yield
-    finally:
-        setattr(cuda, name, before)
 
 
 def repeated(stress: Stress) -> str:
@@ -54,7 +48,7 @@ def repeated(stress: Stress) -> str:
         raise AssertionError("a result is not finite")
     delays = (2,) if stress.dry else (0, 0, 1, 3, 10, 30, 100)
     for jitter in delays:
-        with setting("JITTER", jitter):
+        with setting(cuda, "JITTER", jitter):
             got = train(module, x, dy)
             synchronize(stress.device)
         cuda.check(stress.device)
@@ -90,7 +84,7 @@ def given_up(stress: Stress) -> str:
     module, x = stress.module(), stress.input(min(stress.steps, 1000))
     with torch.no_grad():
         want = [module(x)[0]]
-        with setting("POLLS", 0):
+        with setting(cuda, "POLLS", 0):
             module(x)
             synchronize(stress.device)
         try:
@@ -106,8 +100,14 @@ def given_up(stress: Stress) -> str:
     return message
 
 
-def sanitizer(tool: str) -> Callable[[Stress, float], str]:
-    """``tool`` of compute-sanitizer over the walks of LAYERS."""
+def lacking(kernel: str, device: torch.device) -> str | None:
+    """Why this device has no kernels of a kind, or None."""
+    clusters = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    return None if clusters or kernel != "cluster" else "this GPU has no thread block clusters"
+
+
+def sanitizer(tool: str, kernels: Sequence[str]) -> Callable[[Stress, float], str]:
+    """``tool`` of compute-sanitizer over small walks of these kinds, which all share its start."""
 
     def case(stress: Stress, seconds: float) -> str:
         stress.cuda_only()
@@ -116,7 +116,7 @@ def sanitizer(tool: str) -> Callable[[Stress, float], str]:
             raise Skipped("compute-sanitizer is not installed")
         words = [found, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lstm_"]
         done = subprocess.run(
-            [*words, sys.executable, __file__, SANITIZED],
+            [*words, sys.executable, __file__, SANITIZED, *kernels],
             capture_output=True, text=True, timeout=max(1.0, seconds),
         )  # fmt: skip
         if done.returncode != 0:
@@ -127,43 +127,59 @@ def sanitizer(tool: str) -> Callable[[Stress, float], str]:
     return case
 
 
-def sanitized(device: torch.device) -> None:
+def sanitized(device: torch.device, kernel: str) -> str:
     """What the sanitizer watches: forward and backward, packed and with resets."""
     torch.set_float32_matmul_precision("high")
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for (steps, batch, hidden), dtype in product(LAYERS, dtypes):
+    for layer, dtype in product((*LAYERS, WIDE[kernel]), dtypes):
+        steps, batch, hidden = layer(dtype) if callable(layer) else layer
         made = dict(device=device, dtype=dtype)
         module = LSTM(hidden, hidden, bidirectional=True, backend="cuda", **made)
         x = torch.randn(steps, batch, hidden, **made, requires_grad=True)
         lengths = torch.linspace(steps, 1, batch).long()
-        module(x, lengths=lengths)[0].sum().backward()
         reset = torch.rand(steps, batch, device=device) < 0.3
-        module(x, reset=reset)[0].sum().backward()
+        with setting(cuda, "KERNEL", kernel):
+            for options in (dict(lengths=lengths), dict(reset=reset)):
+                module(x, **options)[0].sum().backward()
         synchronize(device)
         cuda.check(device)
+    return f"{len(dtypes) * (len(LAYERS) + 1)} layers of {kernel} kernels"
 
 
 CASES = (repeated, near_stock, two_streams, graph, given_up, large_offsets)
 TOOLS = ("memcheck", "racecheck")
 
 
-def run_case(case: Callable[..., str], *args: object) -> dict[str, object]:
+def run_case(kernel: str, case: Callable[..., str], *args: object) -> dict[str, object]:
     """How it went; whatever was raised is the message."""
     begin = monotonic()
     torch.manual_seed(0)
     try:
-        result, message = "ok", case(*args)
+        with setting(cuda, "KERNEL", kernel):
+            result, message = "ok", case(*args)
     except Skipped as reason:
         result, message = "skipped", str(reason)
     except Exception as error:  # the other cases are run all the same
         result, message = "failed", f"{type(error).__name__}: {error}"[:1000]
     seconds = round(monotonic() - begin, 2)
-    return {"case": case.__name__, "result": result, "message": message, "seconds": seconds}
+    how = {"result": result, "message": message, "seconds": seconds}
+    return {"kernel": kernel, "case": case.__name__, **how}
+
+
+def todo(device: torch.device, deadline: float) -> Iterator[tuple[str, Callable[..., str], tuple]]:
+    """Kernel, case and its arguments, the sanitizer's last."""
+    stress = CudaStress(device)
+    kernels = [kernel for kernel in KERNELS if lacking(kernel, device) is None]
+    for kernel, case in product(kernels, CASES):
+        yield kernel, case, (stress,)
+    for tool in TOOLS:
+        yield "best", sanitizer(tool, kernels), (stress, deadline - monotonic())
 
 
 def main() -> int:
     if SANITIZED in sys.argv:
-        sanitized(device_of("cuda"))
+        kernels = sys.argv[sys.argv.index(SANITIZED) + 1 :]
+        print("; ".join(sanitized(device_of("cuda"), kernel) for kernel in kernels))
         return 0
     args = arguments(__doc__)
     reason = cuda.missing()
@@ -171,17 +187,17 @@ def main() -> int:
         print(f"nothing to test: {reason}")
         return SKIPPED
     device = device_of(args.device)
-    stress = CudaStress(device)
-    if stress.dry:
-        stress.dtype = torch.bfloat16
-    rows: list[dict[str, object]] = []
-    todo = [(case, lambda: (stress,)) for case in CASES]
-    todo += [(sanitizer(tool), lambda: (stress, args.deadline - monotonic())) for tool in TOOLS]
-    for case, given in todo:
+    rows: list[dict[str, object]] = [
+        {"kernel": kernel, "case": "all", "result": "skipped", "message": reason}
+        for kernel in KERNELS
+        if (reason := lacking(kernel, device)) is not None
+    ]
+    for kernel, case, given in todo(device, args.deadline):
         if monotonic() > args.deadline:
-            rows.append({"case": case.__name__, "result": "failed", "message": "no time was left"})
+            late = {"result": "failed", "message": "no time was left"}
+            rows.append({"kernel": kernel, "case": case.__name__, **late})
         else:
-            rows.append(run_case(case, *given()))
+            rows.append(run_case(kernel, case, *given))
         write_json(args.out / "cuda.json", rows)
         print(rows[-1], flush=True)
     return int(any(row["result"] == "failed" for row in rows))

@@ -2,7 +2,8 @@
 
 The barrier of kernels/barrier.py, by programs that do nothing but arrive and wait for each other.
 A walk in one launch, with a launch for each exchange, and the latter captured in a graph. And what
-clusters of thread blocks cost, which Triton has not: gpu_clusters.cu, where nvcc is there.
+clusters of thread blocks cost, which Triton has not: gpu_clusters.cu, where nvcc is there. And the
+walks of the cuda backend alone: gpu_walks.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 
+import gpu_walks
 import torch
 import triton
 import triton.language as tl
@@ -144,6 +146,7 @@ def parts(device: torch.device) -> Iterator[dict[str, object]]:
         yield barrier(programs, 10_000 if cuda else 5, device)
     yield from walk(device)
     yield from clusters(device)
+    yield from gpu_walks.walks(device)
 
 
 def main() -> int:

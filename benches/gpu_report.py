@@ -45,10 +45,15 @@ def pair(row: dict[str, Any], name: str, scale: float = 1.0) -> str:
     return " / ".join(values)
 
 
+def backend_of(row: dict[str, Any]) -> str:
+    """And its kernel, where it was not left to choose."""
+    return row["backend"] + f" ({row['kernel']})" * (row["kernel"] != "best")
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """One line of the table, for COLUMNS."""
     lead = [MODES[row["mode"]], f"{row['steps']}, {row['batch']}, {row['hidden']}"]
-    lead += [row["precision"], row["variant"], row["backend"]]
+    lead += [row["precision"], row["variant"], backend_of(row)]
     if "error" in row:
         error = row["error"].replace("\n", " ").replace("|", "/")
         return [*lead, f"not timed: {error}", "", "", ""]
@@ -65,11 +70,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """Geometric mean and minimum of the ratio, by all but the sizes of batch and layer."""
     lines = []
-    names = ("mode", "precision", "variant", "steps", "backend")
+    names = ("mode", "precision", "variant", "steps", "backend", "kernel")
     keys = dict.fromkeys(tuple(row[name] for name in names) for row in rows)
     for key in keys:
         group = [row for row in rows if tuple(row[name] for name in names) == key]
-        lines.append([MODES[key[0]], *map(str, key[1:]), *means(group)])
+        lines.append([MODES[key[0]], *map(str, key[1:4]), backend_of(group[0]), *means(group)])
     columns = ("mode", "precision", "variant", "T", "backend", "geometric mean", "minimum", "rows")
     return table(lines, columns)
 
@@ -105,8 +110,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     )
     for axis, mode in zip(axes, MODES, strict=True):
         bars = [row for row in rows if row["mode"] == mode][::-1]
-        names = ("precision", "variant", "steps", "batch", "hidden", "backend")
-        labels = [", ".join(str(row[name]) for name in names) for row in bars]
+        names = ("precision", "variant", "steps", "batch", "hidden")
+        labels = [", ".join([*(str(row[n]) for n in names), backend_of(row)]) for row in bars]
         ratios = [row["ratio"]["median"] for row in bars]
         axis.barh(labels, ratios, color=["C0" if ratio >= 1 else "C3" for ratio in ratios])
         axis.axvline(1.0, color="black", linewidth=1)

@@ -42,9 +42,9 @@ def steps(device: str, out: Path) -> list[Step]:
         ("compile", 70),  # the kernels to be measured, many at a time
         ("tests", 100),
         ("stress", 50),
-        ("cuda", 50),  # the same for the cuda backend, and compute-sanitizer
+        ("cuda", 100),  # the same for both kinds of CUDA kernels, and compute-sanitizer
         ("micro", 35),  # compiles a program of CUDA C++
-        ("measure", 95),
+        ("measure", 45),
     )
     return [Step(name, limit, command(name, device, out)) for name, limit in split]
 

@@ -82,7 +82,7 @@ def repeated(stress: Stress) -> str:
         raise AssertionError("a result is not finite")
     delays = (2,) if stress.dry else (0, 0, 1, 3, 10, 30, 100)
     for jitter in delays:
-        with setting("JITTER", jitter):
+        with setting(launch, "JITTER", jitter):
             got = train(module, x, dy)
             synchronize(stress.device)
         backend.check(stress.device)
@@ -217,10 +217,11 @@ def given_up(stress: Stress) -> str:
     with torch.no_grad():
         want = [module(x)[0]]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(setting("POLLS", 0))
+            stack.enter_context(setting(launch, "POLLS", 0))
             if stress.dry:  # one program after the other: only who never came is missed
                 plan = launch.plan
-                stack.enter_context(setting("plan", lambda begin, *rest: plan(begin + 1, *rest)))
+                late = setting(launch, "plan", lambda begin, *rest: plan(begin + 1, *rest))
+                stack.enter_context(late)
             module(x)
             synchronize(stress.device)
         try:

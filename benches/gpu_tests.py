@@ -19,7 +19,7 @@ from time import monotonic
 from recording import ROOT, SKIPPED, arguments, cpu_count, write_json
 
 DEVICE_TESTS = ("test_triton_kernels.py", "test_gate_math.py", "test_triton_protocol.py")
-DEVICE_TESTS += ("test_cuda_kernels.py",)
+DEVICE_TESTS += ("test_cuda_kernels.py", "test_cuda_cluster.py")
 # Of the CPU's tensors, but with this machine's torch.
 OTHER_TESTS = (
     *("test_module.py", "test_functional.py", "test_autograd.py"),

@@ -2,7 +2,8 @@
 
     python benches/make_dispatch.py [RUN.json ...]
 
-By default from all of benches/results/gpu-*.json. Of each device and backend the newest run counts.
+By default from all of benches/results/gpu-*.json. Of each device and backend the newest run counts,
+if its tests and its stress of that backend have passed before.
 A run shows something about the shapes that it timed. About others it does where the time of a step
 only grows with the batch and the hidden size, for both sides: between a recorded shape and a
 larger one the backend takes no more than at the larger, and torch's LSTM no less than at the
@@ -32,6 +33,8 @@ RESULTS = ROOT / "benches" / "results"
 # Beyond noise, and beyond what another day, driver or version may change.
 MARGIN = 1.05
 VARIANTS = ("plain", "packed", "bidirectional", "resets")  # two layers are two calls
+# Steps of a run without which its figures say nothing about a backend.
+PASSED = {"triton": ("tests", "stress"), "cuda": ("tests", "cuda")}
 
 
 class Timed(NamedTuple):
@@ -59,6 +62,13 @@ def refusal(run: dict[str, Any]) -> str | None:
     if commit is None or commit.endswith("+"):
         return f"no commit has the code that was measured, {commit}"
     return None
+
+
+def untested(run: dict[str, Any], backend: str) -> str | None:
+    """Why a run admits nothing for a backend, fast as it may be, or None."""
+    ended = {step: run["steps"].get(step, "not run") for step in PASSED[backend]}
+    bad = [f"{step} {how}" for step, how in ended.items() if how != "ok"]
+    return f"{backend}: {', '.join(bad)}" if bad else None
 
 
 def timed(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Timed:
@@ -102,7 +112,8 @@ def spans(rows: Sequence[Timed]) -> Iterator[tuple[Timed, Timed]]:
 
 def records(run: dict[str, Any], name: str, backend: str) -> list[dict[str, Any]]:
     """What a run shows about a backend, as dispatch.json has it."""
-    rows = [row for row in run["rows"] if row["backend"] == backend]
+    # "auto" leaves the kernel to the backend.
+    rows = [r for r in run["rows"] if r["backend"] == backend and r["kernel"] == "best"]
     kinds = dict.fromkeys(
         (row["mode"], row["precision"], row["variant"])
         for row in rows
@@ -152,6 +163,7 @@ def table(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     entries = [
         entry
         for (_, backend), name in sorted(newest.items())
+        if untested(runs[name], backend) is None
         for entry in records(runs[name], name, backend)
     ]
     written = {"format": FORMAT, "records": entries}
@@ -170,6 +182,10 @@ def main() -> int:
         written = table(runs)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    for name, run in runs.items():
+        for backend in dict.fromkeys(row["backend"] for row in run["rows"]):
+            if (reason := untested(run, backend)) is not None:
+                print(f"{name}: nothing is recorded of {reason}")
     write_json(args.out, written)
     print(f"{len(written['records'])} records from {len(runs)} runs in {args.out}")
     return 0

@@ -76,6 +76,16 @@ CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 CUDA_ARCHITECTURES = ("90a", "100a", "80")
 # One object each: (storage dtype, rows of h of up to 512 bytes times so many).
 CUDA_INSTANCES = tuple((dtype, n) for dtype in ("bf16", "f16", "f32") for n in (1, 2, 3, 4, 8))
+# Those of thread block clusters: (storage dtype, blocks of a cluster, hidden units of a block).
+CLUSTER_INSTANCES = tuple(
+    (dtype, blocks, units)
+    for dtype in ("bf16", "f16", "f32")
+    for blocks, units in ((8, 16), (8, 32), (16, 16), (16, 32))
+    if dtype != "f32" or blocks * units <= 256
+)
+# The first architecture that has clusters. Its PTX serves what is newer, where older ones are
+# compiled for and theirs does so for the other kernels.
+FIRST_WITH_CLUSTERS = "90"
 # The runtime is part of the library, and looks for the driver when it is first called.
 CUDA_LINK_FLAGS = ("-lcudart_static", "-ldl", "-lrt", "-lpthread")
 
@@ -190,6 +200,7 @@ def build_cuda(
     build_dir: Path,
     instances: Sequence[tuple[str, int]] = CUDA_INSTANCES,
     architectures: Sequence[str] = CUDA_ARCHITECTURES,
+    clusters: Sequence[tuple[str, int, int]] = CLUSTER_INSTANCES,
 ) -> Path:
     """Brings ``build_dir``'s CUDA library up to date with the sources and returns its path."""
     tools, cuda = find_toolchain(), find_cuda()
@@ -203,8 +214,9 @@ def build_cuda(
             "architectures": list(architectures),
         }
         _write_if_new(build_dir / "stamp.cpp", _stamp_source(info))
-        _write_if_new(build_dir / "instances.cpp", _instances_source(instances))
+        _write_if_new(build_dir / "instances.cpp", _instances_source(instances, clusters))
         steps = _cuda_steps(tools, build_dir, instances, architectures)
+        steps += _cluster_steps(architectures, clusters)
         link = [f"-L{cuda.home / folder}" for folder in ("lib64", "lib")]
         link += [f"-L{tools.torch_dir / 'lib'}", *LINK_FLAGS, *CUDA_LINK_FLAGS]
         text = _ninja_file(tools.compiler, steps, CUDA_LIBRARY, link, nvcc=cuda.nvcc)
@@ -363,10 +375,7 @@ def _cuda_steps(
     architectures: Sequence[str],
 ) -> list[Step]:
     root, common = sources_dir(), _common_flags(tools)
-    *others, last = architectures
-    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in others]
-    code.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
-    device = (*CUDA_FLAGS, *code, f"-I{root}")
+    device = _device_flags(architectures)
     steps = [
         Step("stamp.o", build_dir / "stamp.cpp", common),
         Step("instances.o", build_dir / "instances.cpp", common),
@@ -380,6 +389,29 @@ def _cuda_steps(
     return steps
 
 
+def _cluster_steps(
+    architectures: Sequence[str], clusters: Sequence[tuple[str, int, int]]
+) -> list[Step]:
+    root, steps = sources_dir(), []
+    chosen = [a for a in architectures if int(a.rstrip("a")) >= int(FIRST_WITH_CLUSTERS)]
+    if len(chosen) < len(architectures):
+        chosen.append(FIRST_WITH_CLUSTERS)
+    for dtype, blocks, units in clusters:
+        words = dict(STORAGE=dtype, BLOCKS=blocks, UNITS=units)
+        flags = [*_device_flags(chosen), *(f"-DFASTLSTM_{k}={v}" for k, v in words.items())]
+        name = f"cluster.{dtype}.{blocks}x{units}.o"
+        steps.append(Step(name, root / "cuda" / "cluster.cu", tuple(flags), "nvcc"))
+    return steps
+
+
+def _device_flags(architectures: Sequence[str]) -> tuple[str, ...]:
+    """Of every source for the device: code for all, and the last one's PTX."""
+    *others, last = architectures
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in others]
+    code.append(f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]")
+    return (*CUDA_FLAGS, *code, f"-I{sources_dir()}")
+
+
 def _common_flags(tools: Toolchain) -> tuple[str, ...]:
     """Of every host source; the prefix maps keep this machine's paths out of error messages."""
     root, include = sources_dir(), tools.torch_dir / "include"
@@ -391,9 +423,12 @@ def _torch_flags(tools: Toolchain) -> tuple[str, ...]:
     return (*TORCH_FLAGS, "-isystem", str(tools.torch_dir / "include"))
 
 
-def _instances_source(instances: Sequence[tuple[str, int]]) -> str:
-    """A C++ file that lists the tables of all objects made of cuda/walk.cu."""
+def _instances_source(
+    instances: Sequence[tuple[str, int]], clusters: Sequence[tuple[str, int, int]]
+) -> str:
+    """A C++ file that lists the tables of all objects made of cuda/walk.cu and cuda/cluster.cu."""
     names = [f"instances_{dtype}_{pairs}" for dtype, pairs in instances]
+    names += [f"clusters_{dtype}_{blocks}x{units}" for dtype, blocks, units in clusters]
     declared = "".join(f"extern const Instance {name}[];\n" for name in names)
     return (
         '#include "cuda/dispatch.h"\n\nnamespace fastlstm {\nnamespace cuda {\n\n'

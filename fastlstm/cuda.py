@@ -33,8 +33,16 @@ _SLICE, _TILE = 8, 16
 POLLS = 1 << 23
 # A stress test may ask for up to so many looks more than needed, at every wait.
 JITTER = 0
+# Tests and benchmarks may ask for "grid" or "cluster"; "best" leaves it to csrc/cuda/dispatch.cpp.
+KERNEL = "best"
 
-_KINDS = {1: "lstm_forward", 2: "lstm_backward"}  # the lowest bits of a fault word
+# The lowest bits of a fault word.
+_KINDS = {
+    1: "lstm_forward",
+    2: "lstm_backward",
+    3: "lstm_forward_cluster",
+    4: "lstm_backward_cluster",
+}
 
 
 @functools.cache
@@ -84,7 +92,7 @@ def _refusal(
     device: torch.device, dtype: str, hidden: int, directions: int, sequences: int
 ) -> str | None:
     """Why the current device cannot hold the blocks of a walk at once, or None."""
-    return torch.ops.fastlstm_cuda.refusal(dtype, hidden, directions, sequences) or None
+    return torch.ops.fastlstm_cuda.refusal(dtype, hidden, directions, sequences, KERNEL) or None
 
 
 @functools.cache
@@ -126,6 +134,7 @@ def _launch(walk: Walk, directions: int, hidden: int, device: torch.device) -> d
         rows_per_step=walk.rows_per_step,
         polls=POLLS,
         jitter=JITTER,
+        kernel=KERNEL,
         stream=stream,
     )
 

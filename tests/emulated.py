@@ -16,16 +16,24 @@ HERE = Path(__file__).resolve().parent
 # Optimised: the emulator does a GPU's work. No warnings of pragmas that are for nvcc.
 FLAGS = ("-DFASTLSTM_EMULATED", f"-I{HERE / 'emulator'}", "-Wno-unknown-pragmas")
 
-# tests/emulator/emulator.h: Ordering.
+# tests/emulator/emulator.h: Ordering, from 1 on.
 ORDERINGS = (
     *("the_wait", "the_acquire", "the_release"),
-    *("the_barrier_of_sums", "the_barrier_of_stores", "the_warps_barrier"),
+    *("the_barrier_of_sums", "the_barrier_of_stores", "the_warps_barrier", "the_barrier_of_zeros"),
+    *("the_bytes", "the_arrival", "the_fence_of_mbarriers"),
+    *("the_first_meeting", "the_last_meeting", "the_outlasting"),
 )
+# Those that a kernel of each kind has. Who sends into another block's mailbox releases nothing, and
+# what a lane of a cluster has waited for is all that it reads.
+OF_A_GRID = ORDERINGS[:6]
+OF_A_CLUSTER = tuple(name for name in ORDERINGS if name not in ("the_release", "the_warps_barrier"))
+DEFAULTS = {"seed": 0, "detect": 0, "omit": 0, "blocks": 1 << 20, "clusters": 1 << 20, "slow": 1}
+SOURCES = ("emulator", "cluster", "values", "grid_instances", "cluster_instances")
 
 
 @functools.cache
 def library() -> Path:
-    """The library, made by ninja in ``build/emulator`` of the checkout; some ten seconds."""
+    """The library, made by ninja in ``build/emulator`` of the checkout; some twenty seconds."""
     tools, root = build.find_toolchain(), build.sources_dir()
     folder = HERE.parent / "build" / "emulator"
     folder.mkdir(parents=True, exist_ok=True)
@@ -33,8 +41,10 @@ def library() -> Path:
     steps = [
         build.Step("bindings.o", root / "cuda/bindings.cpp", (*common, *build._torch_flags(tools))),
         build.Step("dispatch.o", root / "cuda/dispatch.cpp", common),
-        build.Step("emulator.o", HERE / "emulator/emulator.cpp", (*common, "-O1")),
     ]
+    for name in SOURCES:
+        source = HERE / "emulator" / f"{name}.cpp"
+        steps.append(build.Step(f"{name}.o", source, (*common, "-O1")))
     link = [f"-L{tools.torch_dir / 'lib'}", *build.LINK_FLAGS]
     text = build._ninja_file(tools.compiler, steps, build.CUDA_LIBRARY, link)
     with build._locked(folder / "lock"):
@@ -68,3 +78,13 @@ def clear() -> None:
 def setting(name: str, value: int) -> None:
     """Of the emulator; see emulator.h."""
     torch.ops.fastlstm_cuda.emulator_set(name, value)
+
+
+def omit(ordering: str) -> None:
+    """Leave one of ORDERINGS out of the protocol."""
+    setting("omit", 1 + ORDERINGS.index(ordering))
+
+
+def reset() -> None:
+    for name, value in DEFAULTS.items():
+        setting(name, value)

@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from cuda_compiling import MOST_SHARED, PRODUCT, compiled, printed
 
 from fastlstm import build
 
-try:
-    NVCC = build.find_cuda().nvcc
-except build.MissingError as error:
-    pytest.skip(str(error), allow_module_level=True)
-
 ROOT = Path(__file__).resolve().parent.parent
-# Bytes of shared memory that a block can have: A100, H100 and H200, B200.
-MOST_SHARED = {"80": 166912, "90a": 232448, "100a": 232448}
-REGISTERS, THREADS = 65536, 256
 EVERYTHING = [(arch, *each) for arch in MOST_SHARED for each in build.CUDA_INSTANCES]
 SELECTION = [
     *(("90a", dtype, pairs) for dtype, pairs in (("bf16", 2), ("bf16", 8), ("f16", 1), ("f32", 4))),
@@ -36,50 +26,9 @@ SELECTION = [
 CASES = EVERYTHING if os.environ.get("FASTLSTM_COMPILE") == "all" else SELECTION
 
 
-class Kernel(NamedTuple):
-    """What ptxas says of one, and its SASS."""
-
-    kind: str
-    n_tiles: int
-    registers: int
-    stack: int  # bytes of local memory, spills among them
-    sass: str
-
-
-def tool(name: str) -> str:
-    """Of the CUDA toolkit, or as Triton brings it."""
-    found = shutil.which(name)
-    if found is None:
-        triton = pytest.importorskip("triton")
-        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-    return found
-
-
-def compiled(arch: str, dtype: str, pairs: int, folder: Path) -> Iterator[Kernel]:
-    """The kernels of one object made of walk.cu."""
-    output = folder / "walk.cubin"
-    done = subprocess.run(
-        [NVCC, *build.CUDA_FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
-         "-Xptxas=-v", f"-DFASTLSTM_STORAGE={dtype}", f"-DFASTLSTM_PAIRS={pairs}", "-o", output,
-         ROOT / "csrc/cuda/walk.cu"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-    text = subprocess.check_output(
-        [tool("cuobjdump"), "-sass", output], text=True, stderr=subprocess.DEVNULL
-    )
-    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=Function :|\Z)", text, re.DOTALL))
-    report = r"properties for (\S+)\n +(\d+) bytes stack.*\n.*Used (\d+) registers"
-    for name, stack, registers in re.findall(report, done.stderr):
-        kind, n_tiles = re.search(r"lstm_(forward|backward)I.*Li\d+ELi(\d)EE", name).groups()
-        yield Kernel(kind, int(n_tiles), int(registers), int(stack), sass[name])
-
-
 @pytest.fixture(scope="module")
 def shared_bytes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, int], int]:
     """By kind, pairs and n_tiles, of all kernels there are: layout.h asked."""
-    folder = tmp_path_factory.mktemp("layout")
     program = """
         #include <cstdio>
         #include <initializer_list>
@@ -93,11 +42,7 @@ def shared_bytes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, in
                   std::printf("%s %d %d %d\\n", kind == Kind::forward ? "forward" : "backward",
                               pairs, n_tiles, shared_bytes(kind, pairs, n_tiles));
         }"""
-    (folder / "layout.cpp").write_text(program)
-    compiler = build.find_toolchain().compiler
-    words = [*compiler, "-std=c++17", f"-I{ROOT / 'csrc'}", "layout.cpp", "-o", "layout"]
-    subprocess.run(words, cwd=folder, check=True)
-    rows = map(str.split, subprocess.check_output([folder / "layout"], text=True).splitlines())
+    rows = printed(program, tmp_path_factory.mktemp("layout"))
     return {(kind, int(pairs), int(n)): int(size) for kind, pairs, n, size in rows}
 
 
@@ -106,22 +51,20 @@ def test_kernels(
     arch: str, dtype: str, pairs: int, shared_bytes: dict[tuple[str, int, int], int], tmp_path: Path
 ) -> None:
     """No local memory, room for a block, tensor cores, and all reads of rows unrolled."""
-    kernels = list(compiled(arch, dtype, pairs, tmp_path))
+    kernels = compiled(
+        arch, "walk.cu", (f"STORAGE={dtype}", f"PAIRS={pairs}"), tmp_path / "walk.cubin"
+    )
     expected = {(kind, n) for kind, of, n in shared_bytes if of == pairs}
     assert {(kernel.kind, kernel.n_tiles) for kernel in kernels} == expected
-    product = {"f32": "HMMA.1688.F32.TF32", "f16": "HMMA.16816.F32 ", "bf16": "HMMA.16816.F32.BF16"}
     for kernel in kernels:
-        what = f"{kernel.kind}, {kernel.n_tiles} eights: {kernel.registers} registers"
-        assert kernel.stack == 0, f"{what}, {kernel.stack} bytes of stack"
-        assert not re.search(r"\b(LDL|STL)\b", kernel.sass), what
-        assert kernel.registers * THREADS <= REGISTERS, what
+        kernel.check_resources()
         depth = pairs if kernel.kind == "forward" else 4 * pairs
         tiles = kernel.n_tiles * (4 if kernel.kind == "forward" else 1)
-        assert kernel.sass.count(product[dtype]) == 2 * depth * tiles, what
+        assert kernel.sass.count(PRODUCT[dtype]) == 2 * depth * tiles, kernel
         # From the L2 cache; and a flag is taken and set at the scope of the device.
-        assert kernel.sass.count("LDG.E.128.STRONG.GPU") == depth * kernel.n_tiles, what
-        assert re.search(r"LDG\.E\.STRONG\.GPU", kernel.sass), what
-        assert re.search(r"MEMBAR\.\w+\.GPU(.*\n)+?.*STG\.E\.STRONG\.GPU", kernel.sass), what
+        assert kernel.sass.count("LDG.E.128.STRONG.GPU") == depth * kernel.n_tiles, kernel
+        assert re.search(r"LDG\.E\.STRONG\.GPU", kernel.sass), kernel
+        assert re.search(r"MEMBAR\.\w+\.GPU(.*\n)+?.*STG\.E\.STRONG\.GPU", kernel.sass), kernel
 
 
 @pytest.mark.parametrize("arch", MOST_SHARED)
@@ -136,7 +79,9 @@ def test_shared_memory_fits(arch: str, shared_bytes: dict[tuple[str, int, int], 
 def test_library_links_against_a_torch_without_cuda() -> None:
     """And loads without a driver, and says what is missing."""
     folder = ROOT / "build" / "cuda-test"
-    library = build.build_cuda(folder, instances=[("bf16", 1)], architectures=("90a",))
+    library = build.build_cuda(
+        folder, instances=[("bf16", 1)], architectures=("90a",), clusters=[("bf16", 8, 16)]
+    )
     info = build.build_info(library)
     assert info["sources"] == build.cuda_sources_digest()
     assert info["architectures"] == ["90a"]
@@ -145,19 +90,58 @@ def test_library_links_against_a_torch_without_cuda() -> None:
     assert not re.search(r"libcuda|libcudart|RPATH|RUNPATH", needed)
     program = (
         "import torch, fastlstm\n"
+        "from fastlstm.cli.info import describe\n"
+        "print(describe()['cuda library'])\n"
         "print(fastlstm.available_backends()['cuda'])\n"
-        "print(torch.ops.fastlstm_cuda.refusal('float16', 64, 1, 1))\n"
-        "print(torch.ops.fastlstm_cuda.refusal('bfloat16', 64, 1, 1))\n"
+        "for dtype in ('float16', 'bfloat16'):\n"
+        "    for kernel in ('grid', 'cluster', 'best'):\n"
+        "        print(torch.ops.fastlstm_cuda.refusal(dtype, 64, 1, 1, kernel))\n"
     )
     env = os.environ | {"FASTLSTM_CUDA_LIBRARY": str(library), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    missing, dtype, driver = done.stdout.splitlines()
+    found, missing, grid, cluster, best, *others = done.stdout.splitlines()
+    assert str(library) in found and "'built: architectures': ['90a']" in found
     assert missing == "torch finds no CUDA device"
-    assert dtype == "no kernel was compiled for 64 units of float16"
-    assert driver.startswith("asking what the device holds failed: ")
+    assert grid == best, best
+    for name, reason in (("", grid), ("cluster ", cluster)):
+        assert reason.startswith(f"no {name}kernel was compiled for 64 units of float16; "), reason
+    # Both kinds are there for the other, and ask a driver.
+    assert len(others) == 3
+    for each in others:
+        assert each.startswith("asking what the device holds failed: "), each
+        assert each.endswith("; the backends 'triton' and 'aten' do not ask"), each
 
 
 def test_all_that_is_listed_is_what_a_library_has() -> None:
-    source = build._instances_source(build.CUDA_INSTANCES)
+    source = build._instances_source(build.CUDA_INSTANCES, build.CLUSTER_INSTANCES)
     assert source.count("extern const Instance instances_") == len(build.CUDA_INSTANCES) == 15
+    assert source.count("extern const Instance clusters_") == len(build.CLUSTER_INSTANCES) == 11
+
+
+def test_no_fast_math() -> None:
+    """The kernels name the approximations that they take: csrc/cuda/math.h."""
+    steps = [
+        *build._cuda_steps(build.find_toolchain(), ROOT, build.CUDA_INSTANCES, ("90a",)),
+        *build._cluster_steps(("90a",), build.CLUSTER_INSTANCES),
+    ]
+    assert sum(step.rule == "nvcc" for step in steps) == 1 + 15 + 11
+    words = " ".join(word for step in steps for word in step.flags)
+    assert not re.search(r"fast[-_]math|ftz|prec-div|prec-sqrt|Ofast", words)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (("90a", "100a", "80"), "90a,sm_90a 100a,sm_100a 90,[sm_90,compute_90]"),
+        (("90a",), "90a,[sm_90a,compute_90a]"),
+        (("80",), "90,[sm_90,compute_90]"),
+    ],
+)
+def test_clusters_are_compiled_for_who_has_them(
+    architectures: tuple[str, ...], expected: str
+) -> None:
+    """And as PTX for what is newer, where the other kernels are."""
+    for step in build._cluster_steps(architectures, build.CLUSTER_INSTANCES):
+        codes = [flag.split("compute_", 1)[1] for flag in step.flags if "-gencode" in flag]
+        assert " ".join(codes).replace("code=", "") == expected

@@ -6,11 +6,22 @@ reports races and accesses outside of the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from cuda_checks import (  # noqa: F401 - fixtures among them
+    DEVICE,
+    DTYPES,
+    KERNELS,
+    ON_GPU,
+    PACKED,
+    both_walks,
+    emulator_only,
+    kernel,
+    library,
+    poison,
+)
 from test_gate_math import assert_agreement, lattice
 
 import emulated
@@ -19,56 +30,20 @@ from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import backends, native
 from fastlstm import cuda as backend
 from fastlstm.contract import OutputGradients, Requested
-from kernel_checks import ALL, Kernels, assert_same_bits
+from kernel_checks import ALL, assert_same_bits
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
-KERNELS = Kernels(backend, DEVICE, tf32=True)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Those without a projection, with units in eights.
 CASES = tuple(
     dict.fromkeys(
         replace(case, hidden=-(-case.hidden // 8) * 8) for case in LAYERS if not case.projection
     )
 )
-# Three blocks to a team, the last of them half full; two slices; both directions.
-PACKED = Layer((10, 9, 9, 2), 6, 40, directions=2, reset=0.3)
-
-emulator_only = pytest.mark.skipif(ON_GPU, reason="the emulator's: it needs no GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library() -> Iterator[None]:
-    """On a GPU the library that was built; else the emulator."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    if ON_GPU:
-        reason = native.missing_cuda()
-        if reason is not None and "was not built" in reason:
-            pytest.skip(reason)
-        assert reason is None, reason
-        yield
-    else:
-        with emulated.emulator():
-            yield
-    torch.backends.cuda.matmul.fp32_precision = before
+# Mailboxes are used again and again, in both parities.
+LONG = Layer((9, 9, 9, 8, 8, 3, 1, 1, 1), 6, 24, directions=2)
+both_kernels = pytest.mark.usefixtures("kernel")
 
 
-@pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """New tensors start as NaNs: what is not written shows. And nothing may be left to report."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3, device=DEVICE).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    if ON_GPU:
-        torch.cuda.synchronize()
-    else:
-        for name, value in (("seed", 0), ("detect", 0), ("omit", 0), ("blocks", 1 << 20)):
-            emulated.setting(name, value)
-    backend.check(DEVICE)
-
-
+@both_kernels
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_equals_reference(case: Layer, dtype: torch.dtype) -> None:
@@ -91,50 +66,60 @@ def test_wide_layers_equal_reference(case: Layer, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("sequences", [7, 8, 9, 16, 17, 32, 33, 70])
-def test_slices_of_every_size(sequences: int) -> None:
+def test_slices_of_every_size(sequences: int, kernel: str) -> None:  # noqa: F811
     """Where one slice ends and another begins, by every number of sequences that a block has."""
     case = Layer((sequences, sequences, 1 + sequences // 3), 3, 24)
-    rooms = (1 << 20,) if ON_GPU else (1 << 20, 4)
+    name, two = ("blocks", 4) if kernel == "grid" else ("clusters", 16)
+    rooms = (1 << 20,) if ON_GPU else (1 << 20, two)
     results = []
     for blocks in rooms:  # room for all teams; for two: slices are wide, and teams go in turns
         if not ON_GPU:
-            emulated.setting("blocks", blocks)
+            emulated.setting(name, blocks)
         torch.manual_seed(0)
         KERNELS.check_layer(case, torch.bfloat16)
         torch.manual_seed(0)
-        results.append(backend.layer_forward(*KERNELS.layer(case, torch.bfloat16), True, True))
+        results.append(both_walks(case))
     for other in results[1:]:
-        assert_same_bits(other, results[0])
+        assert_same_bits(other[0], results[0][0])
+        if kernel == "cluster":  # whose sums have the same order in every slice, backward too
+            assert_same_bits(other[1], results[0][1])
 
 
+@both_kernels
 def test_same_bits_every_time() -> None:
     KERNELS.check_same_bits(PACKED)
 
 
+@both_kernels
 @pytest.mark.parametrize("flag", [name for name in Requested._fields if name != "w_hr"])
 def test_only_requested_gradients(flag: str) -> None:
     KERNELS.check_requested(PACKED, flag)
 
 
+@both_kernels
 @pytest.mark.parametrize("absent", range(4))
 def test_absent_gradients_count_as_zeros(absent: int) -> None:
     KERNELS.check_absent(PACKED, absent)
 
 
+@both_kernels
 def test_expanded_and_strided_gradients() -> None:
     KERNELS.check_strides(8)
 
 
+@both_kernels
 @pytest.mark.parametrize("case", [PACKED, Layer((4,) * 6, 6, 16)], ids=str)
 def test_inference_keeps_nothing(case: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
     KERNELS.check_inference(case, monkeypatch)
 
 
+@both_kernels
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values_stay_in_their_sequence(value: float) -> None:
     KERNELS.check_special_value(value, 24)
 
 
+@both_kernels
 def test_jitter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = KERNELS.layer(PACKED, torch.bfloat16)
     want = backend.layer_forward(*layer, True, True)
@@ -145,38 +130,42 @@ def test_jitter_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the protocol --------------------------------------------------------------------------
 
 
-def both_walks() -> None:
-    layer = KERNELS.layer(PACKED, torch.bfloat16)
-    out = backend.layer_forward(*layer, True, True)
-    need = ALL._replace(w_hr=False)
-    backend.layer_backward(OutputGradients(*out[:4]), *layer, out.reserve(), need)
-
-
 @emulator_only
+@both_kernels
 @pytest.mark.parametrize("seed", range(4))
 def test_no_races_under_any_schedule(seed: int) -> None:
     emulated.setting("detect", 1)
     emulated.setting("seed", seed)
     both_walks()
+    both_walks(LONG)
 
 
 @emulator_only
-@pytest.mark.parametrize("ordering", emulated.ORDERINGS)
-def test_without_one_ordering_there_are_races(ordering: str) -> None:
+@pytest.mark.parametrize("ordering", emulated.OF_A_GRID)
+def test_without_one_ordering_there_are_races(
+    ordering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "KERNEL", "grid")
     emulated.setting("detect", 1)
-    emulated.setting("omit", 1 + emulated.ORDERINGS.index(ordering))
+    emulated.omit(ordering)
     with pytest.raises(RuntimeError, match="a race of"):
         both_walks()
 
 
 @emulator_only
-def test_who_gives_up_waiting_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_gives_up_waiting_is_reported(
+    kernel: str,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The next call says so, and the one after is served."""
+    first, suffix = ("[12]", "") if kernel == "grid" else ("[012]", "_cluster")
     layer = KERNELS.layer(Layer((3, 3, 3), 4, 40), torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(backend, "POLLS", 0)
         backend.layer_forward(*layer, True, True)
-    with pytest.raises(RuntimeError, match=r"lstm_forward on .* team 0 at step [12] of"):
+    with pytest.raises(
+        RuntimeError, match=rf"lstm_forward{suffix} on .* team 0 at step {first} of"
+    ):
         backend.layer_forward(*layer, True, True)
     out = backend.layer_forward(*layer, True, True)
     with monkeypatch.context() as patch:
@@ -184,7 +173,9 @@ def test_who_gives_up_waiting_is_reported(monkeypatch: pytest.MonkeyPatch) -> No
         gradients = OutputGradients(*out[:4])
         need = ALL._replace(w_hr=False)
         backend.layer_backward(gradients, *layer, out.reserve(), need)
-    with pytest.raises(RuntimeError, match=r"lstm_backward on .* team 0 at step [123] of"):
+    with pytest.raises(
+        RuntimeError, match=rf"lstm_backward{suffix} on .* team 0 at step [0123] of"
+    ):
         backend.check(DEVICE)
     backend.check(DEVICE)
 
@@ -264,6 +255,7 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
     layer = KERNELS.layer(PACKED, torch.bfloat16)
     call = backends.Call(*layer[:3], layer.weights[0], None, False, False)
     emulated.setting("blocks", 2)
+    emulated.setting("clusters", 0)
     reason = "40 units of bfloat16 take 3 blocks .* holds 2 at once; the backends 'triton'"
     with pytest.raises(RuntimeError, match=reason):
         backends.pick("cuda", call)

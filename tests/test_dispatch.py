@@ -26,6 +26,7 @@ from gpu_cases import Case  # noqa: E402
 from recording import write_json  # noqa: E402
 
 DEVICE, CPU = "NVIDIA H200", torch.device("cpu")
+PASSED = dict.fromkeys(("describe", "tests", "stress", "cuda", "micro"), "ok")
 SHAPES = ((1, 256), (16, 256), (16, 512), (64, 512), (64, 1024))
 Times = Callable[[Case, str], tuple[float, float]]  # microseconds per step: ours, theirs
 
@@ -52,6 +53,9 @@ class Contest:
             pairs=9, calls=1, ours=around(ours), theirs=around(theirs), ratio=around(theirs / ours)
         )
 
+    def plans(self) -> dict[str, str]:
+        return {}
+
     def fill(self) -> float:
         return 0.6 if self.case.variant == "packed" else 1.0
 
@@ -63,11 +67,15 @@ class Contest:
 def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     """A run with such times, through the functions that record one."""
 
-    def run(times: Times, cases: list[Case], date: str = "2026-11-24T00:00:00+00:00") -> Path:
+    def run(
+        times: Times, cases: list[Case], date: str = "2026-11-24T00:00:00+00:00", **steps: str
+    ) -> Path:
         monkeypatch.setattr(gpu, "DeviceContest", partial(Contest, times=times))
         monkeypatch.setattr(gpu, "now", lambda: date)
         machine = dict(device=dict(name=DEVICE), versions=dict(commit="0123456789ab"))
         write_json(tmp_path / "machine.json", machine)
+        ended = [dict(step=name, result=how) for name, how in (PASSED | dict(steps)).items()]
+        write_json(tmp_path / "steps.json", ended)
         result = gpu.new_result(tmp_path, CPU)
         for case in cases:
             result["rows"] += gpu.measure_case(case, CPU, 0.0)
@@ -233,6 +241,28 @@ def test_runs_that_show_nothing_are_refused(record) -> None:
     ):
         with pytest.raises(ValueError, match=rf"gpu\.json: .*{reason}"):
             make_dispatch.table({"gpu.json": run | change})
+
+
+@pytest.mark.parametrize("step", ["tests", "cuda"])
+@pytest.mark.parametrize("how", ["failed", "cut", "skipped"])
+def test_a_kernel_whose_tests_have_not_passed_is_not_admitted(
+    record, use, step: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """However fast it is; and it is said why."""
+    cases = plain((16, 512), backend="cuda")
+    path = record(lambda case, mode: (1, 4), cases, **{step: how})
+    out = tmp_path / "dispatch.json"
+    monkeypatch.setattr(sys, "argv", ["make_dispatch.py", str(path), "--out", str(out)])
+    assert make_dispatch.main() == 0
+    assert json.loads(out.read_text())["records"] == []
+    assert f"nothing is recorded of cuda: {step} {how}" in capsys.readouterr().out
+    use(table_of(record(lambda case, mode: (1, 4), cases)))
+    assert dispatch.recorded(call_of(16, 512)) == ("cuda",)
+
+
+def test_a_kernel_that_was_named_says_nothing_about_the_rule(record) -> None:
+    cases = plain((16, 512), backend="cuda", kernel="cluster")
+    assert table_of(record(lambda case, mode: (1, 4), cases))["records"] == []
 
 
 def test_auto_takes_what_is_recorded(record, use, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,13 @@ from fastlstm import build
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benches"))
 
+import gpu_cuda  # noqa: E402
 import gpu_micro  # noqa: E402
 import gpu_run  # noqa: E402
 import recording  # noqa: E402
+from gpu_common import KERNELS  # noqa: E402
+
+WALKS = ("forward", "backward")
 
 
 def read(path: Path) -> object:
@@ -47,24 +52,50 @@ def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
         *("repeated", "near_stock", "given_up", "every_exchange"),
     }
     assert "failed" not in stress.values()
-    barrier, walk, clusters = read(tmp_path / "micro.json")
+    barrier, walk, clusters, *of_cuda = read(tmp_path / "micro.json")
     assert barrier["microseconds"]["median"] > 0 and walk["host_microseconds"]["median"] > 0
     assert "9.0" in clusters["missing"]
-    of_cuda = {row["case"]: row["result"] for row in read(tmp_path / "cuda.json")}
-    assert {name for name, result in of_cuda.items() if result == "ok"} == {
-        *("repeated", "near_stock", "given_up"),
-    }
-    assert "failed" not in of_cuda.values() and "racecheck" in of_cuda
+    assert {(row["kernel"], row["walk"]) for row in of_cuda} == set(product(KERNELS, WALKS))
+    assert all(row["plan"].startswith(row["kernel"]) for row in of_cuda)
+    assert all(row["microseconds_per_step"]["median"] > 0 for row in of_cuda)
+    stress = {(row["kernel"], row["case"]): row for row in read(tmp_path / "cuda.json")}
+    assert {name for name, row in stress.items() if row["result"] == "ok"} == set(
+        product(KERNELS, ("repeated", "near_stock", "given_up"))
+    )
+    assert "failed" not in {row["result"] for row in stress.values()}
+    assert {("cluster", "graph"), ("grid", "graph")} < set(stress)
+    assert {("best", "memcheck"), ("best", "racecheck")} < set(stress)
+    for kernel in KERNELS:
+        name = "_cluster" if kernel == "cluster" else ""
+        assert f"lstm_forward{name} on" in stress[kernel, "given_up"]["message"]
     (path,) = tmp_path.glob("gpu-*.json")
     check_measured(read(path))
     text = path.with_suffix(".md").read_text()
-    assert "A dry run" in text and text.count("| forward + backward |") == 20
+    assert "A dry run" in text and text.count("| forward + backward |") == 24
     assert path.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_the_sanitizer_watches(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, on such kernels."""
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(gpu_cuda, "LAYERS", ((3, 9, 24),))
+    monkeypatch.setattr(gpu_cuda, "WIDE", {kernel: lambda dtype: (2, 1, 64 // dtype.itemsize)})
+    with emulated.emulator():
+        try:
+            text = gpu_cuda.sanitized(torch.device("cpu"), kernel)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert text == f"6 layers of {kernel} kernels"
 
 
 def check_measured(result: dict) -> None:
     rows = result["rows"]
-    assert result["dry"] and result["not_reached"] == [] and len(rows) == 20
+    assert result["dry"] and result["not_reached"] == [] and len(rows) == 24
+    assert result["steps"]["cuda"] == result["steps"]["tests"] == "ok"
+    plans = {row["kernel"]: row["plans"] for row in rows if row["backend"] == "cuda"}
+    for kernel in KERNELS:
+        assert all(plans[kernel][walk].startswith(kernel) for walk in WALKS)
     for row in rows:
         assert "error" not in row
         assert row["microseconds_per_step"]["ours"]["median"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,6 +131,20 @@ def test_build_imports_the_standard_library_only() -> None:
         for alias in node.names
     ]
     assert not {"torch", "ninja", "numpy", None} & set(top_level)
+
+
+def test_csrc_knows_torch_in_its_bindings_alone() -> None:
+    """And of torch only what is stable; nothing but a CUDA source includes CUDA's headers."""
+    bindings = {"bindings.cpp", "cuda/bindings.cpp", "tensor_checks.h"}
+    on_a_gpu = {"cuda/device.h", "cuda/launch.h", "cuda/probe.cu"}
+    for source in sorted((ROOT / "csrc").rglob("*.*")):
+        name = source.relative_to(ROOT / "csrc").as_posix()
+        for header in re.findall(r"#\s*include\s*[<\"]([^>\"]+)", source.read_text()):
+            if header.startswith(("torch/", "ATen/", "c10/")):
+                assert name in bindings, f"{name} includes {header}"
+                assert header.startswith(("torch/csrc/stable/", "torch/headeronly/")), header
+            elif header.startswith("cuda_"):
+                assert name in on_a_gpu, f"{name} includes {header}"
 
 
 def test_no_file_speaks_of_a_machine() -> None:

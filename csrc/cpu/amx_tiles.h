@@ -126,6 +126,11 @@ struct AmxProduct {
 
   // The terms of A that meet term j of B.
   static constexpr int met(int j) { return left < 3 - j ? left : 3 - j; }
+  static constexpr int pauses() {  // of a block: times that `meanwhile` is called
+    int count = 0;
+    for (int j = 0; j < right; ++j) count += met(j);
+    return count;
+  }
 
 #define FASTLSTM_LOAD_LEFT(i)                                          \
   do {                                                                 \
@@ -137,10 +142,12 @@ struct AmxProduct {
       _tile_dpbf16ps(2, 5, 6);                                         \
       _tile_dpbf16ps(3, 5, 7);                                         \
     }                                                                  \
+    meanwhile();                                                       \
   } while (0)
 
-  template <bool two>
-  static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks) {
+  template <bool two, class Other>
+  static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks,
+                  Other& meanwhile) {
     const int64_t term_stride = height * 32, lower_offset = upper * 32;
     for (; blocks > 0; --blocks, a += left * term_stride) {
       for (int j = right - 1; j >= 0; --j) {
@@ -256,12 +263,25 @@ struct AmxTiles {
     }
   }
 
+  static int64_t blocks(const Segments& segments) {
+    int64_t count = 0;
+    for (int64_t s = 0; s < segments.count; ++s)
+      count += blocks_of(segments.size[s], block_columns);
+    return count;
+  }
+
+  // Two products of 32 rows keep the unit busy for 64 cycles, in which the rest of the core waits
+  // (the unit's registers can't be loaded far ahead) or does what is to be done `meanwhile`: at
+  // each pause a piece of some 60 instructions is free, a larger one is not.
+  static int64_t pauses(const Segments& segments) {
+    return blocks(segments) * AmxProduct<terms, weight_terms>::pauses();
+  }
+
+  template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
                        const Segments& segments, bool, float* c, int64_t ldc, const Wanted*,
-                       bool add = false) {
-    int64_t blocks = 0;
-    for (int64_t s = 0; s < segments.count; ++s)
-      blocks += blocks_of(segments.size[s], block_columns);
+                       bool add = false, Other&& meanwhile = {}) {
+    const int64_t blocks = AmxTiles::blocks(segments);
     const int64_t upper = rows > 16 ? (rows + 1) / 2 : rows, lower = rows - upper;
     const int64_t stride = ldc * int64_t(sizeof(float));
     float* below = c + upper * ldc;
@@ -282,11 +302,11 @@ struct AmxTiles {
       _tile_zero(3);
     }
     if (lower > 0) {
-      Product::template run<true>(tile, height, upper, panel, blocks);
+      Product::template run<true>(tile, height, upper, panel, blocks, meanwhile);
       _tile_stored(2, below, stride);
       _tile_stored(3, below + L, stride);
     } else {
-      Product::template run<false>(tile, height, upper, panel, blocks);
+      Product::template run<false>(tile, height, upper, panel, blocks, meanwhile);
     }
     _tile_stored(0, c, stride);
     _tile_stored(1, c + L, stride);
@@ -299,7 +319,7 @@ struct AmxTiles {
   }
   static constexpr int64_t ahead_rows = 256;
 
-  static constexpr bool adds = true, asks = false;
+  static constexpr bool adds = true, asks = false, overlaps = true;
 
   // Panels stream well enough by themselves.
   static bool worth_prefetching(int64_t, int64_t) { return false; }

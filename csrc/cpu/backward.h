@@ -9,6 +9,7 @@
 // gradient of h is exchanged too and multiplied by W_hr: two barriers a step.
 #pragma once
 
+#include "backward_cells.h"
 #include "operand.h"
 #include "split.h"
 
@@ -17,6 +18,7 @@ namespace {
 
 template <class Tiles>
 class Backward {
+  using TilesOf = Tiles;
   using S = typename Tiles::S;
   using T = typename Tiles::T;
   using Element = typename Tiles::Element;
@@ -82,16 +84,24 @@ class Backward {
     }
     const bool to_initial_state =
         a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr);
+    Unfinished unfinished;
     for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
       if (gate_by_gate_)
         for (int gate = 0; gate < 3; ++gate)
-          for (int64_t item = outputs.begin; item < outputs.end; ++item) add_gate(item, s, gate);
+          for (int64_t item = outputs.begin; item < outputs.end; ++item) {
+            const Step step = this->step(int(item / output_panels_), s);
+            Idle idle;
+            for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
+              add_gate(item, step, gate, tile, idle);
+          }
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
-        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance);
+        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance, unfinished);
+      unfinished.cells.rest();
       team.barrier.wait();
       if (!projected_) continue;
-      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s);
+      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s, unfinished);
+      unfinished.cells.rest();
       team.barrier.wait();
     }
     if (a_.begin < a_.end && a_.end < walk_.all_steps()) leave_carry(team);
@@ -119,6 +129,9 @@ class Backward {
   }
 
  private:
+  friend class BackwardCells<Backward>;
+  using Cells = BackwardCells<Backward>;
+
   // A step to undo, and the step undone before it, of one direction. There is one more than
   // there are steps: it has no rows of its own and only carries gradients to the initial state.
   // Steps are counted over all sequences: a part of shorter ones has no rows in some of them.
@@ -130,6 +143,14 @@ class Backward {
     int64_t start;    // its first packed row
     int64_t after;    // time of the step undone before
     int64_t carried;  // rows of the step undone before, whose gradients are carried here
+  };
+
+  // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
+  struct Unfinished {
+    Cells cells;
+    int buffer = 0;                                  // which one is its own
+    alignas(64) T sums[2][Tiles::max_rows * width];  // (rows of the tile, width)
+    T* next() { return sums[buffer = 1 - buffer]; }
   };
 
   // The time of the s-th step that is undone in direction d.
@@ -218,41 +239,44 @@ class Backward {
 
   // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
   // tile by tile, and then for the sequences that end at this step.
-  void carry(int64_t item, int64_t s, bool in_advance) {
-    alignas(64) T sums[Tiles::max_rows * width];  // (rows of the tile, width)
+  void carry(int64_t item, int64_t s, bool in_advance, Unfinished& unfinished) {
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
-    const Segments segments{4, {n_.H, n_.H, n_.H, n_.H}};
-    if (gate_by_gate_) add_gate(item, s, 3);
+    const Segments segments =
+        gate_by_gate_ ? Segments{1, {n_.H}} : Segments{4, {n_.H, n_.H, n_.H, n_.H}};
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
+      T* const sums = gate_by_gate_ ? sums_of(item, tile) : unfinished.next();
+      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
       Wanted wanted;
       if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
-      if (!gate_by_gate_)
+      if (gate_by_gate_)
+        add_gate(item, step, 3, tile, meanwhile);
+      else
         Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
                         recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
-                        width, &wanted);
-      finish_tile(step, first, last, column, gate_by_gate_ ? sums_of(item, tile) : sums);
+                        width, &wanted, false, meanwhile);
+      finish_tile(step, first, last, column, sums, unfinished);
     }
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
-      std::memset(sums, 0, sizeof sums);
+      T* const sums = unfinished.next();
+      std::memset(sums, 0, sizeof unfinished.sums[0]);
       const int64_t left = step.rows - first;
       finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column,
-                  sums);
+                  sums, unfinished);
     }
   }
 
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
   // by.
-  void add_gate(int64_t item, int64_t s, int gate) {
+  template <class Other>
+  void add_gate(int64_t item, const Step& step, int gate, int64_t tile, Other& meanwhile) {
     if constexpr (Tiles::adds) {
-      const Step step = this->step(int(item / output_panels_), s);
-      const Element* panel = recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H);
-      const Operand operand = da(step.d, s - 1);
-      for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
-        Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
-                        tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height, panel,
-                        {1, {n_.H}}, false, sums_of(item, tile), width, nullptr, gate > 0);
+      const Operand operand = da(step.d, step.index - 1);
+      Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
+                      tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
+                      recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}}, false,
+                      sums_of(item, tile), width, nullptr, gate > 0, meanwhile);
     }
   }
 
@@ -261,13 +285,25 @@ class Backward {
   }
 
   // Rows [first, last) of one panel: all of them carried from the step undone before, or none.
-  void finish_tile(const Step& step, int64_t first, int64_t last, int64_t column, T* sums) {
+  // Their cells may wait.
+  void finish_tile(const Step& step, int64_t first, int64_t last, int64_t column, T* sums,
+                   Unfinished& unfinished) {
     const int64_t going_on = step.rows < first ? first : step.rows < last ? step.rows : last;
+    const int64_t received = projected_ ? first : going_on;  // by cells
     for (int64_t part = 0; part < width && column + part < n_.P; part += L) {
-      receive(step, first, last, column + part, sums + part);
-      if (projected_) continue;
-      undo_cells(step, first, going_on, column + part, sums + part);
-      finish_sequences(step, going_on, last, column + part);
+      receive(step, received, last, column + part, sums + (received - first) * width + part);
+      if (!projected_) finish_sequences(step, going_on, last, column + part);
+    }
+    if (!projected_) undo(unfinished, Cells(*this, step, {first, going_on}, column, sums));
+  }
+
+  // Undoes cells; what may be put off is done at the latest when the next is.
+  void undo(Unfinished& unfinished, Cells cells) {
+    if constexpr (Tiles::overlaps) {
+      unfinished.cells.rest();
+      unfinished.cells = cells;
+    } else {
+      cells.all();
     }
   }
 
@@ -317,24 +353,24 @@ class Backward {
   }
 
   // (eq. 8) dm = dh W_hr for one panel of units, and their cells.
-  void unproject(int64_t item, int64_t s) {
-    alignas(64) T sums[Tiles::max_rows * width];
+  void unproject(int64_t item, int64_t s, Unfinished& unfinished) {
     const Step step = this->step(int(item / unit_panels_), s);
     const int64_t unit = item % unit_panels_ * width;
     const Segments segments{1, {n_.P}};
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
+      T* const sums = unfinished.next();
+      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
       Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
                       projection_ + item * Tiles::panel_size(n_.P), segments, false, sums, width,
-                      nullptr);
+                      nullptr, false, meanwhile);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried
                                                    : last;
-      for (int64_t part = 0; part < width && unit + part < n_.H; part += L) {
-        undo_cells(step, first, middle, unit + part, sums + part);
-        undo_cells(step, middle, last, unit + part, sums + (middle - first) * width + part);
-      }
+      if (first < middle) undo(unfinished, Cells(*this, step, {first, middle}, unit, sums));
+      if (middle < last)
+        undo(unfinished, Cells(*this, step, {middle, last}, unit, sums + (middle - first) * width));
     }
     for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
       finish_sequences(step, step.rows, step.carried, unit + part);
@@ -353,72 +389,6 @@ class Backward {
       const V dc = cut ? V{} : load(carried_cell(step.d, r, unit));
       store_some(static_cast<S*>(a_.dc0) + state_at(step.d, r, n_.H) + unit, dc, count);
     }
-  }
-
-  // The cells of L units and sequences [first, last), from the gradients of m (rows, width). What
-  // does not change from row to row is held in locals: stores may alias everything that is not.
-  void undo_cells(const Step step, int64_t first, int64_t last, int64_t unit, const T* dm) {
-    if (first >= last) return;
-    const int d = step.d, count = int(n_.H - unit < L ? n_.H - unit : L);
-    const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
-    const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
-    const int64_t state = state_at(d, first, H) + unit;
-    const int64_t before = Walk::previous(d, step.t), rows_before = walk_.rows(before);
-    const T* c_all = static_cast<const T*>(a_.c_all);
-    const T* c = c_all + row * H + unit;
-    const T* c_before =
-        rows_before == 0 ? nullptr : c_all + ((walk_.start(before) + first) * D + d) * H + unit;
-    const S* c0 = static_cast<const S*>(a_.c0) + state;
-    const S* dc_n = a_.dc_n ? static_cast<const S*>(a_.dc_n) + state : nullptr;
-    const T* dc_all = a_.dc_all ? static_cast<const T*>(a_.dc_all) + row * H + unit : nullptr;
-    const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
-    const Operand blocked = da(d, step.index);
-    const int64_t gate_stride = gate_blocks_ * blocked.block_size();
-    Element* exchanged = nullptr;
-    unsigned beyond = 0;
-    T* out = static_cast<T*>(a_.da) + (row - a_.first_row[d] * D) * 4 * H + unit;
-    T* carried = carried_cell(d, first, unit);
-    Gates<V> sum{};
-
-    for (int64_t r = first; r < last; ++r, dm += width, carried += L) {
-      const int64_t k = r - first;
-      V dc{};
-      if (!ends_here) {
-        if (!resets || !walk_.cut_before(d, step.after, r)) dc = load(carried);
-      } else if (dc_n) {
-        dc = load_some(dc_n + k * H, count);
-      }
-      if (dc_all) dc += load_some(dc_all + k * D * H, count);
-      V c_prev{};
-      if (!resets || !walk_.cut_before(d, step.t, r))
-        c_prev =
-            r < rows_before ? load_some(c_before + k * D * H, count) : load_some(c0 + k * H, count);
-      const S* saved = gates + k * D * 4 * H;
-      const CellGradient<V> gradient =
-          Math::cell_backward({load_some(saved, count), load_some(saved + H, count),
-                               load_some(saved + 2 * H, count), load_some(saved + 3 * H, count)},
-                              c_prev, load_some(c + k * D * H, count), load(dm), dc);
-      store(carried, gradient.dc_prev);
-      const Gates<V>& da = gradient.da;
-      if (exchanged == nullptr || r % tiles_.height == 0) exchanged = blocked.at(r, 0, unit);
-      beyond |= blocked.put(exchanged, da.i);
-      beyond |= blocked.put(exchanged + gate_stride, da.f);
-      beyond |= blocked.put(exchanged + 2 * gate_stride, da.g);
-      beyond |= blocked.put(exchanged + 3 * gate_stride, da.o);
-      exchanged += Operand::columns;
-      T* da_out = out + k * D * 4 * H;
-      store_some(da_out, da.i, count);
-      store_some(da_out + H, da.f, count);
-      store_some(da_out + 2 * H, da.g, count);
-      store_some(da_out + 3 * H, da.o, count);
-      sum.i += da.i, sum.f += da.f, sum.g += da.g, sum.o += da.o;
-    }
-    note(beyond);
-    T* dbias = dbias_ + d * 4 * H + unit;  // this thread's own units
-    store_some(dbias, load_some(dbias, count) + sum.i, count);
-    store_some(dbias + H, load_some(dbias + H, count) + sum.f, count);
-    store_some(dbias + 2 * H, load_some(dbias + 2 * H, count) + sum.g, count);
-    store_some(dbias + 3 * H, load_some(dbias + 3 * H, count) + sum.o, count);
   }
 
   const BackwardArgs& a_;

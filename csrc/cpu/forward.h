@@ -11,6 +11,7 @@
 // arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead").
 #pragma once
 
+#include "forward_cells.h"
 #include "operand.h"
 #include "split.h"
 
@@ -19,6 +20,7 @@ namespace {
 
 template <class Tiles>
 class Forward {
+  using TilesOf = Tiles;
   using S = typename Tiles::S;
   using T = typename Tiles::T;
   using Element = typename Tiles::Element;
@@ -79,11 +81,13 @@ class Forward {
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);
     team.barrier.wait();
+    Unfinished unfinished;
     for (int64_t s = 0; s < steps(); ++s) {
       if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < mine.end - mine.begin; ++k)
-        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance);
+        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance, unfinished);
+      unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
       if (out_panels_ > 0) {
@@ -111,6 +115,9 @@ class Forward {
   }
 
  private:
+  friend class ForwardCells<Forward>;
+  using Cells = ForwardCells<Forward>;
+
   // An item: which direction, which group of units, and how many of its lanes are units.
   struct Item {
     int64_t index;
@@ -123,6 +130,13 @@ class Forward {
     int64_t t, rows, start;   // time, sequences, first packed row
     int64_t next, next_rows;  // the step after it, which is given the state of so many
     Operand reads, hidden;    // what it multiplies; where it leaves h for the step after it
+  };
+
+  // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
+  struct Unfinished {
+    Cells cells;
+    int buffer = 0;                                 // which one is its own
+    alignas(64) T pre[2][Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
   };
 
   int64_t panel_size() const { return Tiles::panel_size(n_.I) + Tiles::panel_size(n_.P); }
@@ -228,6 +242,7 @@ class Forward {
     }
     team.barrier.wait();
     const Segments segments{1, {n_.I}};
+    Idle idle;
     for (int64_t k = mine.begin; k < mine.end; ++k) {
       const int d = item(k).d;
       const Range times = chunk_times(d, s);
@@ -235,18 +250,19 @@ class Forward {
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
         multiply(k, 0, segments, inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
-                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L);
+                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
     }
   }
 
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
+  template <class Other>
   void multiply(int64_t item, int64_t k, const Segments& segments, const Operand& blocked,
-                int64_t tile, int64_t rows, bool in_advance, T* pre) {
+                int64_t tile, int64_t rows, bool in_advance, T* pre, Other& meanwhile) {
     const Element* panel = panels_ + item * 2 * panel_size() + Tiles::panel_size(k);
     for (int half = 0; half < 2; ++half)
       Tiles::multiply(blocked.tile(tile), blocked.height, rows, panel + half * panel_size(),
-                      segments, in_advance, pre + half * width, 4 * L, nullptr);
+                      segments, in_advance, pre + half * width, 4 * L, nullptr, false, meanwhile);
   }
 
   void note(unsigned beyond) {
@@ -255,8 +271,7 @@ class Forward {
 
   // ---- one step ----------------------------------------------------------------------------
 
-  void step_item(const Item& item, int64_t s, bool in_advance) {
-    alignas(64) T pre[Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
+  void step_item(const Item& item, int64_t s, bool in_advance, Unfinished& unfinished) {
     const Step step = this->step(item.d, s);
     const Segments segments = ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}};
     const T* ahead = nullptr;
@@ -267,60 +282,19 @@ class Forward {
     }
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
+      unfinished.buffer = 1 - unfinished.buffer;
+      T* const pre = unfinished.pre[unfinished.buffer];
+      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
+                              2 * Tiles::pauses(segments));
       multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
-               pre);
-      finish_cells(item, step, first, last, pre, ahead ? ahead + first * 4 * L : nullptr);
-    }
-  }
-
-  FASTLSTM_INLINE void add(Gates<V>& sum, const T* p) {
-    sum.i += load(p), sum.f += load(p + L), sum.g += load(p + 2 * L), sum.o += load(p + 3 * L);
-  }
-
-  // The cells of one item and the sequences of one tile, from their pre-activations. What does
-  // not change from row to row is held in locals: stores may alias everything that is not. (m is
-  // at most 1: there is nothing to note.)
-  void finish_cells(const Item item, const Step step, int64_t first, int64_t last, const T* pre,
-                    const T* ahead) {
-    const int d = item.d, count = item.count;
-    const bool projected = out_panels_ > 0, resets = a_.reset != nullptr;
-    const int64_t H = n_.H, D = n_.D, row = (step.start + first) * D + d;
-    const T* bias = bias_ + item.index * 4 * L;
-    T* cell = cells_ + (item.index * rows_ + first) * L;
-    Element* hidden = step.hidden.at(first, hidden_block(), item.unit);
-    S* y = static_cast<S*>(a_.y) + row * H + item.unit;
-    S* gates = a_.gates ? static_cast<S*>(a_.gates) + row * 4 * H + item.unit : nullptr;
-    T* c_all = a_.c_all ? static_cast<T*>(a_.c_all) + row * H + item.unit : nullptr;
-    S* m_all = a_.m ? static_cast<S*>(a_.m) + row * H + item.unit : nullptr;
-    Element* m_out = projected ? unprojected(d).at(first, 0, item.unit) : nullptr;
-
-    for (int64_t r = first; r < last; ++r, pre += 4 * L, cell += L) {
-      Gates<V> sum{load(pre), load(pre + L), load(pre + 2 * L), load(pre + 3 * L)};
-      add(sum, bias);
-      if (ahead) add(sum, ahead), ahead += 4 * L;
-      const Gates<V> s = Math::activate(sum);
-      const V c = Math::cell_state(s, load(cell));
-      const V m = rounded_to_storage<S>(Math::cell_output(s, c));
-      if (gates) {
-        store_some(gates, s.i, count);
-        store_some(gates + H, s.f, count);
-        store_some(gates + 2 * H, s.g, count);
-        store_some(gates + 3 * H, s.o, count);
-        gates += D * 4 * H;
+               pre, meanwhile);
+      const T* const first_ahead = ahead ? ahead + first * 4 * L : nullptr;
+      if constexpr (Tiles::overlaps) {
+        unfinished.cells.rest();
+        unfinished.cells = Cells(*this, item, step, {first, last}, pre, first_ahead);
+      } else {
+        Cells(*this, item, step, {first, last}, pre, first_ahead).all();
       }
-      if (c_all) store_some(c_all, c, count), c_all += D * H;
-      const bool final = r >= step.next_rows;
-      const bool cut = resets && !final && walk_.cut_before(d, step.next, r);
-      store(cell, cut ? V{} : c);
-      if (final) store_some(static_cast<S*>(a_.c_n) + state_at(d, r, H) + item.unit, c, count);
-      if (projected) {
-        step.hidden.put(m_out, m), m_out += Operand::columns;
-        if (m_all) store_some(m_all, m, count), m_all += D * H;
-        continue;
-      }
-      store_some(y, m, count), y += D * H;
-      if (final) store_some(static_cast<S*>(a_.h_n) + state_at(d, r, H) + item.unit, m, count);
-      step.hidden.put(hidden, cut ? V{} : m), hidden += Operand::columns;
     }
   }
 

@@ -16,6 +16,8 @@
 //                       there of them
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
 //   asks                whether multiply asks for what is Wanted
+//   overlaps, pauses    whether multiply calls what is given as `meanwhile` while it waits, and
+//                       how often
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
@@ -49,6 +51,30 @@ struct Wanted {
   int64_t count = 0;
 
   void add(const void* pair) { pairs[count++] = static_cast<const char*>(pair); }
+};
+
+// Nothing to be done meanwhile.
+struct Idle {
+  void operator()() {}
+};
+
+// A number of pieces of work, spread evenly over a number of pauses. `work()` does the next piece.
+template <class Work>
+class Spread {
+ public:
+  Spread(Work& work, int64_t pieces, int64_t pauses)
+      : work_(work), pieces_(pieces), pauses_(pauses), left_(pieces) {}
+  void operator()() {
+    for (due_ += pieces_; due_ >= pauses_ && left_ > 0; due_ -= pauses_, --left_) work_();
+  }
+  void rest() {
+    for (; left_ > 0; --left_) work_();
+  }
+
+ private:
+  Work& work_;
+  const int64_t pieces_, pauses_;
+  int64_t left_, due_ = 0;
 };
 
 // How rows are cut into tiles: into as few as can be, and of nearly equal height, since a thin

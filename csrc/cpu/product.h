@@ -2,11 +2,14 @@
 //
 // K is taken a slab at a time. A, which is da, has by far the most elements: each thread has a
 // share of it, and packs a group of tiles or panels at a time that stays in its L2 cache. A slab
-// of B is packed once, for all threads, and passes by.
+// of B is packed once, for all threads, and passes by. Where multiplication leaves pauses, the
+// next group is packed in them, and the last sums are added to C.
 //
 // For A^T B, A goes into panels, which take its rows as they are, and B into tiles: B^T A is
 // computed, and transposed when it is added to C.
 #pragma once
+
+#include <type_traits>
 
 #include "../layer.h"
 #include "operand.h"
@@ -17,7 +20,7 @@
 namespace fastlstm {
 namespace {
 
-constexpr int64_t slab_rows = 512;  // of K, a multiple of every block's columns
+constexpr int64_t most_slab_rows = 512;  // of K, a multiple of every block's columns
 
 // LeftTiles says how what goes into tiles is packed, RightTiles how what goes into panels, and
 // Tiles multiplies the two.
@@ -29,133 +32,245 @@ class Product {
   using Element = typename Tiles::Element;
   using Operand = Blocked<LeftTiles>;
   static constexpr int64_t L = Tiles::L, width = Tiles::width, block = LeftTiles::block_columns;
+  static constexpr int64_t buffers = Tiles::overlaps ? 2 : 1;  // of a thread: one is packed
 
  public:
   Product(const ProductArgs& args, int threads)
       : p_(args),
         rows_(transposed ? p_.N : p_.M),
         columns_(transposed ? p_.M : p_.N),
-        depth_(p_.K < slab_rows ? blocks_of(p_.K, block) * block : slab_rows),
+        depth_(slab_rows(p_)),
         tiles_(rows_, LeftTiles::max_rows),
         all_tiles_(tiles_.count(rows_)),
         all_panels_(blocks_of(columns_, width)),
         tile_size_(Operand{nullptr, depth_ / block, tiles_.height}.block_size() * (depth_ / block)),
         panel_size_(RightTiles::panel_size(depth_)),
         group_(group(transposed ? panel_size_ : tile_size_)),
-        left_((transposed ? all_tiles_ : threads * group_) * tile_size_),
-        right_((transposed ? threads * group_ : all_panels_) * panel_size_) {}
+        left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
+        right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_) {}
 
   void run(const Team& team) {
     [[maybe_unused]] const typename Tiles::Session session;
-    const Range tiles = team.share(all_tiles_), panels = team.share(all_panels_);
-    for (int64_t k = 0; k < p_.K; k += depth_) {
-      const int64_t depth = p_.K - k < depth_ ? p_.K - k : depth_;
-      if constexpr (transposed) {
-        pack_tiles(left_, {0, tiles.begin, tiles.end}, k, depth);
-      } else {
-        pack_panels(right_, {0, panels.begin, panels.end}, k, depth);
-      }
+    const Range mine = team.share(transposed ? all_panels_ : all_tiles_);
+    const Range shared = team.share(transposed ? all_tiles_ : all_panels_);
+    Element* const first = transposed ? right_ + team.rank * buffers * group_ * panel_size_
+                                      : left_ + team.rank * buffers * group_ * tile_size_;
+    Element* const second =
+        first + (buffers - 1) * group_ * (transposed ? panel_size_ : tile_size_);
+    Group group = next({-depth_, mine.end, mine.end}, mine);
+    Packing<!transposed> packing(*this, group, first);
+    Sums sums;
+    for (int64_t k = 0, number = 0; k < p_.K; k += depth_) {
+      Packing<transposed> all(*this, {k, shared.begin, shared.end}, shared_place(shared.begin));
+      all.rest();
       team.barrier.wait();
-      const Range mine = transposed ? panels : tiles;
-      for (int64_t begin = mine.begin; begin < mine.end; begin += group_) {
-        const int64_t end = begin + group_ < mine.end ? begin + group_ : mine.end;
-        multiply_group({begin, begin, end}, team.rank, k, depth);
+      for (; group.k == k && group.begin < group.end; ++number, group = next(group, mine)) {
+        packing.rest();
+        Element* const buffer = number % 2 == 0 ? first : second;
+        packing = Packing<!transposed>(*this, next(group, mine), number % 2 == 0 ? second : first);
+        multiply_group(group, buffer, packing, sums);
       }
+      write_rest(sums);
       team.barrier.wait();
     }
   }
 
  private:
-  // Tiles or panels [begin, end), in a buffer that begins with the one numbered `base`.
+  // Tiles or panels [begin, end) of the slab that begins with row k.
   struct Group {
-    int64_t base, begin, end;
+    int64_t k, begin, end;
   };
 
+  // What was multiplied last, which waits to be added to C: (count, width).
+  struct Sums {
+    int64_t first, count, column;
+    bool add;
+    int64_t piece = 0, pieces = 0;  // done, and in all
+    int buffer = 0;                 // which one is its own
+    alignas(64) T values[2][LeftTiles::max_rows * width];
+  };
+
+  // A slab of B that fills the L2 cache leaves no room for the groups that it meets there.
+  static int64_t slab_rows(const ProductArgs& p) {
+    const int64_t bytes =
+        blocks_of(p.N, width) * RightTiles::panel_size(most_slab_rows) * int64_t(sizeof(Element));
+    const int64_t most = bytes > l2_cache_bytes() / 2 ? most_slab_rows / 2 : most_slab_rows;
+    return p.K < most ? blocks_of(p.K, block) * block : most;
+  }
+
   static int64_t group(int64_t size) {
-    return l2_cache_bytes() / 2 / (size * int64_t(sizeof(Element))) + 1;
+    return l2_cache_bytes() / (2 * buffers) / (size * int64_t(sizeof(Element))) + 1;
   }
 
-  // A slab that is not full leaves the ends of its tiles and panels unused.
-  void multiply_group(const Group& group, int rank, int64_t k, int64_t depth) {
-    const bool add = p_.add || k > 0;
-    Element* buffer =
-        transposed ? right_ + rank * group_ * panel_size_ : left_ + rank * group_ * tile_size_;
-    if constexpr (transposed) {
-      pack_panels(buffer, group, k, depth);
-      for (int64_t tile = 0; tile < all_tiles_; ++tile)
-        for (int64_t panel = group.begin; panel < group.end; ++panel)
-          multiply(left_ + tile * tile_size_, tile, buffer + (panel - group.base) * panel_size_,
-                   panel, depth, add);
-    } else {
-      pack_tiles(buffer, group, k, depth);
-      for (int64_t panel = 0; panel < all_panels_; ++panel)
-        for (int64_t tile = group.begin; tile < group.end; ++tile)
-          multiply(buffer + (tile - group.base) * tile_size_, tile, right_ + panel * panel_size_,
-                   panel, depth, add);
+  // The group after this one of a thread's share; the last one of all is followed by an empty one.
+  Group next(const Group& group, const Range& mine) const {
+    const bool same = group.end < mine.end;
+    const int64_t k = same ? group.k : group.k + depth_, begin = same ? group.end : mine.begin;
+    if (k >= p_.K) return {k, 0, 0};
+    return {k, begin, begin + group_ < mine.end ? begin + group_ : mine.end};
+  }
+
+  int64_t depth(int64_t k) const { return p_.K - k < depth_ ? p_.K - k : depth_; }
+
+  Element* shared_place(int64_t index) const {
+    return transposed ? left_ + index * tile_size_ : right_ + index * panel_size_;
+  }
+
+  // A group is packed a piece at a time, in the order in which its source lies in memory. A slab
+  // that is not full leaves the ends of its tiles and panels unused.
+  template <bool tiles>
+  class Packing {
+   public:
+    Packing(const Product& product, const Group& group, Element* buffer)
+        : p_(&product), buffer_(buffer), begin_(group.begin), end_(group.end), item_(begin_) {
+      if (begin_ == end_) return;
+      depth_ = product.depth(group.k);
+      const ProductArgs& args = product.p_;
+      ld_ = transposed == tiles ? args.ldb : args.lda;
+      const int64_t offset = group.k * (transposed || !tiles ? ld_ : 1);
+      if constexpr (tiles)
+        from_ = static_cast<const Left*>(transposed ? args.b : args.a) + offset;
+      else
+        from_ = static_cast<const Right*>(transposed ? args.a : args.b) + offset;
+      const int64_t blocks = blocks_of(depth_, block);
+      left_ = tiles ? (p_->tiles_.end(end_ - 1, p_->rows_) - begin_ * p_->tiles_.height) * blocks
+                    : (end_ - begin_) * (blocks * block / RightTiles::rows_together);
+      if (tiles && transposed) left_ = tile_pieces(blocks);
     }
-  }
-
-  void multiply(const Element* left, int64_t tile, const Element* right, int64_t panel,
-                int64_t depth, bool add) {
-    alignas(64) T sums[LeftTiles::max_rows * width];
-    const int64_t first = tile * tiles_.height, count = tiles_.end(tile, rows_) - first;
-    Tiles::multiply(left, tiles_.height, count, right, {1, {depth}}, false, sums, width, nullptr);
-    write(first, count, panel * width, sums, add);
-  }
-
-  void pack_tiles(Element* buffer, const Group& group, int64_t k, int64_t depth) {
-    const int64_t ld = transposed ? p_.ldb : p_.lda;
-    const Left* from =
-        static_cast<const Left*>(transposed ? p_.b : p_.a) + k * (transposed ? ld : 1);
-    for (int64_t tile = group.begin; tile < group.end; ++tile) {
-      const Operand operand{buffer + (tile - group.base) * tile_size_, blocks_of(depth, block),
-                            tiles_.height};
-      const int64_t first = tile * tiles_.height, count = tiles_.end(tile, rows_) - first;
-      for (int64_t begin = 0; begin < depth; begin += block)
-        for (int64_t row = 0; row < count; row += transposed ? L : 1) {
-          Element* place = operand.at(row, begin / block, 0);
-          if constexpr (transposed) {
-            LeftTiles::pack_block_columns(place, tiles_.height, from + begin * ld + first + row, ld,
-                                          count - row, depth - begin);
-          } else {
-            LeftTiles::pack_block_row(place, tiles_.height, from + (first + row) * ld + begin,
-                                      depth - begin);
-          }
-        }
+    int64_t left() const { return left_; }
+    void rest() {
+      while (left_ > 0) (*this)();
     }
-  }
+    void operator()() {
+      --left_;
+      if constexpr (tiles)
+        tile_piece();
+      else
+        panel_piece();
+    }
 
-  // All panels side by side: memory is read in the order in which it lies.
-  void pack_panels(Element* buffer, const Group& group, int64_t k, int64_t depth) {
-    const int64_t ld = transposed ? p_.lda : p_.ldb;
-    const Right* from = static_cast<const Right*>(transposed ? p_.a : p_.b) + k * ld;
-    for (int64_t row = 0; row < blocks_of(depth, block) * block; row += RightTiles::rows_together)
-      for (int64_t panel = group.begin; panel < group.end; ++panel)
-        RightTiles::pack_some_rows(
-            from + row * ld + panel * width, ld, depth - row, columns_ - panel * width,
-            buffer + (panel - group.base) * panel_size_ + RightTiles::row_offset(row));
-  }
+   private:
+    // Of all tiles, some rows at a time.
+    int64_t tile_pieces(int64_t blocks) const {
+      int64_t pieces = 0;
+      for (int64_t tile = begin_; tile < end_; ++tile) pieces += blocks_of(count(tile), L) * blocks;
+      return pieces;
+    }
+    int64_t count(int64_t tile) const {
+      return p_->tiles_.end(tile, p_->rows_) - tile * p_->tiles_.height;
+    }
 
-  // sums (count, width) into C.
-  void write(int64_t first, int64_t count, int64_t column, const T* sums, bool add) {
-    const int64_t columns = columns_ - column < width ? columns_ - column : width;
-    T* c = static_cast<T*>(p_.c);
-    for (int64_t part = 0; part < columns; part += L) {
-      const int some = int(columns - part < L ? columns - part : L);
+    // One block of one row, or of L rows that are columns where they come from.
+    void tile_piece() {
+      const int64_t height = p_->tiles_.height, first = item_ * height;
+      const Operand operand{buffer_ + (item_ - begin_) * p_->tile_size_, blocks_of(depth_, block),
+                            height};
+      Element* const place = operand.data + k_ / block * operand.block_size() + row_ * block;
       if constexpr (transposed) {
-        for (int64_t r = 0; r < count; r += L) {
-          const int rows = int(count - r < L ? count - r : L);
-          Vec<T> square[L];
-          for (int k = 0; k < L; ++k)
-            square[k] = k < rows ? load(sums + (r + k) * width + part) : Vec<T>{};
-          transpose<T>(square);
-          for (int k = 0; k < some; ++k)
-            put(c + (column + part + k) * p_.ldc + first + r, square[k], rows, add);
-        }
+        LeftTiles::pack_block_columns(place, height, from_ + k_ * ld_ + first + row_, ld_,
+                                      count(item_) - row_, depth_ - k_);
       } else {
-        for (int64_t r = 0; r < count; ++r)
-          put(c + (first + r) * p_.ldc + column + part, load(sums + r * width + part), some, add);
+        const Left* row = from_ + (first + row_) * ld_ + k_;
+        if (Tiles::overlaps) prefetch(row + ld_, block);
+        LeftTiles::pack_block_row(place, height, row, depth_ - k_);
       }
+      if ((k_ += block) < depth_) return;
+      k_ = 0;
+      if ((row_ += transposed ? L : 1) < count(item_)) return;
+      row_ = 0;
+      ++item_;
+    }
+
+    // Some rows of one panel.
+    void panel_piece() {
+      const Right* row = from_ + k_ * ld_ + item_ * width;
+      if (transposed && Tiles::overlaps)
+        for (int64_t k = 0; k < RightTiles::rows_together; ++k)
+          prefetch(row + (8 + k) * ld_, width);
+      RightTiles::pack_some_rows(
+          row, ld_, depth_ - k_, p_->columns_ - item_ * width,
+          buffer_ + (item_ - begin_) * p_->panel_size_ + RightTiles::row_offset(k_));
+      if (++item_ < end_) return;
+      item_ = begin_;
+      k_ += RightTiles::rows_together;
+    }
+
+    // What will be packed in some microseconds: a piece that waits for memory stops the unit too.
+    template <class S>
+    static void prefetch(const S* from, int64_t count) {
+      const char* const bytes = reinterpret_cast<const char*>(from);
+      for (int64_t k = 0; k < count * int64_t(sizeof(S)); k += 64) __builtin_prefetch(bytes + k);
+    }
+
+    const Product* p_;
+    Element* buffer_;
+    int64_t begin_, end_;
+    int64_t item_, row_ = 0, k_ = 0;  // which tile or panel, and what of it, is next
+    int64_t left_ = 0, depth_ = 0, ld_ = 0;
+    const std::conditional_t<tiles, Left, Right>* from_ = nullptr;
+  };
+
+  void multiply_group(const Group& group, Element* buffer, Packing<!transposed>& packing,
+                      Sums& sums) {
+    const Segments segments{1, {depth(group.k)}};
+    const int64_t others = transposed ? all_tiles_ : all_panels_;
+    const int64_t pauses = Tiles::pauses(segments) - most_pieces;  // the others are for the sums
+    Spread<Packing<!transposed>> pack(
+        packing, packing.left(), (group.end - group.begin) * others * (pauses > 1 ? pauses : 1));
+    const auto meanwhile = [&] {
+      if (sums.piece < sums.pieces)
+        write_piece(sums);
+      else
+        pack();
+    };
+    for (int64_t other = 0; other < others; ++other)
+      for (int64_t own = group.begin; own < group.end; ++own) {
+        const int64_t tile = transposed ? other : own, panel = transposed ? own : other;
+        const int64_t first = tile * tiles_.height, count = tiles_.end(tile, rows_) - first;
+        const Element* const left =
+            transposed ? shared_place(tile) : buffer + (own - group.begin) * tile_size_;
+        const Element* const right =
+            transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(panel);
+        T* const values = sums.values[1 - sums.buffer];
+        Tiles::multiply(left, tiles_.height, count, right, segments, false, values, width, nullptr,
+                        false, meanwhile);
+        write_rest(sums);
+        sums.first = first, sums.count = count, sums.column = panel * width;
+        sums.add = p_.add || group.k > 0;
+        sums.buffer = 1 - sums.buffer;
+        sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
+        if (!Tiles::overlaps) write_rest(sums);
+      }
+  }
+
+  // So many rows and columns of sums are a piece, and such a number of them is the most there is.
+  static constexpr int64_t piece_rows = transposed ? L : 4;
+  static constexpr int64_t piece_parts = transposed ? panel_vectors : 1;
+  static constexpr int64_t most_pieces = blocks_of(LeftTiles::max_rows, piece_rows) * piece_parts;
+
+  void write_rest(Sums& sums) {
+    while (sums.piece < sums.pieces) write_piece(sums);
+  }
+
+  void write_piece(Sums& sums) {
+    const int64_t columns = columns_ - sums.column < width ? columns_ - sums.column : width;
+    const int64_t piece = sums.piece++, r = piece / piece_parts * piece_rows;
+    const int64_t rows = sums.count - r < piece_rows ? sums.count - r : piece_rows;
+    T* const c = static_cast<T*>(p_.c);
+    const T* const values = sums.values[sums.buffer] + r * width;
+    if constexpr (transposed) {
+      const int64_t part = piece % piece_parts * L;
+      Vec<T> square[L];
+      for (int k = 0; k < L; ++k) square[k] = k < rows ? load(values + k * width + part) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t k = 0; k < L && part + k < columns; ++k)
+        put(c + (sums.column + part + k) * p_.ldc + sums.first + r, square[k], int(rows), sums.add);
+    } else {
+      for (int64_t k = 0; k < rows; ++k)
+        for (int64_t part = 0; part < columns; part += L)
+          put(c + (sums.first + r + k) * p_.ldc + sums.column + part,
+              load(values + k * width + part), int(columns - part < L ? columns - part : L),
+              sums.add);
     }
   }
 

@@ -75,13 +75,16 @@ struct VectorTiles {
   }
 
   // C (rows, ldc) = the first rows of a tile of that height, times a panel.
+  template <class Other = Idle>
   static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
                        const Segments& segments, bool in_advance, T* c, int64_t ldc,
-                       const Wanted* wanted) {
+                       const Wanted* wanted, bool = false, Other&& = {}) {
     tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted);
   }
 
-  static constexpr bool adds = false, asks = true;
+  static int64_t pauses(const Segments&) { return 0; }
+
+  static constexpr bool adds = false, asks = true, overlaps = false;
 
   // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
   static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }

@@ -61,11 +61,13 @@ struct BackwardArgs {
 struct Instance {
   Kind kind;
   Storage storage;
-  int pairs;    // the widest row: see layout.h
-  int n_tiles;  // eights of sequences that a block has
+  int cluster;     // blocks of a team, in a thread block cluster; 0: as many as there are tiles
+  int units;       // hidden units of a block
+  int most_units;  // that it can be used for
+  int n_tiles;     // eights of sequences that a block has
   int shared_bytes;
-  // How many blocks the current device holds at once, 0 if not one; or CUDA's words for why it
-  // cannot be told.
+  // How many blocks of whole teams the current device holds at once, 0 if none; or CUDA's words for
+  // why it cannot be told.
   int (*together)(const char** error);
   // tiles x teams blocks; null, or CUDA's words for why they were not launched.
   const char* (*launch)(const void* args, int tiles, int teams, void* stream);

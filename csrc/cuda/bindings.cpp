@@ -96,6 +96,7 @@ fastlstm::cuda::Walk walk_of(const WalkTensors& t, int64_t rows) {
   walk.reset = input<uint8_t>("reset", t.reset, {rows}, ScalarType::Byte);
   walk.begin = narrow("begin", t.begin);
   walk.end = narrow("end", t.end);
+  if (t.begin >= t.end) fail("begin: expected less than end");
   const int64_t tiles = fastlstm::cuda::tiles_of(walk.hidden);
   const int64_t slices = fastlstm::cuda::slices_of(walk.rows_per_step, fastlstm::cuda::mma_columns);
   walk.flags =
@@ -108,6 +109,14 @@ fastlstm::cuda::Walk walk_of(const WalkTensors& t, int64_t rows) {
   return walk;
 }
 
+fastlstm::cuda::Choice choice_of(const std::string& kernel) {
+  using fastlstm::cuda::Choice;
+  if (kernel == "best") return Choice::best;
+  if (kernel == "grid") return Choice::grid;
+  if (kernel != "cluster") fail("kernel: got " + kernel + ", expected best, grid or cluster");
+  return Choice::cluster;
+}
+
 void* stream_of(int64_t stream) {
   return reinterpret_cast<void*>(stream);
 }
@@ -116,7 +125,8 @@ void forward(const Tensor& gates, const Tensor& y, const Optional& c_all, const 
              const Tensor& c_carry, const Tensor& h0, const Tensor& w_hh, const Optional& reset,
              const Optional& starts, const Tensor& flags, const Tensor& fault, int64_t steps,
              int64_t rows_per_step, int64_t begin, int64_t end, int64_t origin_forward,
-             int64_t origin_reverse, bool reserve, int64_t polls, int64_t jitter, int64_t stream) {
+             int64_t origin_reverse, bool reserve, int64_t polls, int64_t jitter,
+             std::string kernel, int64_t stream) {
   const ScalarType dtype = y.scalar_type();
   const int64_t N = y.size(0), D = c_carry.size(0), B = c_carry.size(1), H = c_carry.size(2);
   fastlstm::cuda::ForwardArgs args{};
@@ -133,7 +143,7 @@ void forward(const Tensor& gates, const Tensor& y, const Optional& c_all, const 
   args.c_carry = output<float>("c_carry", c_carry, {D, B, H}, ScalarType::Float);
   args.h0 = input("h0", h0, {D, B, H}, dtype);
   args.w_hh = input("w_hh", w_hh, {D, 4 * H, H}, dtype);
-  fastlstm::cuda::run(args, storage_of(dtype), stream_of(stream));
+  fastlstm::cuda::run(args, storage_of(dtype), choice_of(kernel), stream_of(stream));
 }
 
 void backward(const Tensor& da, const Optional& dh0, const Tensor& dc_carry, const Optional& dy,
@@ -141,7 +151,7 @@ void backward(const Tensor& da, const Optional& dh0, const Tensor& dc_carry, con
               const Tensor& c_all, const Tensor& c0, const Tensor& w_hh, const Optional& reset,
               const Optional& starts, const Tensor& flags, const Tensor& fault, int64_t steps,
               int64_t rows_per_step, int64_t begin, int64_t end, int64_t polls, int64_t jitter,
-              int64_t stream) {
+              std::string kernel, int64_t stream) {
   const ScalarType dtype = da.scalar_type();
   const int64_t N = da.size(0), D = dc_carry.size(0), B = dc_carry.size(1), H = dc_carry.size(2);
   fastlstm::cuda::BackwardArgs args{};
@@ -158,25 +168,47 @@ void backward(const Tensor& da, const Optional& dh0, const Tensor& dc_carry, con
   args.c_all = input<float>("c_all", c_all, {N, D * H}, ScalarType::Float);
   args.c0 = input("c0", c0, {D, B, H}, dtype);
   args.w_hh = input("w_hh", w_hh, {D, 4 * H, H}, dtype);
-  fastlstm::cuda::run(args, storage_of(dtype), stream_of(stream));
+  fastlstm::cuda::run(args, storage_of(dtype), choice_of(kernel), stream_of(stream));
 }
 
-// Why the current device cannot serve a walk of either kind, or an empty string.
-std::string refusal(std::string dtype, int64_t hidden, int64_t directions, int64_t rows_per_step) {
+fastlstm::cuda::Shape shape_of(fastlstm::cuda::Kind kind, const std::string& dtype, int64_t hidden,
+                               int64_t directions, int64_t rows_per_step) {
   using fastlstm::Storage;
-  using fastlstm::cuda::Kind;
   const Storage storage = dtype == "float16"    ? Storage::f16
                           : dtype == "bfloat16" ? Storage::bf16
                           : dtype == "float32"  ? Storage::f32
                                                 : Storage::f64;
+  return {kind, storage, narrow("H", hidden), narrow("D", directions),
+          narrow("rows_per_step", rows_per_step)};
+}
+
+// Why the current device cannot serve a walk of either kind, or an empty string.
+std::string refusal(std::string dtype, int64_t hidden, int64_t directions, int64_t rows_per_step,
+                    std::string kernel) {
+  using fastlstm::cuda::Kind;
   fastlstm::cuda::Plan plan;
   for (const Kind kind : {Kind::forward, Kind::backward}) {
-    const std::string reason =
-        fastlstm::cuda::make_plan(kind, storage, narrow("H", hidden), narrow("D", directions),
-                                  narrow("rows_per_step", rows_per_step), &plan);
+    const std::string reason = fastlstm::cuda::make_plan(
+        shape_of(kind, dtype, hidden, directions, rows_per_step), choice_of(kernel), &plan);
     if (!reason.empty()) return reason;
   }
   return "";
+}
+
+// What would serve a walk, in words, for tests and records; why nothing would, if so.
+std::string plan(bool backward, std::string dtype, int64_t hidden, int64_t directions,
+                 int64_t rows_per_step, std::string kernel) {
+  using fastlstm::cuda::Kind;
+  fastlstm::cuda::Plan plan;
+  const std::string reason = fastlstm::cuda::make_plan(
+      shape_of(backward ? Kind::backward : Kind::forward, dtype, hidden, directions, rows_per_step),
+      choice_of(kernel), &plan);
+  if (!reason.empty()) return reason;
+  const auto words = [](int count, const char* what) { return std::to_string(count) + what; };
+  return std::string(plan.instance->cluster > 0 ? "cluster" : "grid") + ": " +
+         words(plan.tiles, " blocks of ") + words(plan.instance->units, " units, ") +
+         words(plan.instance->n_tiles * fastlstm::cuda::mma_columns, " sequences; ") +
+         words(plan.teams, " teams, ") + words(plan.teams_at_once, " at once");
 }
 
 // "cuda", or "cpu" where an emulator has taken the kernels' place.
@@ -206,17 +238,22 @@ STABLE_TORCH_LIBRARY(fastlstm_cuda, m) {
       "forward(Tensor(a!) gates, Tensor(b!) y, Tensor(c!)? c_all, Tensor(d!) h_n,"
       " Tensor(e!) c_carry, Tensor h0, Tensor w_hh, Tensor? reset, Tensor? starts,"
       " Tensor(f!) flags, Tensor(g!) fault, int steps, int rows_per_step, int begin, int end,"
-      " int origin_forward, int origin_reverse, bool reserve, int polls, int jitter, int stream)"
+      " int origin_forward, int origin_reverse, bool reserve, int polls, int jitter, str kernel,"
+      " int stream)"
       " -> ()");
   m.def(
       "backward(Tensor(a!) da, Tensor(b!)? dh0, Tensor(c!) dc_carry, Tensor? dy, Tensor? dc_all,"
       " Tensor? dh_n, Tensor gates, Tensor c_all, Tensor c0, Tensor w_hh, Tensor? reset,"
       " Tensor? starts, Tensor(d!) flags, Tensor(e!) fault, int steps, int rows_per_step,"
-      " int begin, int end, int polls, int jitter, int stream) -> ()");
+      " int begin, int end, int polls, int jitter, str kernel,"
+      " int stream) -> ()");
   m.def(
       "gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc, Tensor(a!) gates, Tensor(b!) c,"
       " Tensor(c!) m, Tensor(d!) da, Tensor(e!) dc_prev, int stream) -> ()");
-  m.def("refusal(str dtype, int hidden, int directions, int rows_per_step) -> str");
+  m.def("refusal(str dtype, int hidden, int directions, int rows_per_step, str kernel) -> str");
+  m.def(
+      "plan(bool backward, str dtype, int hidden, int directions, int rows_per_step, str kernel)"
+      " -> str");
   m.def("device_type() -> str");
 #if defined(FASTLSTM_EMULATED)
   m.def("emulator_set(str name, int value) -> ()");
@@ -231,6 +268,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_cuda, FASTLSTM_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastlstm_cuda, CompositeExplicitAutograd, m) {
   m.impl("refusal", TORCH_BOX(&refusal));
+  m.impl("plan", TORCH_BOX(&plan));
   m.impl("device_type", TORCH_BOX(&device_type));
 #if defined(FASTLSTM_EMULATED)
   m.impl("emulator_set", TORCH_BOX(&fastlstm::cuda::emulator_set));

@@ -48,7 +48,7 @@ class Device {
   __device__ __forceinline__ int team() const { return blockIdx.y; }
   __device__ __forceinline__ char* shared() const { return shared_; }
 
-  __device__ __forceinline__ void sync() { __syncthreads(); }
+  __device__ __forceinline__ void sync(Before) { __syncthreads(); }
   __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
   // Zero, though the compiler does not know, and not before `bits` are. It would move all reads to
@@ -83,12 +83,19 @@ class Device {
     return p;
   }
 
-  __device__ __forceinline__ float load_shared(const float* from) const { return *from; }
+  template <class T>
+  __device__ __forceinline__ T load_shared(const T* from) const {
+    return *from;
+  }
+  __device__ __forceinline__ Piece load_shared(const Piece* from) const { return load(from); }
   __device__ __forceinline__ Gates<float> load_shared_four(const float* from) const {
     const float4 v = *reinterpret_cast<const float4*>(from);
     return {v.x, v.y, v.z, v.w};
   }
-  __device__ __forceinline__ void store_shared(float* to, float value) { *to = value; }
+  template <class T>
+  __device__ __forceinline__ void store_shared(T* to, T value) {
+    *to = value;
+  }
 
   // --- other blocks ---
 

@@ -13,6 +13,9 @@ namespace cuda {
 extern const Instance* const instance_tables[];
 constexpr int instances_in_table = 6;
 
+// The kernels to choose from; `best`: whichever make_plan's rule says.
+enum class Choice { best, grid, cluster };
+
 struct Plan {
   const Instance* instance;
   int tiles;          // blocks of a team
@@ -20,13 +23,19 @@ struct Plan {
   int teams_at_once;  // that the device holds
 };
 
+// What a plan depends on.
+struct Shape {
+  Kind kind;
+  Storage storage;
+  int hidden, directions, rows_per_step;
+};
+
 // A plan for the current device, or why there is none, empty if there is.
-std::string make_plan(Kind kind, Storage storage, int hidden, int directions, int rows_per_step,
-                      Plan* plan);
+std::string make_plan(const Shape& shape, Choice choice, Plan* plan);
 
 // Walks args.walk, a range of positions of all teams, on `stream`. Throws std::runtime_error.
-void run(const ForwardArgs& args, Storage storage, void* stream);
-void run(const BackwardArgs& args, Storage storage, void* stream);
+void run(const ForwardArgs& args, Storage storage, Choice choice, void* stream);
+void run(const BackwardArgs& args, Storage storage, Choice choice, void* stream);
 
 }  // namespace cuda
 }  // namespace fastlstm

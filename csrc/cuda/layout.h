@@ -1,8 +1,9 @@
 // Who owns what, and who waits for whom: every index that the kernels compute, as plain functions.
 //
-// A block owns a tile of 16 hidden units, in one direction and one slice of 8 * n_tiles sequences.
-// The blocks of one (direction, slice) are a team. At each step a block multiplies its slice of
-// W_hh with the rows that its team exchanges:
+// A block owns a tile of hidden units, in one direction and one slice of 8 * n_tiles sequences.
+// The blocks of one (direction, slice) are a team. At each step a block of the grid kernel, whose
+// tiles have 16 units, multiplies its slice of W_hh with the rows that its team exchanges (those
+// of a cluster: cluster_layout.h):
 //
 //   forward   (64, H)  x (H, sequences)    64 rows: four gates of 16 units; h is exchanged
 //   backward  (16, 4H) x (4H, sequences)   16 rows: one of each unit; da is exchanged
@@ -55,8 +56,8 @@ FASTLSTM_HOST_DEVICE constexpr int divided_up(int n, int by) {
 
 // --- blocks and teams --------------------------------------------------------------------
 
-FASTLSTM_HOST_DEVICE constexpr int tiles_of(int hidden) {
-  return divided_up(hidden, tile_units);
+FASTLSTM_HOST_DEVICE constexpr int tiles_of(int hidden, int units = tile_units) {
+  return divided_up(hidden, units);
 }
 
 // Slices of the sequences, each of one team for each direction.
@@ -86,9 +87,15 @@ FASTLSTM_HOST_DEVICE constexpr int warp_pairs(Kind kind, int pairs) {
 }
 constexpr int bytes_of_pairs = warps * quads * piece_bytes;
 
+// `sharing`: so many warps share the depth, each group of them with rows of its own.
+//
 // The piece that lane `quad` of a warp's pair takes.
-FASTLSTM_HOST_DEVICE constexpr int piece_of(int warp, int pair, int quad) {
-  return (pair * warps + warp) * quads + quad;
+FASTLSTM_HOST_DEVICE constexpr int piece_of(int warp, int pair, int quad, int sharing = warps) {
+  return (pair * sharing + warp % sharing) * quads + quad;
+}
+// The row of the slice with which a warp's m-th tile begins, of m_tiles.
+FASTLSTM_HOST_DEVICE constexpr int first_row_of(int warp, int m, int m_tiles, int sharing) {
+  return (warp / sharing * m_tiles + m) * mma_rows;
 }
 // The tile whose block publishes a piece. H is a multiple of 8, so no piece is in two gates or two
 // tiles.
@@ -98,8 +105,8 @@ FASTLSTM_HOST_DEVICE constexpr int producer_of(int piece, int elements, int hidd
 
 // The row of W_hh (4H, H) that is row m of a block's slice, forward: the gates of a unit are
 // neighbours. Its unit may be beyond H.
-FASTLSTM_HOST_DEVICE constexpr int unit_of_row(int tile, int m) {
-  return tile * tile_units + m / 4;
+FASTLSTM_HOST_DEVICE constexpr int unit_of_row(int tile, int m, int units) {
+  return tile * units + m / 4;
 }
 FASTLSTM_HOST_DEVICE constexpr int gate_of_row(int m) {
   return m % 4;
@@ -121,26 +128,27 @@ FASTLSTM_HOST_DEVICE constexpr int c_column(int lane, int i) {
 
 // --- sums of the warps ---------------------------------------------------------------------
 
-// Where a warp leaves its part of the sum for row m and sequence n. The four floats between the
-// sequences spread both the stores of a product's result and the loads of a cell over all banks.
-FASTLSTM_HOST_DEVICE constexpr int partial_of(int warp, int n, int m, int rows, int sequences) {
-  return (warp * sequences + n) * (rows + 4) + m;
+// Where the part of the sum for row m and sequence n is left that is the share-th of the depth. The
+// four floats between the sequences spread both the stores of a product's result and the loads of a
+// cell over all banks.
+FASTLSTM_HOST_DEVICE constexpr int partial_of(int share, int n, int m, int rows, int sequences) {
+  return (share * sequences + n) * (rows + 4) + m;
 }
-FASTLSTM_HOST_DEVICE constexpr int partial_bytes(int rows, int sequences) {
-  return warps * sequences * (rows + 4) * 4;
+FASTLSTM_HOST_DEVICE constexpr int partial_bytes(int rows, int sequences, int sharing = warps) {
+  return sharing * sequences * (rows + 4) * 4;
 }
 
 // --- cells ---------------------------------------------------------------------------------
 
 // A thread owns cells thread, thread + 256, ... of the block's units x sequences.
-FASTLSTM_HOST_DEVICE constexpr int cells_of_thread(int sequences) {
-  return divided_up(sequences * tile_units, threads);
+FASTLSTM_HOST_DEVICE constexpr int cells_of_thread(int sequences, int units) {
+  return divided_up(sequences * units, threads);
 }
-FASTLSTM_HOST_DEVICE constexpr int cell_unit(int thread, int k) {
-  return (thread + k * threads) % tile_units;
+FASTLSTM_HOST_DEVICE constexpr int cell_unit(int thread, int k, int units) {
+  return (thread + k * threads) % units;
 }
-FASTLSTM_HOST_DEVICE constexpr int cell_sequence(int thread, int k) {
-  return (thread + k * threads) / tile_units;
+FASTLSTM_HOST_DEVICE constexpr int cell_sequence(int thread, int k, int units) {
+  return (thread + k * threads) / units;
 }
 
 // --- registers -----------------------------------------------------------------------------

@@ -1,17 +1,13 @@
-// The kernels of one storage dtype and one width of rows, forward and backward, and their launch.
+// The grid kernels of one storage dtype and one width of rows, forward and backward, and their
+// launch.
 //
 // Compiled once for each FASTLSTM_STORAGE (f32, f16, bf16) and FASTLSTM_PAIRS (see layout.h); each
 // object has one table, whose name says so.
-#include <cuda_runtime.h>
-
-#include <atomic>
-
 #include "backward.h"
 #include "device.h"
 #include "forward.h"
-
-#define FASTLSTM_PASTE_(a, b, c) a##b##_##c
-#define FASTLSTM_PASTE(a, b, c) FASTLSTM_PASTE_(a, b, c)
+#include "launch.h"
+#include "rows.h"
 
 namespace fastlstm {
 namespace cuda {
@@ -21,7 +17,7 @@ template <class C>
 __global__ void __launch_bounds__(threads, 1) lstm_forward(const __grid_constant__ ForwardArgs a) {
   extern __shared__ __align__(16) char shared[];
   Device device(shared);
-  Forward<C, Device>(a, device).walk();
+  Forward<C, Device, Rows<C, Device>>(a, device).walk();
 }
 
 template <class C>
@@ -29,7 +25,7 @@ __global__ void __launch_bounds__(threads, 1)
     lstm_backward(const __grid_constant__ BackwardArgs a) {
   extern __shared__ __align__(16) char shared[];
   Device device(shared);
-  Backward<C, Device>(a, device).walk();
+  Backward<C, Device, Rows<C, Device>>(a, device).walk();
 }
 
 template <class C>
@@ -40,54 +36,40 @@ const void* kernel() {
     return reinterpret_cast<const void*>(&lstm_backward<C>);
 }
 
-constexpr int most_devices = 64;
-
 template <class C>
 int together(const char** words) {
-  static std::atomic<int> known[most_devices];  // one more than it is, 0 before that is known
-  int device = 0, multiprocessors = 0, most_shared = 0, cooperative = 0, each = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const bool kept = error == cudaSuccess && device < most_devices;
-  if (kept && known[device] > 0) return known[device] - 1;
-  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  ask(&multiprocessors, cudaDevAttrMultiProcessorCount);
-  ask(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  ask(&cooperative, cudaDevAttrCooperativeLaunch);
-  if (error == cudaSuccess && (most_shared < C::shared_bytes || cooperative == 0)) return 0;
-  if (error == cudaSuccess)
+  static Known known;
+  return asked_once(known, words, [](int device, int* answer) {
+    int multiprocessors = 0, most_shared = 0, cooperative = 0, each = 0;
+    cudaError_t error = attribute(cudaDevAttrMultiProcessorCount, device, &multiprocessors);
+    if (error == cudaSuccess)
+      error = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, &most_shared);
+    if (error == cudaSuccess) error = attribute(cudaDevAttrCooperativeLaunch, device, &cooperative);
+    if (error != cudaSuccess || most_shared < C::shared_bytes || cooperative == 0) return error;
     error = cudaFuncSetAttribute(kernel<C>(), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  C::shared_bytes);
-  if (error == cudaSuccess)
-    error =
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel<C>(), threads, C::shared_bytes);
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // an error of the question is not the next call's
-    *words = cudaGetErrorString(error);
-    return 0;
-  }
-  if (kept) known[device] = each * multiprocessors + 1;
-  return each * multiprocessors;
+    if (error == cudaSuccess)
+      error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel<C>(), threads,
+                                                            C::shared_bytes);
+    *answer = each * multiprocessors;
+    return error;
+  });
 }
 
 // Who has asked together() before has set the kernel's share of shared memory.
 template <class C>
 const char* launch(const void* args, int tiles, int teams, void* stream) {
   void* pointers[] = {const_cast<void*>(args)};
-  const cudaError_t error =
-      cudaLaunchCooperativeKernel(kernel<C>(), dim3(tiles, teams), dim3(threads), pointers,
-                                  C::shared_bytes, static_cast<cudaStream_t>(stream));
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();
-  return cudaGetErrorString(error);
+  return outcome(cudaLaunchCooperativeKernel(kernel<C>(), dim3(tiles, teams), dim3(threads),
+                                             pointers, C::shared_bytes,
+                                             static_cast<cudaStream_t>(stream)));
 }
 
 template <Kind kind, int n_tiles>
 constexpr Instance instance() {
   if constexpr (is_compiled(kind, FASTLSTM_PAIRS, n_tiles)) {
     using C = Config<kind, Storage::FASTLSTM_STORAGE, FASTLSTM_PAIRS, n_tiles>;
-    return {kind, C::storage, FASTLSTM_PAIRS, n_tiles, C::shared_bytes, &together<C>, &launch<C>};
+    return grid_instance<C>(FASTLSTM_PAIRS, &together<C>, &launch<C>);
   }
   return {};
 }

@@ -1,4 +1,4 @@
-// How a block walks: the rows of a step, where segments are cut, and the wait for others.
+// How a block walks: the rows of a step, where segments are cut, and its cells.
 #pragma once
 
 #include "product.h"
@@ -25,9 +25,9 @@ struct Place {
   int tile, tiles, team, d, first;  // d: direction; first: the first of its sequences
 
   template <class Machine>
-  FASTLSTM_DEVICE Place(const Walk& walk, Machine& machine, int sequences)
+  FASTLSTM_DEVICE Place(const Walk& walk, Machine& machine, int units, int sequences)
       : tile(machine.tile()),
-        tiles(tiles_of(walk.hidden)),
+        tiles(tiles_of(walk.hidden, units)),
         team(walk.first_team + machine.team()),
         d(direction_of(team, slices_of(walk.rows_per_step, sequences))),
         first(first_sequence(team, slices_of(walk.rows_per_step, sequences), sequences)) {}
@@ -73,64 +73,19 @@ struct Step {
   }
 };
 
-// Each lane waits for the blocks that publish the pieces that its warp will read.
+// What a block says when it gives up waiting: see the fault word in fastlstm/cuda.py.
+FASTLSTM_HOST_DEVICE constexpr int64_t fault_at(int position, int team, int kernel) {
+  return int64_t(position) << 24 | int64_t(team & 0xFFFFF) << 4 | kernel;
+}
+// A stress test's way to shuffle schedules: looks more than needed, at one of its waits.
+FASTLSTM_HOST_DEVICE constexpr int64_t more_looks(int jitter, int position, int tile) {
+  return jitter > 0 ? (position * int64_t(30011) + tile * 40503) % (jitter + 1) : 0;
+}
+
+// What both walks have: the block's place, its exchange with others, and the cells of a thread.
 //
-// A wait is bounded. A lane that gives up says where in the fault word, and never waits again: the
-// launch runs to its end, its results are worthless, and the host raises when it next looks.
-template <class C, class Machine>
-class Waiter {
- public:
-  FASTLSTM_DEVICE Waiter(const Walk& walk, const Place& place, Machine& machine)
-      : machine_(machine),
-        flags_(walk.flags + int64_t(place.team) * place.tiles),
-        fault_(walk.fault),
-        team_(place.team),
-        tile_(place.tile),
-        hidden_(walk.hidden),
-        polls_(walk.polls),
-        jitter_(walk.jitter) {}
-
-  FASTLSTM_DEVICE void wait(const Product<C, Machine>& product, int position) {
-    if (position == 0) return;
-    const int warp = machine_.thread() / lanes;
-    for (int k = machine_.thread() % lanes; k < C::pairs * quads; k += lanes) {
-      const int piece = piece_of(warp, k / quads, k % quads);
-      if (piece < product.pieces())
-        wait_for(producer_of(piece, piece_elements(C::storage), hidden_), position);
-    }
-    // What a lane has acquired, its warp has.
-    machine_.sync_warp();
-  }
-
-  // Called by one thread, when all of the block have stored their share of `position`.
-  FASTLSTM_DEVICE void publish(int position) { machine_.publish(flags_ + tile_, position + 1); }
-
- private:
-  FASTLSTM_DEVICE void wait_for(int tile, int position) {
-    const int32_t* flag = flags_ + tile;
-    int polls = polls_;
-    bool arrived = machine_.arrived(flag, position);
-    while (!arrived && polls-- > 0) arrived = machine_.arrived(flag, position);
-    if (!arrived && polls_ >= 0) {
-      polls_ = -1;
-      machine_.report(fault_, int64_t(position) << 24 | int64_t(team_ & 0xFFFFF) << 4 |
-                                  (C::kind == Kind::forward ? 1 : 2));
-    }
-    if (jitter_ > 0)
-      for (int64_t k = (position * int64_t(30011) + tile_ * 40503) % (jitter_ + 1); k > 0; --k)
-        machine_.arrived(flag, position);
-  }
-
-  Machine& machine_;
-  int32_t* const flags_;
-  int64_t* const fault_;
-  const int team_, tile_, hidden_;
-  int polls_;
-  const int jitter_;
-};
-
-// What both walks have: the block's place, its product, its wait, and the cells of a thread.
-template <class C, class Machine>
+// Exchange is Rows (rows.h), or ClusterForward or ClusterBackward (cluster.h).
+template <class C, class Machine, class Exchange>
 class Block {
  protected:
   using Element = typename Machine::template Element<C::storage>;
@@ -140,20 +95,19 @@ class Block {
         machine_(machine),
         H_(walk.hidden),
         D_(walk.directions),
-        place_(walk, machine, C::sequences),
-        product_(machine, walk.hidden),
-        waiter_(walk, place_, machine) {}
+        place_(walk, machine, C::units, C::sequences),
+        exchange_(walk, place_, machine) {}
 
-  FASTLSTM_DEVICE int unit(int k) const {
-    return place_.tile * tile_units + cell_unit(machine_.thread(), k);
-  }
-  FASTLSTM_DEVICE int sequence(int k) const {
-    return place_.first + cell_sequence(machine_.thread(), k);
+  FASTLSTM_DEVICE int unit(int k) const { return place_.tile * C::units + own_unit(k); }
+  FASTLSTM_DEVICE int sequence(int k) const { return place_.first + own_sequence(k); }
+  // The same within the block.
+  FASTLSTM_DEVICE int own_unit(int k) const { return cell_unit(machine_.thread(), k, C::units); }
+  FASTLSTM_DEVICE int own_sequence(int k) const {
+    return cell_sequence(machine_.thread(), k, C::units);
   }
   // Is cell k of this thread one of the layer's?
   FASTLSTM_DEVICE bool owned(int k) const {
-    return cell_sequence(machine_.thread(), k) < C::sequences && unit(k) < H_ &&
-           sequence(k) < walk_.batch;
+    return own_sequence(k) < C::sequences && unit(k) < H_ && sequence(k) < walk_.batch;
   }
   FASTLSTM_DEVICE int64_t state(int k) const {  // in (D, B, H)
     return (int64_t(place_.d) * walk_.batch + sequence(k)) * H_ + unit(k);
@@ -173,8 +127,7 @@ class Block {
   Machine& machine_;
   const int H_, D_;
   const Place place_;
-  Product<C, Machine> product_;
-  Waiter<C, Machine> waiter_;
+  Exchange exchange_;
 };
 
 }  // namespace cuda

@@ -17,7 +17,8 @@ from .arguments import cpu_count
 
 # What changes the code that runs, or the threads it runs on.
 VARIABLES = (
-    *("FASTLSTM_LIBRARY", "FASTLSTM_BUILD", "CXX", "XDG_CACHE_HOME", "TRITON_INTERPRET"),
+    *("FASTLSTM_LIBRARY", "FASTLSTM_CUDA_LIBRARY", "FASTLSTM_BUILD", "CXX", "CUDA_HOME"),
+    *("XDG_CACHE_HOME", "TRITON_INTERPRET"),
     *("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY"),
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_PROC_BIND", "OMP_WAIT_POLICY"),
     *("GOMP_CPU_AFFINITY", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES"),
@@ -50,6 +51,7 @@ def describe() -> dict[str, dict[str, Any]]:
             for name, missing in backends.available_backends().items()
         },
         "library": _library(),
+        "cuda library": _cuda_library(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
@@ -97,4 +99,17 @@ def _library() -> dict[str, Any]:
     path = Path(build.library_path())
     sets = native.instruction_sets()
     found = {"file": str(path), "instructions": f"{sets[0]} in use; there are {' '.join(sets)}"}
-    return found | {f"built: {name}": value for name, value in build.build_info(path).items()}
+    return found | _built(path)
+
+
+def _cuda_library() -> dict[str, Any]:
+    """The CUDA library, where one was built; it may be there without a GPU."""
+    if native.missing_cuda() is not None:  # the reason stands with the backends
+        return {"file": "none"}
+    path = Path(build.cuda_library_path())
+    return {"file": str(path)} | _built(path)
+
+
+def _built(path: Path) -> dict[str, Any]:
+    """What a library says of itself."""
+    return {f"built: {name}": value for name, value in build.build_info(path).items()}

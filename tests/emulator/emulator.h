@@ -1,18 +1,26 @@
 // A GPU for the kernels of csrc/cuda, on the host: every thread is a fiber, and chance says who
 // goes on.
 //
-// Blocks of a launch are there at once, as in a cooperative launch. The kernels' own code runs,
-// compiled for `Host` instead of `Device`; tensor core products are computed lane by lane from the
-// fragment layouts that the PTX manual documents.
+// Blocks of a launch are there at once, as in a cooperative launch or a cluster. The kernels' own
+// code runs, compiled for `Host` instead of `Device`; tensor core products are computed lane by
+// lane from the fragment layouts that the PTX manual documents. Stores into another block of a
+// cluster arrive when chance says so, in any order.
 //
 // With `detect`, every access to exchanged rows and to shared memory is checked for races: threads
 // have vector clocks, which barriers join, a release hands over and an acquire takes. So a missing
 // ordering is found under any schedule, whether or not a wrong value was read.
+//
+// A store into another block hands over what it has stored and nothing else: who finds its mbarrier
+// complete has an order with those stores, but not with what the sender did before. So threads have
+// a second clock, of what must have happened since what arrived was computed from it: nobody can
+// have sent a sum of values that were still to be read. Only stores into other blocks rely on it,
+// when they overwrite what has been read.
 #pragma once
 
 #include <csetjmp>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -28,31 +36,48 @@ namespace cuda {
 void allow(const void* data, size_t bytes);
 void forget_allowed();
 
-// Settings, for tests: "seed", "detect", "blocks" that the device holds, and what to leave out:
-// "omit" (an Ordering).
-void emulator_set(std::string name, int64_t value);
-
 // What a test can take out of the protocol, to see that it is missed.
 enum Ordering {
   nothing,
-  the_wait,               // a flag is not looked at
-  the_acquire,            // it is looked at, and what comes after may come before
-  the_release,            // a flag is set, and what comes before may come after
-  the_barrier_of_sums,    // before other warps' sums are read
-  the_barrier_of_stores,  // before one thread publishes what all have stored
-  the_warps_barrier,      // after the lanes have waited, each for its own
+  the_wait,                // a flag or an mbarrier is not looked at
+  the_acquire,             // it is looked at, and what comes after may come before
+  the_release,             // a flag is set, and what comes before may come after
+  the_barrier_of_sums,     // before other warps' sums are read
+  the_barrier_of_stores,   // before what all have stored is published or sent
+  the_warps_barrier,       // after the lanes have waited, each for its own
+  the_barrier_of_zeros,    // before cells write where zeros were written
+  the_bytes,               // an mbarrier is not told how many bytes to expect
+  the_arrival,             // nor that this is all to expect
+  the_fence_of_mbarriers,  // before others use them
+  the_first_meeting,       // of a cluster, before anything is sent
+  the_last_meeting,        // before a block ends
+  the_outlasting,          // of what is still sent to a block that gave up waiting
 };
 
+// For tests: "seed", "detect", how many "blocks" the device holds, and in "clusters", how many
+// times as long as by chance a store into another block takes ("slow"), and what to leave out:
+// "omit" (an Ordering).
+struct Settings {
+  int64_t seed = 0, blocks = 1 << 20, clusters = 1 << 20, slow = 1;
+  bool detect = false;
+  Ordering omit = nothing;
+};
+extern Settings settings;
+void emulator_set(std::string name, int64_t value);
+
 using Clock = std::vector<uint32_t>;
+void join(Clock& clock, const Clock& other);
 
 struct Fiber {
   int block, thread;
-  bool started = false, parked = false, ended = false;
+  bool started = false, ended = false;
   std::jmp_buf context;
   char* stack = nullptr;
-  Clock clock;
-  int products = 0;  // of the tensor cores, so far
-  int barriers = 0;
+  Clock clock;                        // what is ordered before
+  Clock seen;                         // what must have happened, besides
+  std::shared_ptr<const Clock> sent;  // `seen`, since which nothing else was done than send
+  int products = 0;                   // of the tensor cores, so far
+  int meetings = 0;                   // of its cluster, so far
 };
 
 // What the lanes of a warp bring to a product, for two products: a lane may be one ahead.
@@ -66,6 +91,37 @@ struct WarpProduct {
 struct Rendezvous {
   int arrived = 0;
   std::vector<Fiber*> waiting;
+  bool saying = false, said = false;  // by any who meet now; by any who met last
+};
+
+// Who accessed, and when by its own clock.
+struct Access {
+  int who = -1;
+  uint32_t time = 0;
+};
+
+constexpr int most_barriers = 2;  // mbarriers of a block
+
+// An mbarrier has a place in the clocks as a thread has: stores that complete its n-th phase are
+// its own, at time n.
+struct Mbarrier {
+  int who;
+  Access initialised;
+  bool fenced = false;
+  int pending = 1;
+  int64_t due = 0;  // bytes
+  uint32_t phase = 0;
+  Clock gathering, seen;  // of this phase's and all earlier stores; of those of complete phases
+};
+
+// A store into a block's shared memory that is on its way.
+struct Message {
+  int block;
+  char* to;
+  Piece value;
+  int bytes;
+  const uint64_t* barrier;
+  std::shared_ptr<const Clock> seen;  // by who sent it
 };
 
 class Grid {
@@ -86,6 +142,14 @@ class Grid {
   void publish(const int32_t* flag);
   void acquire(const int32_t* flag);
   void check(const void* address, size_t bytes);
+  void check_shared(const void* address, size_t bytes);
+
+  void init_barrier(const uint64_t* barrier);
+  void fence_barriers();
+  void expect(const uint64_t* barrier, int bytes);
+  bool complete(const uint64_t* barrier, int parity);
+  void send(int rank, const void* to, const void* value, int bytes, const uint64_t* barrier);
+  void outlast_stores();
 
   const int tiles, teams;
   Fiber* current = nullptr;
@@ -93,14 +157,11 @@ class Grid {
   std::vector<Rendezvous> block_barrier;    // by block
   std::vector<Rendezvous> warp_barrier;     // by warp
   std::vector<Rendezvous> product_barrier;  // by warp
+  std::vector<Rendezvous> cluster_barrier;  // by team
   std::vector<WarpProduct> product;         // by warp
   std::string error;
 
  private:
-  struct Access {
-    int thread = -1;
-    uint32_t time = 0;
-  };
   struct Shadow {
     Access write;
     std::vector<Access> reads;
@@ -108,124 +169,38 @@ class Grid {
   void loop();
   void ready(Fiber* fiber);
   void park();
+  void end();
   void order(const std::vector<Fiber*>& together);
   int index(const Fiber& f) const;
-  bool before(const Access& access) const;
+  Access now();
+  bool before(const Clock& clock, const Access& access) const;
+  Mbarrier* barrier_of(const uint64_t* barrier);
+  void settle(Mbarrier& barrier);
+  void deliver(size_t place);
 
   std::mt19937_64 random_;
   std::vector<Fiber> fibers_;
   std::vector<Fiber*> runnable_;
+  std::vector<Message> messages_;
+  std::vector<int> running_;  // threads, by block
   std::jmp_buf scheduler_;
   std::function<void()> entry_;
   std::unordered_map<uintptr_t, Shadow> shadows_;  // by pairs of bytes
   std::unordered_map<const int32_t*, Clock> published_;
+  std::unordered_map<const uint64_t*, Mbarrier> barriers_;
   static void trampoline();
 };
 
-template <Storage storage>
-struct HostElement {
-  using type = uint16_t;
-};
-template <>
-struct HostElement<Storage::f32> {
-  using type = float;
-};
-
-uint16_t narrow_f16(float x);
-float widen_f16(uint16_t x);
-uint16_t narrow_bf16(float x);
-float widen_bf16(uint16_t x);
-uint32_t round_tf32(uint32_t bits);
-
-// What a thread can do; device.h has the same for a GPU.
-class Host {
- public:
-  template <Storage storage>
-  using Element = typename HostElement<storage>::type;
-
-  explicit Host(Grid& grid) : grid_(grid), fiber_(*grid.current) {}
-
-  int thread() const { return fiber_.thread; }
-  int tile() const { return fiber_.block % grid_.tiles; }
-  int team() const { return fiber_.block / grid_.tiles; }
-  char* shared() const { return grid_.shared[fiber_.block].data(); }
-  void sync();
-  void sync_warp();
-  static int zero_after(uint32_t) { return 0; }
-
-  template <class T>
-  T load(const T* from) const {
-    grid_.check(from, sizeof(T));
-    return *from;
-  }
-  template <class T>
-  void store(T* to, T value) {
-    grid_.check(to, sizeof(T));
-    grid_.wrote(to, sizeof(T));
-    *to = value;
-  }
-  Piece load_row(const void* from) const {
-    grid_.check(from, sizeof(Piece));
-    grid_.read(from, sizeof(Piece));
-    Piece p;
-    std::memcpy(&p, from, sizeof p);
-    return p;
-  }
-  float load_shared(const float* from) const {
-    grid_.read(from, sizeof(float));
-    return *from;
-  }
-  Gates<float> load_shared_four(const float* from) const {
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) grid_.fail("misaligned shared memory");
-    return {load_shared(from), load_shared(from + 1), load_shared(from + 2), load_shared(from + 3)};
-  }
-  void store_shared(float* to, float value) {
-    const char* begin = shared();
-    const auto* at = reinterpret_cast<const char*>(to);
-    if (at < begin || at + sizeof(float) > begin + grid_.shared[fiber_.block].size())
-      grid_.fail("outside of shared memory");
-    grid_.wrote(to, sizeof(float));
-    *to = value;
-  }
-
-  bool arrived(const int32_t* flag, int position) const;
-  void publish(int32_t* flag, int positions);
-  void report(int64_t* word, int64_t place) { *word = place; }
-
-  template <Storage storage>
-  static float widen(Element<storage> x) {
-    if constexpr (storage == Storage::f32)
-      return x;
-    else
-      return storage == Storage::f16 ? widen_f16(x) : widen_bf16(x);
-  }
-  template <Storage storage>
-  static Element<storage> narrow(float x) {
-    if constexpr (storage == Storage::f32)
-      return x;
-    else
-      return storage == Storage::f16 ? narrow_f16(x) : narrow_bf16(x);
-  }
-  static uint32_t bits(uint16_t x) { return x; }
-  static uint32_t bits(float x) {
-    uint32_t found;
-    std::memcpy(&found, &x, sizeof found);
-    return found;
-  }
-  template <Storage storage>
-  static uint32_t operand(uint32_t word) {
-    return storage == Storage::f32 ? round_tf32(word) : word;
-  }
-
-  template <Storage storage>
-  void multiply_add(float (&sum)[4], const Piece& a, uint32_t b0, uint32_t b1);
-
- private:
-  int warp() const { return fiber_.block * warps + fiber_.thread / lanes; }
-
-  Grid& grid_;
-  Fiber& fiber_;
-};
+template <class Body>
+const char* Grid::run(const Body& body) {
+  entry_ = [&] { body(); };
+  loop();
+  for (const Fiber& f : fibers_)
+    if (!f.ended && error.empty()) error = "some threads wait for ever";
+  static std::string said;
+  said = error;
+  return said.empty() ? nullptr : said.c_str();
+}
 
 }  // namespace cuda
 }  // namespace fastlstm

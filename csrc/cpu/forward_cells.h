@@ -1,0 +1,149 @@
+// The pointwise part of the forward pass (forward.h): (eq. 2) to (eq. 4) of one tile.
+#pragma once
+
+#include "operand.h"
+#include "walk.h"
+
+namespace fastlstm {
+namespace {
+
+// The cells of one item and the sequences of one tile, from their pre-activations: row by row,
+// and of each row a piece at a time. (m is at most 1: there is nothing to note.)
+template <class Pass>
+class ForwardCells {
+  using Tiles = typename Pass::TilesOf;
+  using S = typename Tiles::S;
+  using T = typename Tiles::T;
+  using Element = typename Tiles::Element;
+  using Operand = Blocked<Tiles>;
+  using V = Vec<T>;
+  using Math = GateMath<VectorMath<T>>;
+  using Step = typename Pass::Step;
+  static constexpr int64_t L = lanes<T>;
+
+ public:
+  ForwardCells() = default;
+  ForwardCells(const Pass& pass, const typename Pass::Item& item, const Step& step, Range rows,
+               const T* pre, const T* ahead)
+      : p_(&pass),
+        d_(item.d),
+        count_(item.count),
+        unit_(item.unit),
+        step_(step),
+        r_(rows.begin),
+        last_(rows.end),
+        pre_(pre),
+        ahead_(ahead),
+        bias_(pass.bias_ + item.index * 4 * L),
+        cell_(pass.cells_ + (item.index * pass.rows_ + r_) * L),
+        projected_(pass.out_panels_ > 0) {
+    const ForwardArgs& a = pass.a_;
+    const int64_t H = pass.n_.H, row = (step.start + r_) * pass.n_.D + d_;
+    row_stride_ = pass.n_.D * H;
+    H_ = H;
+    S* const m_all = static_cast<S*>(a.m);
+    y_ = projected_ ? (m_all ? m_all + row * H + unit_ : nullptr)
+                    : static_cast<S*>(a.y) + row * H + unit_;
+    gates_ = a.gates ? static_cast<S*>(a.gates) + row * 4 * H + unit_ : nullptr;
+    c_all_ = a.c_all ? static_cast<T*>(a.c_all) + row * H + unit_ : nullptr;
+    hidden_ = projected_ ? pass.unprojected(d_).at(r_, 0, unit_)
+                         : step.hidden.at(r_, pass.hidden_block(), unit_);
+  }
+
+  int64_t pieces() const { return (last_ - r_) * 4 - piece_; }
+
+  void operator()() {
+    switch (piece_++) {
+      case 0:
+        return activate_input();
+      case 1:
+        return activate_output();
+      case 2:
+        return step_state();
+      default:
+        keep();
+        piece_ = 0;
+    }
+  }
+
+  // Where nothing else can point to the object, all of it may be held in registers.
+  [[gnu::always_inline]] void all() {
+    while (r_ < last_) {
+      activate_input();
+      activate_output();
+      step_state();
+      keep();
+    }
+  }
+
+  // All that is left, of a row that was begun too.
+  void rest() {
+    while (piece_ > 0) (*this)();
+    ForwardCells cells(*this);
+    cells.all();
+    r_ = last_;
+  }
+
+ private:
+  FASTLSTM_INLINE V sum_of(const ForwardCells& c, int gate) {
+    const V sum = load(c.pre_ + gate * L) + load(c.bias_ + gate * L);
+    return c.ahead_ ? sum + load(c.ahead_ + gate * L) : sum;
+  }
+  [[gnu::always_inline]] void activate_input() {
+    s_.i = Math::sigmoid(sum_of(*this, 0));
+    s_.f = Math::sigmoid(sum_of(*this, 1));
+  }
+  [[gnu::always_inline]] void activate_output() {
+    s_.g = Math::tanh(sum_of(*this, 2));
+    s_.o = Math::sigmoid(sum_of(*this, 3));
+  }
+  [[gnu::always_inline]] void step_state() {
+    final_ = r_ >= step_.next_rows;
+    const bool cut = p_->a_.reset != nullptr && !final_ && p_->walk_.cut_before(d_, step_.next, r_);
+    c_ = Math::cell_state(s_, load(cell_));
+    m_ = rounded_to_storage<S>(Math::cell_output(s_, c_));
+    store(cell_, cut ? V{} : c_);
+    step_.hidden.put(hidden_, cut && !projected_ ? V{} : m_);
+  }
+  [[gnu::always_inline]] void keep() {
+    if (gates_) {
+      store_some(gates_, s_.i, count_);
+      store_some(gates_ + H_, s_.f, count_);
+      store_some(gates_ + 2 * H_, s_.g, count_);
+      store_some(gates_ + 3 * H_, s_.o, count_);
+      gates_ += 4 * row_stride_;
+      if (Tiles::overlaps)  // stores are slow where nobody foresees the place
+        for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates_ + gate * H_, 1);
+    }
+    if (c_all_) store_some(c_all_, c_, count_), c_all_ += row_stride_;
+    if (y_) store_some(y_, m_, count_), y_ += row_stride_;
+    if (final_) {
+      const int64_t state = p_->state_at(d_, r_, H_) + unit_;
+      store_some(static_cast<S*>(p_->a_.c_n) + state, c_, count_);
+      if (!projected_) store_some(static_cast<S*>(p_->a_.h_n) + state, m_, count_);
+    }
+    ++r_;
+    pre_ += 4 * L;
+    if (ahead_) ahead_ += 4 * L;
+    cell_ += L;
+    hidden_ += Operand::columns;
+  }
+
+  const Pass* p_ = nullptr;
+  int d_ = 0, count_ = 0, piece_ = 0;
+  int64_t unit_ = 0;
+  Step step_;
+  int64_t r_ = 0, last_ = 0;
+  const T *pre_, *ahead_, *bias_;  // of gate after gate: (4, L)
+  T* cell_;
+  bool projected_, final_;
+  int64_t row_stride_, H_;
+  S *y_, *gates_;  // y, or m where there is a projection
+  T* c_all_;
+  Element* hidden_;  // where m goes to be multiplied
+  Gates<V> s_;       // of the row that is being finished
+  V c_, m_;
+};
+
+}  // namespace
+}  // namespace fastlstm
