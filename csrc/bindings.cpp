@@ -94,8 +94,7 @@ void torch_product(const fastlstm::ProductArgs& p) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
                                     torch::stable::detail::from(right),
                                     torch::stable::detail::from(product)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to release
   if (!p.add) return;
   if (state == ScalarType::Double)

@@ -94,6 +94,7 @@ def broken_output(*args):
 def test_check_finds_a_backend_that_is_wrong(
     function, wrong, says, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
+    # What is wrong here is the reference, which takes packed rows alone.
     cpu = dataclasses.replace(backends._TABLE["cpu"], padded=False, **{function: wrong})
     monkeypatch.setitem(backends._TABLE, "cpu", cpu)
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
