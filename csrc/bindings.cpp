@@ -12,119 +12,9 @@
 #include "cpu/dispatch.h"
 #include "cpu/layer_backward.h"
 #include "cpu/scratch.h"
-#include "tensor_checks.h"
+#include "cpu_tensors.h"
 
 namespace {
-
-// The inputs of one call, as pointers: each is checked, and copied where it is not contiguous.
-class Inputs {
- public:
-  // Null for an absent optional tensor.
-  const void* operator()(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
-    check(name, tensor, sizes, dtype);
-    if (tensor.is_contiguous()) return tensor.const_data_ptr();
-    copies_.push_back(torch::stable::contiguous(tensor));
-    return copies_.back().const_data_ptr();
-  }
-  const void* operator()(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
-    return tensor ? (*this)(name, *tensor, sizes, dtype) : nullptr;
-  }
-
-  // A list over directions, or an empty one where the layer has no such weights.
-  void each(const char* name, const Tensors& tensors, int64_t directions, Sizes sizes,
-            ScalarType dtype, const void* (&out)[max_directions], bool required = false) {
-    for (auto& pointer : out) pointer = nullptr;
-    if (tensors.empty() && !required) return;
-    if (int64_t(tensors.size()) != directions)
-      fail(std::string(name) + ": got " + std::to_string(tensors.size()) + " tensors, expected " +
-           std::to_string(directions));
-    for (size_t d = 0; d < tensors.size(); ++d) out[d] = (*this)(name, tensors[d], sizes, dtype);
-  }
-
- private:
-  Tensors copies_;
-};
-
-// Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these three
-// tensors; the caller adds I where it matters.
-fastlstm::Shape shape_of(Inputs& input, int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
-                         int64_t output_size) {
-  if (batch_sizes.dim() != 1) fail("batch_sizes: expected a vector");
-  if (c0.dim() != 3 || c0.size(0) < 1 || c0.size(0) > max_directions || c0.size(2) < 1)
-    fail("c0: expected shape (D, B, H) with D 1 or 2 and H at least 1");
-  if (output_size < 1) fail("w_hh: expected at least one column");
-  fastlstm::Shape shape{};
-  shape.T = batch_sizes.size(0);
-  shape.N = rows;
-  shape.D = c0.size(0);
-  shape.B = c0.size(1);
-  shape.H = c0.size(2);
-  shape.P = output_size;
-  shape.batch_sizes =
-      static_cast<const int64_t*>(input("batch_sizes", batch_sizes, {shape.T}, ScalarType::Long));
-  int64_t sum = 0, last = shape.B;
-  for (int64_t t = 0; t < shape.T; ++t) {
-    const int64_t size = shape.batch_sizes[t];
-    if (size < 0 || size > last)
-      fail("batch_sizes: got " + std::to_string(size) + " at step " + std::to_string(t) +
-           ", expected between 0 and " + std::to_string(last) + ": sizes never increase");
-    sum += last = size;
-  }
-  if (sum != rows)
-    fail("batch_sizes: they add up to " + std::to_string(sum) + ", expected the number of rows, " +
-         std::to_string(rows));
-  return shape;
-}
-
-// Rows of a layer: (N, size), or (T, B, size) where all sequences have all steps and x comes so.
-class Rows {
- public:
-  explicit Rows(const Tensor& x) : padded_(x.dim() == 3) {
-    if (x.dim() != 2 && !padded_) fail("x: expected shape (N, I) or (T, B, I)");
-    for (int64_t k = 0; k < x.dim() - 1; ++k) shape_[k] = x.size(k);
-  }
-  int64_t count() const { return padded_ ? shape_[0] * shape_[1] : shape_[0]; }
-  // Until the next call.
-  Sizes of(int64_t size) {
-    shape_[padded_ ? 2 : 1] = size;
-    return {shape_, size_t(padded_ ? 3 : 2)};
-  }
-
- private:
-  const bool padded_;
-  int64_t shape_[3];
-};
-
-int64_t output_size_of(const Tensors& w_hh) {
-  if (w_hh.empty() || w_hh[0].dim() != 2) fail("w_hh: expected matrices, one per direction");
-  return w_hh[0].size(1);
-}
-
-bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memory does
-
-// torch's allocator itself: the dispatcher's new_empty would cost more than a small layer.
-Tensor empty(Sizes sizes, ScalarType dtype) {
-  int64_t strides[4] = {1, 1, 1, 1};
-  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
-  AtenTensorHandle handle = nullptr;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(
-                      int64_t(sizes.size()), sizes.data(), strides,
-                      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                      aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
-                  "fastlstm: out of memory");
-  return Tensor(handle);
-}
-
-Tensor output(Sizes sizes, ScalarType dtype) {
-  Tensor tensor = empty(sizes, dtype);
-  const size_t size = size_t(tensor.numel()) * size_t(tensor.element_size());
-  fastlstm::advise_huge_pages(tensor.mutable_data_ptr(), size);
-  if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
-  return tensor;
-}
-Tensor absent() {
-  return empty({0}, ScalarType::Float);
-}
 
 int threads() {
   return int(torch::stable::get_num_threads());
@@ -204,8 +94,7 @@ void torch_product(const fastlstm::ProductArgs& p) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
                                     torch::stable::detail::from(right),
                                     torch::stable::detail::from(product)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to release
   if (!p.add) return;
   if (state == ScalarType::Double)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
-import itertools
 import math
 import statistics
 import time
@@ -272,8 +271,12 @@ def seconds_of_a_trial(task: Task, choice: Choice, limit: float, seed: int) -> l
     fastlstm.replace_lstm_(models[1])
     optimizers = [OPTIMIZERS[choice["optimizer"]](m.parameters(), lr=1e-3) for m in models]
     batches = sum(1 for _ in task.losses(models[1], choice))
-    epochs = [itertools.chain.from_iterable(task.losses(model, choice) for _ in itertools.count())
-              for model in models]  # fmt: skip
+
+    def endless(model: nn.Module) -> Iterator[Tensor]:
+        while True:
+            yield from task.losses(model, choice)
+
+    epochs = [endless(model) for model in models]
     seconds: list[list[float]] = [[], []]
     until = time.monotonic() + limit
     while time.monotonic() < until or len(seconds[0]) < 4:

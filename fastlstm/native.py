@@ -32,6 +32,11 @@ def use_instruction_set(name: str) -> str:
     return str(torch.ops.fastlstm_C.cpu_use_instruction_set(name))
 
 
+def spare_matrix_unit(on: bool) -> None:
+    """Whether "amx" leaves small passes to vectors, as it should but for tests of the unit."""
+    torch.ops.fastlstm_C.cpu_spare_matrix_unit(on)
+
+
 @functools.cache
 def missing_cuda() -> str | None:
     """Load the CUDA library; None once it is loaded, else the reason why it is not."""

@@ -29,10 +29,10 @@ def poison():
     """Scratch memory and outputs start as NaNs: what is not written shows.  And the matrix unit,
     where it is in use, takes passes of any size."""
     _C.poison(True)
-    _C.cpu_spare_matrix_unit(False)
+    native.spare_matrix_unit(False)
     yield
     _C.poison(False)
-    _C.cpu_spare_matrix_unit(True)
+    native.spare_matrix_unit(True)
 
 
 def need_of(case: Layer) -> Requested:
@@ -383,7 +383,7 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
 def test_the_matrix_unit_is_spared_small_passes(steps, batch, hidden, spared) -> None:
     """They have the bits of vectors, larger ones not."""
     layer = make_layer(Layer((batch,) * steps, 30, hidden), torch.float32)
-    _C.cpu_spare_matrix_unit(True)
+    native.spare_matrix_unit(True)
     before, results = _C.cpu_use_instruction_set("amx"), []
     for instruction_set in ("amx", "avx512"):
         _C.cpu_use_instruction_set(instruction_set)

@@ -20,6 +20,8 @@ from common import UserError
 from tasks import TASKS, CharTask, SeriesTask
 from test_char_rnn import check_error, png_size, same_threads_afterwards  # noqa: F401
 
+import fastlstm
+
 SCRIPT = Path(tune.__file__)
 SMALL = ["--task", "series", "--threads", "1"]
 NUMBER = r"(-?\d[\d.]*)"
@@ -130,6 +132,22 @@ def test_a_killed_search_goes_on_and_two_processes_share_it(tmp_path):
     assert [trial.number for trial in study.trials] == list(range(len(study.trials)))
     firsts = [t for t in study.trials if "fixed_params" in t.system_attrs]
     assert len(firsts) == 1  # prepared once, by one of them
+
+
+def test_both_modules_are_timed(monkeypatch):
+    """Each step of nn.LSTM's side runs nn.LSTM, and each of the other fastlstm."""
+    seen = []
+    for kind in (torch.nn.LSTM, fastlstm.LSTM):
+        forward = kind.forward
+
+        def run(self, *args, forward=forward, kind=kind, **kwargs):
+            seen.append(kind)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", run)
+    took = tune.seconds_of_a_trial(TinyTask(0), tune.UNTUNED, 0.0, seed=0)
+    assert len(took) == 2 and min(took) > 0
+    assert seen.count(torch.nn.LSTM) >= 4 <= seen.count(fastlstm.LSTM)
 
 
 def test_a_range_test_finds_the_rates_that_learn():

@@ -154,9 +154,11 @@ def _instructions(name: str | None) -> Iterator[None]:
         yield
         return
     before = native.use_instruction_set(name)
+    native.spare_matrix_unit(False)  # these layers are small
     try:
         yield
     finally:
+        native.spare_matrix_unit(True)
         native.use_instruction_set(before)
 
 
