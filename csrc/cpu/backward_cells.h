@@ -69,6 +69,7 @@ class BackwardCells {
   // All that is left, of a row that was begun too.
   void rest() {
     while (piece_ > 0) (*this)();
+    if (left_ == 0) return;
     BackwardCells cells(*this);
     cells.all();
     left_ = 0;

@@ -79,6 +79,7 @@ class ForwardCells {
   // All that is left, of a row that was begun too.
   void rest() {
     while (piece_ > 0) (*this)();
+    if (r_ == last_) return;
     ForwardCells cells(*this);
     cells.all();
     r_ = last_;
