@@ -276,7 +276,8 @@ def test_replaced_weights_take_effect_and_get_gradients(wrap):
             low_rank = LowRank(module.weight_hh_l0)
             nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", low_rank)
         elif wrap == "hook":
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
                 nn.utils.weight_norm(module, "weight_hh_l0")
         else:
             prune.random_unstructured(module, "weight_hh_l0", amount=0.5)
