@@ -250,8 +250,9 @@ def sources_digest() -> str:
 
 def cuda_sources_digest() -> str:
     """The same of the CUDA library."""
-    flags = (COMPILE_FLAGS, TORCH_FLAGS, LINK_FLAGS, CUDA_FLAGS, CUDA_INSTANCES, CUDA_LINK_FLAGS)
-    return _digest(flags, but="cpu")
+    flags = (COMPILE_FLAGS, TORCH_FLAGS, LINK_FLAGS, CUDA_FLAGS, CUDA_LINK_FLAGS)
+    instances = (CUDA_INSTANCES, CLUSTER_INSTANCES, FIRST_WITH_CLUSTERS)
+    return _digest((flags, instances), but="cpu")
 
 
 def _digest(flags: object, but: str) -> str:

@@ -254,6 +254,13 @@ def test_importing_is_quick_and_imports_no_kernels() -> None:
     assert not {"triton", "fastlstm.kernels", "fastlstm.cli", "torch._dynamo"} & set(modules)
 
 
+@pytest.mark.parametrize("what", ["CUDA_FLAGS", "CUDA_INSTANCES", "CLUSTER_INSTANCES"])
+def test_a_cuda_library_with_other_kernels_counts_as_another(what: str, monkeypatch) -> None:
+    before = build.cuda_sources_digest()
+    monkeypatch.setattr(build, what, getattr(build, what)[:-1])
+    assert build.cuda_sources_digest() != before
+
+
 @pytest.mark.parametrize("isa", [isa for isa in build.find_toolchain().isa if isa != "baseline"])
 def test_no_symbol_of_a_newer_instruction_set_can_replace_a_common_one(
     wheel: Path, isa: str

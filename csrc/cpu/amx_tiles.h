@@ -278,7 +278,7 @@ struct AmxTiles {
   }
 
   // With few rows the unit waits for its own loads, and there is nothing to gain.
-  static bool overlaps(int64_t rows) { return rows > 8; }
+  static constexpr bool overlaps(int64_t rows) { return rows > 8; }
 
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,

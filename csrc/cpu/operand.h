@@ -16,8 +16,9 @@
 //                       there of them
 //   multiply, adds      a tile times a panel, and whether that may be added to what is there
 //   asks                whether multiply asks for what is Wanted
-//   overlaps, pauses    whether multiply calls what is given as `meanwhile` while it waits, and
+//   has_pauses, pauses  whether multiply calls what is given as `meanwhile` while it waits, and
 //                       how often
+//   overlaps            whether that is worth doing for cells, with a tile of so many rows
 //   ahead, ahead_rows   see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
