@@ -12,6 +12,8 @@
 // results below about 1e-32 lose digits.
 #pragma once
 
+#include <algorithm>
+
 #include "../layer.h"
 #include "operand.h"
 #include "scratch.h"
@@ -132,34 +134,48 @@ struct AmxProduct {
     return count;
   }
 
-#define FASTLSTM_LOAD_LEFT(i)                                          \
-  do {                                                                 \
-    _tile_loadd(4, a + (i) * term_stride, 64);                         \
-    if (two) _tile_loadd(5, a + (i) * term_stride + lower_offset, 64); \
-    _tile_dpbf16ps(0, 4, 6);                                           \
-    _tile_dpbf16ps(1, 4, 7);                                           \
-    if (two) {                                                         \
-      _tile_dpbf16ps(2, 5, 6);                                         \
-      _tile_dpbf16ps(3, 5, 7);                                         \
-    }                                                                  \
-    meanwhile();                                                       \
-  } while (0)
-
+  // `two`: are there lower rows?
   template <bool two, class Other>
   static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks,
                   Other& meanwhile) {
     const int64_t term_stride = height * 32, lower_offset = upper * 32;
-    for (; blocks > 0; --blocks, a += left * term_stride) {
+    for (; blocks > 0; --blocks, a += left * term_stride, b += block_size) {
+      const bf16* next = b + block_size;
       for (int j = right - 1; j >= 0; --j) {
-        const bf16* panel = b + j * register_size;
-        _tile_loadd(6, panel, 64);
-        _tile_loadd(7, panel + right * register_size, 64);
-        for (int i = met(j) - 1; i >= 0; --i) FASTLSTM_LOAD_LEFT(i);
+        bool fresh = true;
+        for (int i = met(j) - 1; i >= 0; --i, fresh = false) {
+          const bf16* const rows = a + i * term_stride;
+          if (fresh) _tile_loadd(6, b + j * register_size, 64);
+          _tile_loadd(4, rows, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          ask(next);
+          if (two) {
+            _tile_loadd(5, rows + lower_offset, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            ask(next);
+          }
+          if (fresh) _tile_loadd(7, b + (right + j) * register_size, 64);
+          _tile_dpbf16ps(1, 4, 7);
+          ask(next);
+          if (two) {
+            _tile_dpbf16ps(3, 5, 7);
+            ask(next);
+          }
+          meanwhile();
+        }
       }
-      b += 2 * right * register_size;
     }
   }
-#undef FASTLSTM_LOAD_LEFT
+
+ private:
+  static constexpr int64_t block_size = 2 * right * register_size;  // of a panel
+
+  // The unit's loads wait for each other, so the first half of the panel's next block is asked for,
+  // two lines after each product: more would keep those loads waiting, and the processor brings
+  // the second half by itself.
+  static void ask(const bf16*& next) {
+    for (int line = 0; line < 2; ++line, next += 32) __builtin_prefetch(next);
+  }
 };
 
 template <class Storage, int left_terms>
@@ -320,11 +336,15 @@ struct AmxTiles {
     return n.I >= 128 &&
            weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
   }
-  static constexpr int64_t ahead_rows = 256;
+  // They stay there while all panels pass by.
+  static int64_t ahead_rows(int64_t inputs) {
+    const int64_t row = blocks_of(inputs, block_columns) * terms * block_columns * 2;
+    return std::clamp<int64_t>(l2_cache_bytes() / 8 * 3 / row, max_rows, 256);
+  }
 
   static constexpr bool adds = true, asks = false, has_pauses = true;
 
-  // Panels stream well enough by themselves.
+  // Panels are asked for wherever they come from.
   static bool worth_prefetching(int64_t, int64_t) { return false; }
 
   struct Session {

@@ -11,6 +11,8 @@
 // arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead").
 #pragma once
 
+#include <algorithm>
+
 #include "forward_cells.h"
 #include "operand.h"
 #include "split.h"
@@ -42,7 +44,7 @@ class Forward {
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
-        chunk_(ahead_ && rows_ > 0 && rows_ < Tiles::ahead_rows ? Tiles::ahead_rows / rows_ : 1),
+        chunk_(ahead_ && rows_ > 0 ? std::max<int64_t>(Tiles::ahead_rows(n_.I) / rows_, 1) : 1),
         chunk_tiles_(chunk_ * rows_, Tiles::max_rows),
         input_blocks_(Operand::count(n_.I)),
         state_blocks_((ahead_ ? 0 : input_blocks_) + Operand::count(n_.P)),

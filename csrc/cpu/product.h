@@ -3,12 +3,14 @@
 // K is taken a slab at a time. A, which is da, has by far the most elements: each thread has a
 // share of it, and packs a group of tiles or panels at a time that stays in its L2 cache. A slab
 // of B is packed once, for all threads, and passes by. Where multiplication leaves pauses, the
-// next group is packed in them, and the last sums are added to C.
+// next group is packed in them, the last sums are added to C, and the place of the next is asked
+// for.
 //
 // For A^T B, A goes into panels, which take its rows as they are, and B into tiles: B^T A is
 // computed, and transposed when it is added to C.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../layer.h"
@@ -217,11 +219,13 @@ class Product {
     const int64_t pauses = Tiles::pauses(segments) - most_pieces;  // the others are for the sums
     Spread<Packing<!transposed>> pack(
         packing, packing.left(), (group.end - group.begin) * others * (pauses > 1 ? pauses : 1));
+    Destination wanted{nullptr, 0};
     const auto meanwhile = [&] {
       if (sums.piece < sums.pieces)
         write_piece(sums);
       else
         pack();
+      ask_for_row(wanted);
     };
     for (int64_t other = 0; other < others; ++other)
       for (int64_t own = group.begin; own < group.end; ++own) {
@@ -231,6 +235,8 @@ class Product {
             transposed ? shared_place(tile) : buffer + (own - group.begin) * tile_size_;
         const Element* const right =
             transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(panel);
+        wanted = transposed ? destination(panel * width, columns_, width, first)
+                            : destination(first, first + count, count, panel * width);
         T* const values = sums.values[1 - sums.buffer];
         Tiles::multiply(left, tiles_.height, count, right, segments, false, values, width, nullptr,
                         false, meanwhile);
@@ -241,6 +247,22 @@ class Product {
         sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
         if (!Tiles::has_pauses) write_rest(sums);
       }
+  }
+
+  // Rows of C that sums will be added to. They lie far from each other, in the L3 cache at best, so
+  // one is asked for at each pause of the multiplication: what waits for memory stops the unit.
+  struct Destination {
+    const T* row;
+    int64_t left;
+  };
+  Destination destination(int64_t row, int64_t rows, int64_t most, int64_t column) const {
+    return {static_cast<const T*>(p_.c) + row * p_.ldc + column, std::min(rows - row, most)};
+  }
+  void ask_for_row(Destination& wanted) const {
+    if (wanted.left == 0) return;
+    --wanted.left;
+    for (int64_t part = 0; part < width; part += L) __builtin_prefetch(wanted.row + part, 1);
+    wanted.row += p_.ldc;
   }
 
   // So many rows and columns of sums are a piece, and such a number of them is the most there is.

@@ -89,7 +89,7 @@ struct VectorTiles {
 
   // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
   static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
-  static constexpr int64_t ahead_rows = 96;
+  static constexpr int64_t ahead_rows(int64_t) { return 96; }
 
   // Does a thread do well to ask in advance for the weights that it multiplies at each step? They
   // do not stay in its L2 cache if they are many; with few rows the arithmetic is too short to
