@@ -72,14 +72,14 @@ Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
 
 // C += a dense matrix.
 template <class T>
-void add_matrix(const T* matrix, const fastlstm::ProductArgs& p) {
-  T* c = static_cast<T*>(p.c);
-  for (int64_t row = 0; row < p.M; ++row, c += p.ldc, matrix += p.N)
-    for (int64_t k = 0; k < p.N; ++k) c[k] += matrix[k];
+void add_matrix(const T* matrix, int64_t rows, const fastlstm::ProductPart& part) {
+  T* c = static_cast<T*>(part.c);
+  for (int64_t row = 0; row < rows; ++row, c += part.ldc, matrix += part.N)
+    for (int64_t k = 0; k < part.N; ++k) c[k] += matrix[k];
 }
 
 // C = or += op(A) B by torch, for what the kernels leave to it.
-void torch_product(const fastlstm::ProductArgs& p) {
+void torch_product(const fastlstm::ProductArgs& p, const fastlstm::ProductPart& part) {
   const ScalarType storage = dtype_of(p.storage), state = state_of(storage);
   const auto matrix = [](const void* data, Sizes sizes, Sizes strides, ScalarType dtype) {
     return torch::stable::from_blob(const_cast<void*>(data), sizes, strides,
@@ -88,9 +88,9 @@ void torch_product(const fastlstm::ProductArgs& p) {
   };
   const Tensor left = p.transposed ? matrix(p.a, {p.M, p.K}, {1, p.lda}, state)
                                    : matrix(p.a, {p.M, p.K}, {p.lda, 1}, state);
-  const Tensor right = in_dtype(matrix(p.b, {p.K, p.N}, {p.ldb, 1}, storage), state);
-  const Tensor out = matrix(p.c, {p.M, p.N}, {p.ldc, 1}, state);
-  Tensor product = p.add ? empty({p.M, p.N}, state) : out;
+  const Tensor right = in_dtype(matrix(part.b, {p.K, part.N}, {part.ldb, 1}, storage), state);
+  const Tensor out = matrix(part.c, {p.M, part.N}, {part.ldc, 1}, state);
+  Tensor product = p.add ? empty({p.M, part.N}, state) : out;
   std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
                                     torch::stable::detail::from(right),
                                     torch::stable::detail::from(product)};
@@ -98,9 +98,14 @@ void torch_product(const fastlstm::ProductArgs& p) {
   torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to release
   if (!p.add) return;
   if (state == ScalarType::Double)
-    add_matrix(static_cast<const double*>(product.const_data_ptr()), p);
+    add_matrix(static_cast<const double*>(product.const_data_ptr()), p.M, part);
   else
-    add_matrix(static_cast<const float*>(product.const_data_ptr()), p);
+    add_matrix(static_cast<const float*>(product.const_data_ptr()), p.M, part);
+}
+
+void torch_products(const fastlstm::ProductArgs& p) {
+  for (const fastlstm::ProductPart& part : p.parts)
+    if (part.N > 0) torch_product(p, part);
 }
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors>;
@@ -160,7 +165,7 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   Tensors dw_hh = each(need[4], {4 * H, P}, args.dw_hh);
   Tensors dbias = each(need[5], {4 * H}, args.dbias);
   Tensors dw_hr = each(need[6], {P, H}, args.dw_hr);
-  fastlstm::layer_backward(args, torch_product);
+  fastlstm::layer_backward(args, torch_products);
   for (Tensors* list : {&dw_ih, &dw_hh, &dbias, &dw_hr})
     for (Tensor& tensor : *list) tensor = in_dtype(tensor, dtype);
   return {in_dtype(dx, dtype), dh0, dc0, dw_ih, dw_hh, dbias, dw_hr};
@@ -216,12 +221,10 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
       !(has_contiguous_rows(left) && has_contiguous_rows(right)))
     return false;
   args.lda = matrix("left", left, state);
-  args.ldb = matrix("right", right, dtype);
-  args.ldc = matrix("out", out, state);
+  const int64_t ldb = matrix("right", right, dtype), ldc = matrix("out", out, state);
   args.M = left.size(transposed ? 1 : 0);
   args.K = left.size(transposed ? 0 : 1);
-  args.N = right.size(1);
-  if (right.size(0) != args.K || out.size(0) != args.M || out.size(1) != args.N)
+  if (right.size(0) != args.K || out.size(0) != args.M || out.size(1) != right.size(1))
     fail("left, right, out: their shapes do not make a product");
   args.storage = storage_of(dtype);
   args.threads = threads();
@@ -229,8 +232,7 @@ bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, boo
   args.add = add;
   args.bounded = bounded;
   args.a = left.const_data_ptr();
-  args.b = right.const_data_ptr();
-  args.c = out.mutable_data_ptr();
+  args.parts[0] = {right.size(1), right.const_data_ptr(), ldb, out.mutable_data_ptr(), ldc};
   return fastlstm::kernels().product(args);
 }
 

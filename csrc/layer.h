@@ -87,10 +87,21 @@ struct RecomputeArgs {
   void* m;               // (N, H), or null
 };
 
+// One B that a product's A is multiplied by, and where the result goes; N = 0 for none.
+struct ProductPart {
+  int64_t N;
+  const void* b;  // (K, N)
+  int64_t ldb;
+  void* c;  // (M, N), state
+  int64_t ldc;
+};
+
 // C (M, N) = or += op(A) B, rows ld elements apart: one of the products that follow a walk, (eq.
-// 9).
+// 9), or two that share A^T.
 struct ProductArgs {
-  int64_t M, N, K;
+  static constexpr int most_parts = 2;
+
+  int64_t M, K;
   Storage storage;  // of B
   int threads;
   bool transposed;  // op(A) is A^T, A then being (K, M)
@@ -98,10 +109,9 @@ struct ProductArgs {
   bool bounded;   // no value of A overflows in a product; what Kernels::backward said of it
   const void* a;  // (M, K), or (K, M); state
   int64_t lda;
-  const void* b;  // (K, N)
-  int64_t ldb;
-  void* c;  // (M, N), state
-  int64_t ldc;
+  ProductPart parts[most_parts];  // the second one only if transposed
+
+  int64_t columns() const { return parts[0].N + parts[1].N; }
 };
 
 }  // namespace fastlstm

@@ -135,7 +135,8 @@ bool product_of(const ProductArgs& p) {
   const auto* a = static_cast<const float*>(p.a);
   const int64_t rows = p.transposed ? p.K : p.M, columns = p.transposed ? p.M : p.K;
   if (!p.bounded && !none_too_large(a, rows, columns, p.lda)) return false;
-  if (!none_too_large(static_cast<const S*>(p.b), p.K, p.N, p.ldb)) return false;
+  for (const ProductPart& part : p.parts)
+    if (!none_too_large(static_cast<const S*>(part.b), p.K, part.N, part.ldb)) return false;
   using State = AmxTiles<float, terms_of<float>>;
   using Stored = AmxTiles<S, terms_of<S>>;
   if (p.transposed)
@@ -147,7 +148,7 @@ bool product_of(const ProductArgs& p) {
 
 bool product(const ProductArgs& args) {
   // Smaller ones cost the unit more to pack than it gains.
-  const bool worth = args.M >= 48 && args.N >= 48 && args.K >= 192;
+  const bool worth = args.M >= 48 && args.columns() >= 48 && args.K >= 192;
   switch (worth ? args.storage : Storage::f64) {
     case Storage::f32:
       if (product_of<float>(args)) return true;

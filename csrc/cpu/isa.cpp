@@ -54,7 +54,7 @@ bool product_of(const ProductArgs& args) {
 // See docs/performance.md for where packing costs more than it gains.
 bool product(const ProductArgs& args) {
 #if defined(__AVX2__)
-  if (args.M < 2 || args.N < 2 || args.K < 16) return false;
+  if (args.M < 2 || args.columns() < 2 || args.K < 16) return false;
   switch (args.storage) {
     case Storage::f32:
       return product_of<float>(args);

@@ -114,15 +114,12 @@ class LayerBackward {
     const int64_t D = n_.D, H = n_.H, I = n_.I, P = n_.P;
     const char* da = da_ + d * 4 * H * state_;
     if (a_.dx)
-      multiply({rows.count, I, 4 * H}, da, D * 4 * H, a_.w_ih[d], I,
-               at(a_.dx, rows.first * I * state_), false, d == 1 || (several_ && D == 2));
-    if (a_.dw_ih[d])
-      multiply({4 * H, I, rows.count}, da, D * 4 * H, at(a_.x, rows.first * I * storage_), I,
-               a_.dw_ih[d], true, !first);
-    if (a_.dw_hh[d]) add_recurrent(d, rows, first);
+      multiply({rows.count, 4 * H}, da, D * 4 * H, false, d == 1 || (several_ && D == 2),
+               {{I, a_.w_ih[d], I, at(a_.dx, rows.first * I * state_), I}});
+    add_weights(d, rows, first);
     if (a_.dw_hr[d])
-      multiply({P, H, rows.count}, dh_all_ + d * P * state_, D * P,
-               at(a_.m, (rows.first * D + d) * H * storage_), D * H, a_.dw_hr[d], true, !first);
+      multiply({P, rows.count}, dh_all_ + d * P * state_, D * P, true, !first,
+               {{H, at(a_.m, (rows.first * D + d) * H * storage_), D * H, a_.dw_hr[d], H}});
   }
 
   void add_bias(int d) {
@@ -138,33 +135,42 @@ class LayerBackward {
     for (int64_t k = 0; k < count; ++k) sum[k] += part[k];
   }
 
-  // dW_hh += da^T h, the h that entered each of the rows. Of equal sizes without cuts it is y moved
-  // by one step, and only its edge comes from h0: two pieces, or one where copying h costs less
-  // than another pass over the result.
-  void add_recurrent(int d, const Rows& rows, bool first) {
-    const int64_t D = n_.D, H = n_.H, P = n_.P, B = n_.B;
-    const char* da = da_ + d * 4 * H * state_;
-    const auto add_rows = [&](int64_t begin, int64_t count, const char* h, int64_t ld, bool add) {
-      if (count > 0)
-        multiply({4 * H, P, count}, da + begin * D * 4 * H * state_, D * 4 * H, h, ld, a_.dw_hh[d],
-                 true, add);
-    };
+  // dW_ih += da^T x and dW_hh += da^T h, the h that entered each of the rows. Of equal sizes
+  // without cuts it is y moved by one step, and only its edge comes from h0: two pieces, or one
+  // where copying h costs less than another pass over the result.
+  void add_weights(int d, const Rows& rows, bool first) {
+    const int64_t D = n_.D, P = n_.P, B = n_.B;
+    if (!a_.dw_hh[d]) return add_rows(d, rows, 0, rows.count, nullptr, 0, !first);
     const int64_t last = rows.first + rows.count;
     const bool edge = d == 0 ? rows.first == 0 : last == n_.N;
-    if (!equal_ || (edge && rows.count < 4 * H)) {
+    if (!equal_ || (edge && rows.count < 4 * n_.H)) {
       copy_entered(d, rows);
-      return add_rows(0, rows.count, h_, P, !first);
+      return add_rows(d, rows, 0, rows.count, h_, P, !first);
     }
     const int64_t known = rows.count - (edge ? B : 0);
     const char* h0 = at(a_.h0, d * B * P * storage_);
     if (d == 0) {
       const int64_t from = edge ? 0 : rows.first - B;
-      if (edge) add_rows(0, B, h0, P, !first);
-      add_rows(edge ? B : 0, known, y_row(d, from), D * P, !first || edge);
+      if (edge) add_rows(d, rows, 0, B, h0, P, !first);
+      add_rows(d, rows, edge ? B : 0, known, y_row(d, from), D * P, !first || edge);
     } else {
-      add_rows(0, known, y_row(d, rows.first + B), D * P, !first);
-      if (edge) add_rows(known, B, h0, P, !first || known > 0);
+      add_rows(d, rows, 0, known, y_row(d, rows.first + B), D * P, !first);
+      if (edge) add_rows(d, rows, known, B, h0, P, !first || known > 0);
     }
+  }
+
+  // `count` rows of a chunk, from its row `begin` on, and the h that entered them.
+  void add_rows(int d, const Rows& rows, int64_t begin, int64_t count, const char* h, int64_t ld,
+                bool add) {
+    const int64_t D = n_.D, H = n_.H, I = n_.I, P = n_.P;
+    if (count == 0) return;
+    const ProductPart of_x{I, at(a_.x, (rows.first + begin) * I * storage_), I, a_.dw_ih[d], I};
+    const ProductPart of_h{P, h, ld, a_.dw_hh[d], P};
+    const char* da = da_ + (begin * D + d) * 4 * H * state_;
+    if (a_.dw_ih[d] && a_.dw_hh[d])
+      multiply({4 * H, count}, da, D * 4 * H, true, add, {of_x, of_h});
+    else if (a_.dw_ih[d] || a_.dw_hh[d])
+      multiply({4 * H, count}, da, D * 4 * H, true, add, {a_.dw_ih[d] ? of_x : of_h});
   }
 
   const char* y_row(int d, int64_t row) const {
@@ -190,16 +196,25 @@ class LayerBackward {
   }
 
   struct Sizes {
-    int64_t M, N, K;
+    int64_t M, K;
+  };
+  struct Parts {
+    ProductPart first, second{};
   };
 
-  void multiply(const Sizes& sizes, const char* left, int64_t lda, const void* right, int64_t ldb,
-                void* out, bool transposed, bool add) {
-    const auto [M, N, K] = sizes;
-    if (M == 0 || N == 0) return;
-    const ProductArgs args{
-        M,   N,   K, a_.walk.storage, a_.walk.threads, transposed, add, bounded_, left, lda, right,
-        ldb, out, N};
+  void multiply(const Sizes& sizes, const char* left, int64_t lda, bool transposed, bool add,
+                const Parts& parts) {
+    const ProductArgs args{sizes.M,
+                           sizes.K,
+                           a_.walk.storage,
+                           a_.walk.threads,
+                           transposed,
+                           add,
+                           bounded_,
+                           left,
+                           lda,
+                           {parts.first, parts.second}};
+    if (sizes.M == 0 || args.columns() == 0) return;
     if (!kernels().product(args)) blas_(args);
   }
 

@@ -7,7 +7,7 @@
 // for.
 //
 // For A^T B, A goes into panels, which take its rows as they are, and B into tiles: B^T A is
-// computed, and transposed when it is added to C.
+// computed, and transposed when it is added to C. Tiles of two B may pass by, one after the other.
 #pragma once
 
 #include <algorithm>
@@ -39,13 +39,14 @@ class Product {
  public:
   Product(const ProductArgs& args, int threads)
       : p_(args),
-        rows_(transposed ? p_.N : p_.M),
-        columns_(transposed ? p_.M : p_.N),
+        columns_(transposed ? p_.M : p_.parts[0].N),
         depth_(slab_rows(p_)),
-        tiles_(rows_, LeftTiles::max_rows),
-        all_tiles_(tiles_.count(rows_)),
+        tiles_{{rows(0), LeftTiles::max_rows}, {rows(1), LeftTiles::max_rows}},
+        first_tiles_(tiles_[0].count(rows(0))),
+        all_tiles_(first_tiles_ + tiles_[1].count(rows(1))),
         all_panels_(blocks_of(columns_, width)),
-        tile_size_(Operand{nullptr, depth_ / block, tiles_.height}.block_size() * (depth_ / block)),
+        tile_size_(depth_ / block *
+                   Operand{nullptr, 0, std::max(tiles_[0].height, tiles_[1].height)}.block_size()),
         panel_size_(RightTiles::panel_size(depth_)),
         group_(group(transposed ? panel_size_ : tile_size_)),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
@@ -83,8 +84,22 @@ class Product {
     int64_t k, begin, end;
   };
 
+  // Rows of what is computed, C or its transpose; those of the second part follow the first's.
+  struct Tile {
+    int part;
+    int64_t first, count;
+  };
+  int64_t rows(int part) const { return transposed ? p_.parts[part].N : part == 0 ? p_.M : 0; }
+  Tile tile(int64_t index) const {
+    const int part = index < first_tiles_ ? 0 : 1;
+    if (part == 1) index -= first_tiles_;
+    const RowTiles& tiles = tiles_[part];
+    return {part, index * tiles.height, tiles.end(index, rows(part)) - index * tiles.height};
+  }
+
   // What was multiplied last, which waits to be added to C: (count, width).
   struct Sums {
+    int part;
     int64_t first, count, column;
     bool add;
     int64_t piece = 0, pieces = 0;  // done, and in all
@@ -94,8 +109,8 @@ class Product {
 
   // A slab of B that fills the L2 cache leaves no room for the groups that it meets there.
   static int64_t slab_rows(const ProductArgs& p) {
-    const int64_t bytes =
-        blocks_of(p.N, width) * RightTiles::panel_size(most_slab_rows) * int64_t(sizeof(Element));
+    const int64_t bytes = blocks_of(p.columns(), width) * RightTiles::panel_size(most_slab_rows) *
+                          int64_t(sizeof(Element));
     const int64_t most = bytes > l2_cache_bytes() / 2 ? most_slab_rows / 2 : most_slab_rows;
     return p.K < most ? blocks_of(p.K, block) * block : most;
   }
@@ -127,17 +142,17 @@ class Product {
         : p_(&product), buffer_(buffer), begin_(group.begin), end_(group.end), item_(begin_) {
       if (begin_ == end_) return;
       depth_ = product.depth(group.k);
-      const ProductArgs& args = product.p_;
-      ld_ = transposed == tiles ? args.ldb : args.lda;
-      const int64_t offset = group.k * (transposed || !tiles ? ld_ : 1);
-      if constexpr (tiles)
-        from_ = static_cast<const Left*>(transposed ? args.b : args.a) + offset;
-      else
-        from_ = static_cast<const Right*>(transposed ? args.a : args.b) + offset;
+      first_k_ = group.k;
       const int64_t blocks = blocks_of(depth_, block);
-      left_ = tiles ? (p_->tiles_.end(end_ - 1, p_->rows_) - begin_ * p_->tiles_.height) * blocks
-                    : (end_ - begin_) * (blocks * block / RightTiles::rows_together);
-      if (tiles && transposed) left_ = tile_pieces(blocks);
+      if constexpr (tiles) {
+        for (int64_t item = begin_; item < end_; ++item)
+          left_ += blocks_of(p_->tile(item).count, rows_at_once) * blocks;
+        enter_tile();
+      } else {
+        left_ = (end_ - begin_) * (blocks * block / RightTiles::rows_together);
+        begin_at(transposed ? args().a : args().parts[0].b,
+                 transposed ? args().lda : args().parts[0].ldb);
+      }
     }
     int64_t left() const { return left_; }
     void rest() {
@@ -152,35 +167,42 @@ class Product {
     }
 
    private:
-    // Of all tiles, some rows at a time.
-    int64_t tile_pieces(int64_t blocks) const {
-      int64_t pieces = 0;
-      for (int64_t tile = begin_; tile < end_; ++tile) pieces += blocks_of(count(tile), L) * blocks;
-      return pieces;
+    using Source = std::conditional_t<tiles, Left, Right>;
+    static constexpr int64_t rows_at_once = transposed ? L : 1;  // of a tile
+
+    const ProductArgs& args() const { return p_->p_; }
+
+    // Where row first_k_ of K begins, or its column.
+    void begin_at(const void* matrix, int64_t ld) {
+      ld_ = ld;
+      from_ = static_cast<const Source*>(matrix) + first_k_ * (transposed || !tiles ? ld : 1);
     }
-    int64_t count(int64_t tile) const {
-      return p_->tiles_.end(tile, p_->rows_) - tile * p_->tiles_.height;
+
+    void enter_tile() {
+      tile_ = p_->tile(item_);
+      const ProductPart& part = args().parts[tile_.part];
+      begin_at(transposed ? part.b : args().a, transposed ? part.ldb : args().lda);
     }
 
     // One block of one row, or of L rows that are columns where they come from.
     void tile_piece() {
-      const int64_t height = p_->tiles_.height, first = item_ * height;
+      const int64_t height = p_->tiles_[tile_.part].height;
       const Operand operand{buffer_ + (item_ - begin_) * p_->tile_size_, blocks_of(depth_, block),
                             height};
       Element* const place = operand.data + k_ / block * operand.block_size() + row_ * block;
       if constexpr (transposed) {
-        LeftTiles::pack_block_columns(place, height, from_ + k_ * ld_ + first + row_, ld_,
-                                      count(item_) - row_, depth_ - k_);
+        LeftTiles::pack_block_columns(place, height, from_ + k_ * ld_ + tile_.first + row_, ld_,
+                                      tile_.count - row_, depth_ - k_);
       } else {
-        const Left* row = from_ + (first + row_) * ld_ + k_;
+        const Left* row = from_ + (tile_.first + row_) * ld_ + k_;
         if (Tiles::has_pauses) prefetch(row + ld_, block);
         LeftTiles::pack_block_row(place, height, row, depth_ - k_);
       }
       if ((k_ += block) < depth_) return;
       k_ = 0;
-      if ((row_ += transposed ? L : 1) < count(item_)) return;
+      if ((row_ += rows_at_once) < tile_.count) return;
       row_ = 0;
-      ++item_;
+      if (++item_ < end_) enter_tile();
     }
 
     // Some rows of one panel.
@@ -208,8 +230,9 @@ class Product {
     Element* buffer_;
     int64_t begin_, end_;
     int64_t item_, row_ = 0, k_ = 0;  // which tile or panel, and what of it, is next
-    int64_t left_ = 0, depth_ = 0, ld_ = 0;
-    const std::conditional_t<tiles, Left, Right>* from_ = nullptr;
+    Tile tile_{};
+    int64_t left_ = 0, first_k_ = 0, depth_ = 0, ld_ = 0;
+    const Source* from_ = nullptr;
   };
 
   void multiply_group(const Group& group, Element* buffer, Packing<!transposed>& packing,
@@ -219,7 +242,7 @@ class Product {
     const int64_t pauses = Tiles::pauses(segments) - most_pieces;  // the others are for the sums
     Spread<Packing<!transposed>> pack(
         packing, packing.left(), (group.end - group.begin) * others * (pauses > 1 ? pauses : 1));
-    Destination wanted{nullptr, 0};
+    Destination wanted{};
     const auto meanwhile = [&] {
       if (sums.piece < sums.pieces)
         write_piece(sums);
@@ -229,19 +252,19 @@ class Product {
     };
     for (int64_t other = 0; other < others; ++other)
       for (int64_t own = group.begin; own < group.end; ++own) {
-        const int64_t tile = transposed ? other : own, panel = transposed ? own : other;
-        const int64_t first = tile * tiles_.height, count = tiles_.end(tile, rows_) - first;
+        const auto [part, first, count] = tile(transposed ? other : own);
+        const int64_t panel = transposed ? own : other;
         const Element* const left =
-            transposed ? shared_place(tile) : buffer + (own - group.begin) * tile_size_;
+            transposed ? shared_place(other) : buffer + (own - group.begin) * tile_size_;
         const Element* const right =
-            transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(panel);
-        wanted = transposed ? destination(panel * width, columns_, width, first)
-                            : destination(first, first + count, count, panel * width);
+            transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(other);
+        wanted = transposed ? destination(part, panel * width, columns_, width, first)
+                            : destination(part, first, first + count, count, panel * width);
         T* const values = sums.values[1 - sums.buffer];
-        Tiles::multiply(left, tiles_.height, count, right, segments, false, values, width, nullptr,
-                        false, meanwhile);
+        Tiles::multiply(left, tiles_[part].height, count, right, segments, false, values, width,
+                        nullptr, false, meanwhile);
         write_rest(sums);
-        sums.first = first, sums.count = count, sums.column = panel * width;
+        sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;
         sums.add = p_.add || group.k > 0;
         sums.buffer = 1 - sums.buffer;
         sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
@@ -253,16 +276,23 @@ class Product {
   // one is asked for at each pause of the multiplication: what waits for memory stops the unit.
   struct Destination {
     const T* row;
-    int64_t left;
+    int64_t ld, left;
   };
-  Destination destination(int64_t row, int64_t rows, int64_t most, int64_t column) const {
-    return {static_cast<const T*>(p_.c) + row * p_.ldc + column, std::min(rows - row, most)};
+  Destination destination(int part, int64_t row, int64_t rows, int64_t most, int64_t column) const {
+    const auto [c, ld] = result(part);
+    return {c + row * ld + column, ld, std::min(rows - row, most)};
   }
+  struct Result {
+    T* c;
+    int64_t ld;
+  };
+  Result result(int part) const { return {static_cast<T*>(p_.parts[part].c), p_.parts[part].ldc}; }
+
   void ask_for_row(Destination& wanted) const {
     if (wanted.left == 0) return;
     --wanted.left;
     for (int64_t part = 0; part < width; part += L) __builtin_prefetch(wanted.row + part, 1);
-    wanted.row += p_.ldc;
+    wanted.row += wanted.ld;
   }
 
   // So many rows and columns of sums are a piece, and such a number of them is the most there is.
@@ -278,7 +308,7 @@ class Product {
     const int64_t columns = columns_ - sums.column < width ? columns_ - sums.column : width;
     const int64_t piece = sums.piece++, r = piece / piece_parts * piece_rows;
     const int64_t rows = sums.count - r < piece_rows ? sums.count - r : piece_rows;
-    T* const c = static_cast<T*>(p_.c);
+    const auto [c, ld] = result(sums.part);
     const T* const values = sums.values[sums.buffer] + r * width;
     if constexpr (transposed) {
       const int64_t part = piece % piece_parts * L;
@@ -286,13 +316,12 @@ class Product {
       for (int k = 0; k < L; ++k) square[k] = k < rows ? load(values + k * width + part) : Vec<T>{};
       transpose<T>(square);
       for (int64_t k = 0; k < L && part + k < columns; ++k)
-        put(c + (sums.column + part + k) * p_.ldc + sums.first + r, square[k], int(rows), sums.add);
+        put(c + (sums.column + part + k) * ld + sums.first + r, square[k], int(rows), sums.add);
     } else {
       for (int64_t k = 0; k < rows; ++k)
         for (int64_t part = 0; part < columns; part += L)
-          put(c + (sums.first + r + k) * p_.ldc + sums.column + part,
-              load(values + k * width + part), int(columns - part < L ? columns - part : L),
-              sums.add);
+          put(c + (sums.first + r + k) * ld + sums.column + part, load(values + k * width + part),
+              int(columns - part < L ? columns - part : L), sums.add);
     }
   }
 
@@ -301,9 +330,10 @@ class Product {
   }
 
   const ProductArgs& p_;
-  const int64_t rows_, columns_;  // of what is computed: C or its transpose
-  const int64_t depth_;           // of a slab
-  const RowTiles tiles_;
+  const int64_t columns_;  // of what is computed
+  const int64_t depth_;    // of a slab
+  const RowTiles tiles_[ProductArgs::most_parts];
+  const int64_t first_tiles_;  // of the first part
   const int64_t all_tiles_, all_panels_, tile_size_, panel_size_;
   const int64_t group_;  // how many of them a thread packs at a time
   Scratch<Element> left_, right_;
@@ -312,7 +342,7 @@ class Product {
 // A team as large as the work is worth.
 template <class LeftTiles, class RightTiles, class Tiles, bool transposed>
 void run_product(const ProductArgs& p) {
-  const int64_t work = p.M * p.N * p.K / (int64_t(1) << 20) + 1;
+  const int64_t work = p.M * p.columns() * p.K / (int64_t(1) << 20) + 1;
   const int threads = work < p.threads ? int(work) : p.threads;
   Product<LeftTiles, RightTiles, Tiles, transposed> product(p, threads);
   run_team(threads, [&](const Team& team) { product.run(team); });
