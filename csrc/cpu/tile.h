@@ -14,10 +14,19 @@ namespace {
 // Two accumulators per row, two vectors of B and one value of A must fit in the registers.
 constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 14 : 6;
 
+// How far ahead in a panel what is not in the L2 cache is asked for.
+template <class T>
+constexpr int64_t advance = 64 * panel_width<T>;
+
 template <class T>
 FASTLSTM_INLINE void prefetch_row(const T* b) {
   constexpr int per_line = 64 / int(sizeof(T));
   for (int k = 0; k < panel_width<T>; k += per_line) __builtin_prefetch(b + k, 0, 2);
+}
+
+FASTLSTM_INLINE void ask_for(const char* pair) {
+  __builtin_prefetch(pair, 0, 2);
+  __builtin_prefetch(pair + 64, 0, 2);
 }
 
 // sum (rows, panel_vectors) += one column of A times one row of B.
@@ -32,6 +41,24 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows]
   }
 }
 
+// The same for `lanes` columns of a single row: a load for every two of B's is one too many for the
+// L1 cache, so values are spread from a register where that is possible.
+template <class T, int split, bool in_advance>
+FASTLSTM_INLINE void multiply_row(const T* a, const T* b, Vec<T> (&sum)[split][1][panel_vectors]) {
+  [[maybe_unused]] const Vec<T> values = load(a);
+#pragma GCC unroll 16
+  for (int k = 0; k < lanes<T>; ++k, b += panel_width<T>) {
+    if (in_advance) prefetch_row<T>(b + advance<T>);
+#if defined(__AVX512F__)
+    const Vec<T> value = lane_of(values, k);
+#else
+    const Vec<T> value = VectorMath<T>::broadcast(a[k]);
+#endif
+    sum[k % split][0][0] += value * load(b);
+    sum[k % split][0][1] += value * load(b + lanes<T>);
+  }
+}
+
 // C (rows, ldc) = A (rows, K) B (K, panel_width), A being one tile of a Blocked of that `height`.
 // A tile of few rows has too few accumulators to fill the pipelines: it keeps `split` partial
 // sums, for k modulo split. A panel that is not in the L2 cache is worth asking for in advance.
@@ -41,22 +68,25 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
   const char* const* pair = wanted ? wanted->pairs : nullptr;
   const char* const* const end = wanted ? pair + wanted->count : nullptr;
   constexpr int unrolled = lanes<T> < 4 ? lanes<T> : 4;
-  constexpr int64_t advance = in_advance ? 64 * panel_width<T> : 0;
   Vec<T> sum[split][rows][panel_vectors] = {};
   for (int64_t s = 0; s < segments.count; ++s) {
     int64_t left = segments.size[s];
-    for (; left >= lanes<T>; left -= lanes<T>, a += height * lanes<T>)
+    for (; left >= lanes<T>; left -= lanes<T>, a += height * lanes<T>) {
+      if constexpr (rows == 1) {
+        for (int p = 0; p < lanes<T> / 2 && pair < end; ++p, ++pair) ask_for(*pair);
+        multiply_row<T, split, in_advance>(a, b, sum);
+        b += lanes<T> * panel_width<T>;
+        continue;
+      }
       for (int k = 0; k < lanes<T>; k += unrolled) {
-        for (int p = 0; p < 2 && pair < end; ++p, ++pair) {
-          __builtin_prefetch(*pair, 0, 2);
-          __builtin_prefetch(*pair + 64, 0, 2);
-        }
+        for (int p = 0; p < 2 && pair < end; ++p, ++pair) ask_for(*pair);
 #pragma GCC unroll 4
         for (int u = 0; u < unrolled; ++u, b += panel_width<T>) {
-          if (in_advance) prefetch_row<T>(b + advance);
+          if (in_advance) prefetch_row<T>(b + advance<T>);
           multiply_column<T, rows>(a + k + u, b, sum[u % split]);
         }
       }
+    }
     if (left > 0) {
       for (int k = 0; k < left; ++k, b += panel_width<T>)
         multiply_column<T, rows>(a + k, b, sum[0]);

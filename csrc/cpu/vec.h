@@ -145,6 +145,16 @@ inline Vec<float> load(const fp16* p) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// Lane k of a vector in all lanes.
+FASTLSTM_INLINE Vec<float> lane_of(Vec<float> v, int k) {
+  return bit_cast<Vec<float>>(_mm512_permutexvar_ps(_mm512_set1_epi32(k), bit_cast<__m512>(v)));
+}
+FASTLSTM_INLINE Vec<double> lane_of(Vec<double> v, int k) {
+  return bit_cast<Vec<double>>(_mm512_permutexvar_pd(_mm512_set1_epi64(k), bit_cast<__m512d>(v)));
+}
+#endif
+
 inline void store(float* p, Vec<float> v) {
   std::memcpy(p, &v, sizeof v);
 }
