@@ -80,8 +80,12 @@ _PACKED = (7, 7, 5, 4, 4, 1)
 
 # Every feature alone and together, and the sizes where loops have edges.
 LAYERS = (
-    *(Layer((3, 3, 3), size, size) for size in (1, 3, 17, 33, 65)),
+    *(Layer((9, 9), size, size) for size in (1, 3, 17, 33, 65)),
     Layer((2,), 5, 4),  # one step, its weights multiplied unpacked
+    *(Layer((rows,) * (16 // rows), 19, 33) for rows in (1, 2, 3, 5, 8)),  # a few steps likewise
+    Layer((1,) * 7, 40, 17, directions=2, reset=0.3),
+    Layer((2,) * 5, 6, 35, projection=18, directions=2, bias=False),
+    Layer((3, 3, 0), 9, 17, projection=20, reset=0.3, batch=5),
     Layer((7, 0), 20, 35, directions=2, reset=0.5, batch=9),
     Layer((5,), 18, 33, projection=19, directions=2, bias=False),
     Layer((1,) * 40, 9, 20),  # one row a step: the input part is computed ahead, in chunks

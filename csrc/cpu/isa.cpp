@@ -5,10 +5,10 @@
 #include "isa.h"
 
 #include "backward.h"
+#include "few_steps.h"
 #include "forward.h"
 #include "product.h"
 #include "recompute.h"
-#include "single_step.h"
 #include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x
@@ -34,7 +34,7 @@ void run(const Args& args) {
 }
 
 void forward(const ForwardArgs& args) {
-  is_single_step(args.shape) ? run<SingleStep>(args) : run<Forward>(args);
+  are_few_steps(args.shape, args.storage) ? run<FewSteps>(args) : run<Forward>(args);
 }
 
 bool backward(const BackwardArgs& args) {

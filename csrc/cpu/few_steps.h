@@ -1,0 +1,276 @@
+// The forward pass of a few steps of few rows: what a program calls that has its input one step at
+// a time. Packing the weights, as forward.h does, would take longer than all of the steps. Here
+// each unit's rows of W_ih and W_hh are multiplied where they lie: those of W_ih once for some
+// steps, those of W_hh once a step.
+#pragma once
+
+#include <algorithm>
+
+#include "forward.h"
+#include "transpose.h"
+
+namespace fastlstm {
+namespace {
+
+// With more rows a step, or more of them in all, packed weights are used often enough.
+constexpr int64_t most_step_rows = 8, most_rows = 16;
+// Rows that are multiplied together, so that a weight is loaded once for all of them.
+constexpr int64_t single_tile = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
+
+// Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
+inline bool are_few_steps(const Shape& n, Storage storage) {
+  const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
+  const bool exact = storage == Storage::f32 || storage == Storage::f64;
+  if (rows == 0 || rows > most_step_rows || n.N > most_rows || n.N % rows != 0) return false;
+  const int64_t steps = n.N / rows;
+  return n.batch_sizes[steps - 1] == rows && (steps == 1 || exact);
+}
+
+template <int n>
+struct Rows {
+  static constexpr int value = n;
+};
+
+template <class Tiles>
+class FewSteps {
+  using S = typename Tiles::S;
+  using T = typename Tiles::T;
+  using V = Vec<T>;
+  using Math = GateMath<VectorMath<T>>;
+  static constexpr int64_t L = lanes<T>;
+
+ public:
+  // One part of the pass: the given sequences.
+  FewSteps(const ForwardArgs& args, Range sequences)
+      : a_(args),
+        n_(args.shape),
+        rows_(n_.batch_sizes[0]),
+        steps_(n_.N / rows_),
+        mine_{std::min(sequences.begin, rows_), std::min(sequences.end, rows_)},
+        groups_(blocks_of(n_.H, L)),
+        together_(std::clamp<int64_t>(single_tile / rows_, 1, steps_)),
+        ahead_(together_ > 1 ? n_.D * groups_ * together_ * rows_ * 4 * L : 0),
+        m_(rows_ * n_.D * n_.H) {}
+
+  static Work work(const ForwardArgs& args) {
+    const Shape& n = args.shape;
+    const int64_t weights = 4 * n.H * (n.P + n.I) * n.D;
+    // Threads do not stay awake for many steps: each must be worth more than usual.
+    return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / 8, Tiles::weight_bytes(weights)};
+  }
+
+  void walk(const Team& team) {
+    const Range mine = team.share(n_.D * groups_);
+    const int64_t panels = blocks_of(n_.P, L);
+    const Range outputs = a_.w_hr[0] ? team.share(n_.D * panels) : Range{0, 0};
+    for (int64_t s = 0; s < steps_; ++s) {
+      for (int64_t k = mine.begin; k < mine.end; ++k) {
+        const Units units{k, int(k / groups_), k % groups_ * L};
+        if (together_ > 1 && s % together_ == 0) multiply_inputs(units, s);
+        for_tiles([&](auto rows, int64_t first) { finish_units<rows.value>(units, s, first); });
+      }
+      if (a_.w_hr[0]) {
+        team.barrier.wait();
+        for (int64_t k = outputs.begin; k < outputs.end; ++k)
+          for_tiles([&](auto rows, int64_t first) {
+            project<rows.value>(int(k / panels), k % panels * L, s, first);
+          });
+      }
+      if (s + 1 < steps_) team.barrier.wait();
+    }
+  }
+
+  bool beyond() const { return false; }
+
+  static void finish(const ForwardArgs& args, FewSteps* const*, int) {
+    Forward<Tiles>::finish(args, nullptr, 0);
+  }
+
+ private:
+  // Up to L units of one direction, and the how many-eth of all such groups they are.
+  struct Units {
+    int64_t index;
+    int d;
+    int64_t first;
+  };
+
+  template <class Body>
+  void for_tiles(const Body& body) {
+    int64_t first = mine_.begin;
+    for (; first + single_tile <= mine_.end; first += single_tile) body(Rows<single_tile>{}, first);
+    for_rest(mine_.end - first, [&](auto rows) { body(rows, first); });
+  }
+  template <class Body>
+  void for_rest(int64_t rows, const Body& body) {
+    switch (rows) {
+      case 1:
+        return body(Rows<1>{});
+      case 2:
+        return body(Rows<2>{});
+      case 3:
+        return body(Rows<3>{});
+      case 4:
+        return body(Rows<4>{});
+    }
+  }
+
+  int64_t time(int d, int64_t s) const { return d == 0 ? s : steps_ - 1 - s; }
+  int count_of(const Units& units) const {
+    return int(n_.H - units.first < L ? n_.H - units.first : L);
+  }
+
+  // sum[r][j] += row r of a (rows, a_distance) times row j of w (count, w_distance), over k_size
+  // columns, lane by lane.
+  template <int rows, int count>
+  FASTLSTM_INLINE void add_products(const S* a, int64_t a_distance, const S* w, int64_t w_distance,
+                                    int64_t k_size, V (&sum)[rows][count]) {
+    int64_t k = 0;
+    for (; k + L <= k_size; k += L) {
+      V weight[count];
+#pragma GCC unroll 4
+      for (int j = 0; j < count; ++j) weight[j] = load(w + j * w_distance + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+        const V value = load(a + r * a_distance + k);
+#pragma GCC unroll 4
+        for (int j = 0; j < count; ++j) sum[r][j] += value * weight[j];
+      }
+    }
+    if (k == k_size) return;
+    const int left = int(k_size - k);
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < count; ++j)
+        sum[r][j] +=
+            load_some(a + r * a_distance + k, left) * load_some(w + j * w_distance + k, left);
+  }
+
+  // The sum of each vector's lanes, in the lane of the vector's index.
+  FASTLSTM_INLINE V sums_of(V (&square)[L]) {
+    transpose<T>(square);
+    V sum = square[0];
+    for (int k = 1; k < L; ++k) sum += square[k];
+    return sum;
+  }
+
+  // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
+  void multiply_inputs(const Units& units, int64_t s) {
+    const int64_t steps = std::min(together_, steps_ - s);
+    const int64_t t = std::min(time(units.d, s), time(units.d, s + steps - 1));
+    const S* w_ih = static_cast<const S*>(a_.w_ih[units.d]) + units.first * n_.I;
+    const S* x = static_cast<const S*>(a_.x) + t * rows_ * n_.I;
+    const int count = count_of(units);
+    for_rest(steps * rows_, [&](auto rows) {
+      alignas(64) V products[rows.value][4][L] = {};
+      for (int j = 0; j < count; ++j) {
+        V sum[rows.value][4] = {};
+        add_products<rows.value, 4>(x, n_.I, w_ih + j * n_.I, n_.H * n_.I, n_.I, sum);
+        for (int r = 0; r < rows.value; ++r)
+          for (int gate = 0; gate < 4; ++gate) products[r][gate][j] = sum[r][gate];
+      }
+      T* ahead = ahead_ + units.index * together_ * rows_ * 4 * L;
+      for (int r = 0; r < rows.value; ++r)
+        for (int gate = 0; gate < 4; ++gate, ahead += L) store(ahead, sums_of(products[r][gate]));
+    });
+  }
+  // Of one row of step s.
+  const T* ahead(const Units& units, int64_t s, int64_t row) const {
+    const int64_t begin = s - s % together_, steps = std::min(together_, steps_ - begin);
+    const int64_t step = units.d == 0 ? s - begin : steps - 1 - (s - begin);
+    return ahead_ + ((units.index * together_ + step) * rows_ + row) * 4 * L;
+  }
+
+  // (eq. 1 to 4) for up to L units and a tile of rows of step s.
+  template <int rows>
+  void finish_units(const Units& units, int64_t s, int64_t first) {
+    const int64_t H = n_.H, D = n_.D, I = n_.I, P = n_.P, unit = units.first;
+    const int d = units.d, count = count_of(units);
+    const int64_t t = time(d, s), begin = t * rows_ + first;  // row of x
+    const S *w_ih = static_cast<const S*>(a_.w_ih[d]), *w_hh = static_cast<const S*>(a_.w_hh[d]),
+            *bias = static_cast<const S*>(a_.bias[d]);
+    const S* x = static_cast<const S*>(a_.x) + begin * I;
+    const S* h = s == 0
+                     ? static_cast<const S*>(a_.h0) + (d * n_.B + first) * P
+                     : static_cast<const S*>(a_.y) + ((time(d, s - 1) * rows_ + first) * D + d) * P;
+    const S* c_prev =
+        static_cast<const S*>(s == 0 ? a_.c0 : a_.c_n) + (d * n_.B + first) * H + unit;
+    alignas(64) V products[rows][4][L] = {};
+    for (int j = 0; j < count; ++j) {
+      V sum[rows][4] = {};
+      add_products<rows, 4>(h, s == 0 ? P : D * P, w_hh + (unit + j) * P, H * P, P, sum);
+      for (int r = 0; r < rows; ++r)  // what a segment's first step has no use for
+        if (cut(d, t, first + r))
+          for (V& s : sum[r]) s = V{};
+      if (together_ == 1) add_products<rows, 4>(x, I, w_ih + (unit + j) * I, H * I, I, sum);
+      for (int r = 0; r < rows; ++r)
+        for (int gate = 0; gate < 4; ++gate) products[r][gate][j] = sum[r][gate];
+    }
+    for (int r = 0; r < rows; ++r) {
+      V pre[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        pre[gate] = sums_of(products[r][gate]);
+        if (together_ > 1) pre[gate] += load(ahead(units, s, first + r) + gate * L);
+        if (bias) pre[gate] += load_some(bias + gate * H + unit, count);
+      }
+      const Gates<V> s = Math::activate({pre[0], pre[1], pre[2], pre[3]});
+      const V c =
+          Math::cell_state(s, cut(d, t, first + r) ? V{} : load_some(c_prev + r * H, count));
+      const V m = Math::cell_output(s, c);
+      const int64_t row = (begin + r) * D + d, state = (d * n_.B + first + r) * H + unit;
+      if (a_.gates) {
+        S* gates = static_cast<S*>(a_.gates) + row * 4 * H + unit;
+        store_some(gates, s.i, count);
+        store_some(gates + H, s.f, count);
+        store_some(gates + 2 * H, s.g, count);
+        store_some(gates + 3 * H, s.o, count);
+      }
+      if (a_.c_all) store_some(static_cast<T*>(a_.c_all) + row * H + unit, c, count);
+      store_some(static_cast<S*>(a_.c_n) + state, c, count);
+      if (a_.w_hr[0]) {
+        store_some(m_ + (d * rows_ + first + r) * H + unit, m, count);
+        if (a_.m) store_some(static_cast<S*>(a_.m) + row * H + unit, m, count);
+      } else {
+        store_some(static_cast<S*>(a_.y) + row * H + unit, m, count);
+        store_some(static_cast<S*>(a_.h_n) + state, m, count);
+      }
+    }
+  }
+
+  // (eq. 4) h_t = W_hr m_t for up to L outputs of direction d and a tile of rows of step s.
+  template <int rows>
+  void project(int d, int64_t output, int64_t s, int64_t first) {
+    const int64_t H = n_.H, P = n_.P, row = time(d, s) * rows_ + first;
+    const int count = int(P - output < L ? P - output : L);
+    const S* w_hr = static_cast<const S*>(a_.w_hr[d]);
+    alignas(64) V products[rows][L] = {};
+    for (int j = 0; j < count; ++j) {
+      V sum[rows][1] = {};
+      add_products<rows, 1>(m_ + (d * rows_ + first) * H, H, w_hr + (output + j) * H, H, H, sum);
+      for (int r = 0; r < rows; ++r) products[r][j] = sum[r][0];
+    }
+    for (int r = 0; r < rows; ++r) {
+      const V h = sums_of(products[r]);
+      store_some(static_cast<S*>(a_.y) + ((row + r) * n_.D + d) * P + output, h, count);
+      store_some(static_cast<S*>(a_.h_n) + (d * n_.B + first + r) * P + output, h, count);
+    }
+  }
+
+  // Does row r enter step t with no state? (As Walk::cut_before.)
+  bool cut(int d, int64_t t, int64_t r) const {
+    if (a_.reset == nullptr) return false;
+    if (d == 0) return a_.reset[t * rows_ + r] != 0;
+    return t + 1 < steps_ && a_.reset[(t + 1) * rows_ + r] != 0;
+  }
+
+  const ForwardArgs& a_;
+  const Shape& n_;
+  const int64_t rows_;  // of each step
+  const int64_t steps_;
+  const Range mine_;  // of them
+  const int64_t groups_;
+  const int64_t together_;  // steps whose inputs are multiplied together
+  Scratch<T> ahead_;        // (D * groups, together, rows, 4, L)
+  Scratch<S> m_;            // (rows, D, H)
+};
+
+}  // namespace
+}  // namespace fastlstm
