@@ -20,66 +20,58 @@ struct Least {
   int64_t rows;   // a step: with fewer it waits for weights, which take more bytes than as floats
   int64_t all;    // rows that are multiplied in all: for fewer, packing the terms takes too long
   int64_t depth;  // of what they are multiplied by: with less, cells take most of the time
+  int64_t outputs = 0;  // fewer leave most of h's block empty
 };
 
-constexpr Least least_at_all{6, 0, 0};
-// By the terms that a value of storage has.
-constexpr Least least_forward[] = {least_at_all, {6, 32, 48}, {8, 128, 128}};
-constexpr Least least_backward[] = {{6, 64, 64}, {12, 128, 96}, {16, 256, 112}};
+struct Rule {
+  Least at_all;
+  Least by_terms[3];  // that a value of storage has
+};
 
-template <class S>
-Least least_for(const ForwardArgs&) {
-  return least_forward[terms_of<S> - 1];
-}
-template <class S>
-Least least_for(const BackwardArgs&) {
-  return least_backward[terms_of<S> - 1];
-}
+constexpr Rule forward_rule = {{6, 0, 0}, {{6, 0, 0}, {6, 32, 48}, {9, 128, 128, 32}}};
+constexpr Rule ahead_rule = {{0, 1, 1}, {{0, 64, 32}, {0, 64, 32}, {0, 64, 32}}};
+constexpr Rule backward_rule = {{6, 0, 0}, {{6, 64, 64}, {12, 128, 96}, {16, 256, 112}}};
 
-int64_t multiplied(const ForwardArgs& args) {
-  return args.shape.N;
-}
-// The step that is undone first carries nothing.
-int64_t multiplied(const BackwardArgs& args) {
-  const Shape& n = args.shape;
-  return n.T > 0 ? n.N - n.batch_sizes[0] : 0;
-}
-int64_t depth(const ForwardArgs& args) {
-  return args.shape.I + args.shape.P;
-}
-int64_t depth(const BackwardArgs& args) {
-  return args.shape.P;
-}
+// The rows that are multiplied, and by how much.
+struct Multiplied {
+  int64_t rows, depth;
+};
 
 template <template <class> class Pass, class S, bool state, class Args>
-bool run_as(const Args& args) {
+bool run_as(const Args& args, const Rule& rule, const Multiplied& multiplied) {
   using Run = Pass<AmxTiles<S, state ? terms_of<float> : terms_of<S>>>;
-  const Least least = spares_matrix_unit() ? least_for<S>(args) : least_at_all;
+  const Least& least = spares_matrix_unit() ? rule.by_terms[terms_of<S> - 1] : rule.at_all;
   const Split split = split_work(args.shape, args.threads, Run::work(args));
   const int64_t walks = args.shape.T * (split.by_sequence ? split.threads : 1);
-  return args.shape.N >= least.rows * walks && multiplied(args) >= least.all &&
-         depth(args) >= least.depth && run_pass<Run>(args);
+  return args.shape.N >= least.rows * walks && multiplied.rows >= least.all &&
+         multiplied.depth >= least.depth && args.shape.P >= least.outputs && run_pass<Run>(args);
 }
 
 // False if it is not worth it, or the results don't count. `state`: are states multiplied, or
 // values of storage type?
 template <template <class> class Pass, bool state, class Args>
-bool run(const Args& args) {
+bool run(const Args& args, const Rule& rule, const Multiplied& multiplied) {
   switch (args.storage) {
     case Storage::f32:
-      return run_as<Pass, float, state>(args);
+      return run_as<Pass, float, state>(args, rule, multiplied);
     case Storage::f16:
-      return run_as<Pass, fp16, state>(args);
+      return run_as<Pass, fp16, state>(args, rule, multiplied);
     case Storage::bf16:
-      return run_as<Pass, bf16, state>(args);
+      return run_as<Pass, bf16, state>(args, rule, multiplied);
     case Storage::f64:
       break;
   }
   return false;
 }
 
+template <class Unit>
+using ForwardAhead = Forward<AheadTiles<Unit>>;
+
 void forward(const ForwardArgs& args) {
-  if (!run<Forward, false>(args)) kernels_avx512.forward(args);
+  const Shape& n = args.shape;
+  if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
+      !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
+    kernels_avx512.forward(args);
 }
 
 // A carry is read and written by the same call: another attempt needs it as it was.
@@ -102,7 +94,10 @@ bool backward(const BackwardArgs& args) {
   const int64_t cells = args.shape.D * args.shape.B * args.shape.H * int64_t(sizeof(float));
   const Kept da(args.begin > 0 ? args.da_carry : nullptr, 4 * cells);
   const Kept dc(args.begin > 0 ? args.dc_carry : nullptr, cells);
-  if (run<Backward, true>(args)) return true;
+  const Shape& n = args.shape;
+  // The step that is undone first carries nothing.
+  const int64_t carried = n.T > 0 ? n.N - n.batch_sizes[0] : 0;
+  if (run<Backward, true>(args, backward_rule, {carried, n.P})) return true;
   da.restore();
   dc.restore();
   kernels_avx512.backward(args);
@@ -147,8 +142,11 @@ bool product_of(const ProductArgs& p) {
 }
 
 bool product(const ProductArgs& args) {
-  // Smaller ones cost the unit more to pack than it gains.
-  const bool worth = args.M >= 48 && args.columns() >= 48 && args.K >= 192;
+  // Packing takes longer than with vectors: a value of B is to meet many rows, and all of it is to
+  // be worth it.
+  const int64_t M = args.M, N = args.columns(), K = args.K;
+  const bool worth =
+      (args.transposed ? M >= 96 && N >= 64 : M >= 64 && N >= 32) && K >= 32 && M * N * K >= 1 << 20;
   switch (worth ? args.storage : Storage::f64) {
     case Storage::f32:
       if (product_of<float>(args)) return true;

@@ -1,4 +1,5 @@
-// The products of a walk by the matrix unit of AMX processors: Tiles for float state.
+// The products of a walk by the matrix unit of AMX processors: Tiles for float state. AheadTiles
+// leave a forward pass's walk to vectors, and only its input part to the unit.
 //
 // The unit multiplies bfloat16 and adds in float. A float is the sum of three bfloat16, each the
 // nearest to what the ones before it leave: 24 bits in all, as many as it has. So a product of
@@ -18,6 +19,7 @@
 #include "operand.h"
 #include "scratch.h"
 #include "transpose.h"
+#include "vector_tiles.h"
 
 namespace fastlstm {
 namespace {
@@ -183,6 +185,7 @@ struct AmxTiles {
   using S = Storage;
   using T = float;
   using Element = bf16;
+  using Inputs = AmxTiles;
   static constexpr int64_t L = lanes<float>, width = panel_width<float>;
   static constexpr int64_t max_rows = 32, block_columns = 32;
   static constexpr int terms = left_terms, weight_terms = terms_of<S>;
@@ -355,6 +358,12 @@ struct AmxTiles {
   static Vec<float> load_up_to(const S* p, int64_t count) {
     return count > 0 ? load_some(p, count < L ? int(count) : int(L)) : Vec<float>{};
   }
+};
+
+template <class Unit>
+struct AheadTiles : VectorTiles<typename Unit::S> {
+  using Inputs = Unit;
+  static bool ahead(const Shape&, int64_t, int) { return true; }
 };
 
 }  // namespace

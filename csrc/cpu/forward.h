@@ -8,7 +8,8 @@
 // blocked buffers, read and written in turn, with one barrier a step (two with a projection).
 //
 // With few rows a step, streaming W_ih through the caches at every step costs more than the
-// arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead").
+// arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead"). A chunk has
+// many rows, so that part may have Tiles of its own, Tiles::Inputs.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +28,9 @@ class Forward {
   using T = typename Tiles::T;
   using Element = typename Tiles::Element;
   using Operand = Blocked<Tiles>;
+  using Inputs = typename Tiles::Inputs;
+  using InputElement = typename Inputs::Element;
+  using InputOperand = Blocked<Inputs>;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
   static constexpr int64_t L = lanes<T>;
@@ -44,14 +48,17 @@ class Forward {
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
-        chunk_(ahead_ && rows_ > 0 ? std::max<int64_t>(Tiles::ahead_rows(n_.I) / rows_, 1) : 1),
-        chunk_tiles_(chunk_ * rows_, Tiles::max_rows),
-        input_blocks_(Operand::count(n_.I)),
-        state_blocks_((ahead_ ? 0 : input_blocks_) + Operand::count(n_.P)),
+        chunk_(ahead_ && rows_ > 0 ? std::max<int64_t>(Inputs::ahead_rows(n_.I) / rows_, 1) : 1),
+        chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
+        hidden_block_(ahead_ ? 0 : Operand::count(n_.I)),
+        state_blocks_(hidden_block_ + Operand::count(n_.P)),
         state_size_(Operand::size(state_blocks_, rows_)),
-        inputs_size_(ahead_ ? Operand::size(input_blocks_, chunk_ * rows_) : 0),
+        inputs_size_(ahead_ ? InputOperand::size(InputOperand::count(n_.I), chunk_ * rows_) : 0),
         unprojected_size_(out_panels_ > 0 ? Operand::size(Operand::count(n_.H), rows_) : 0),
-        panels_(items_ * 2 * panel_size()),
+        panel_size_(Tiles::panel_size(ahead_ ? 0 : n_.I) + Tiles::panel_size(n_.P)),
+        input_panel_size_(ahead_ ? Inputs::panel_size(n_.I) : 0),
+        panels_(items_ * 2 * panel_size_),
+        input_panels_(items_ * 2 * input_panel_size_),
         bias_(items_ * 4 * L),
         out_weights_(n_.D * out_panels_ * Tiles::panel_size(n_.H)),
         state_(n_.D * 2 * state_size_),
@@ -62,9 +69,9 @@ class Forward {
     // What no group of units fills of a block is multiplied all the same.
     if (Operand::columns > L) {
       state_.clear();
-      inputs_.clear();
       unprojected_.clear();
     }
+    if (InputOperand::columns > L) inputs_.clear();
   }
 
   static Work work(const ForwardArgs& args) {
@@ -75,10 +82,10 @@ class Forward {
   }
 
   void walk(const Team& team) {
-    [[maybe_unused]] const typename Tiles::Session session;
+    [[maybe_unused]] const typename Inputs::Session session;
     const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
-    const int64_t per_step = 2 * (Tiles::panel_size(ahead_ ? 0 : n_.I) + Tiles::panel_size(n_.P));
-    const bool in_advance = Tiles::worth_prefetching(rows_, (mine.end - mine.begin) * per_step);
+    const bool in_advance =
+        Tiles::worth_prefetching(rows_, (mine.end - mine.begin) * 2 * panel_size_);
     for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);
@@ -142,7 +149,6 @@ class Forward {
     T* next() { return pre[buffer = 1 - buffer]; }
   };
 
-  int64_t panel_size() const { return Tiles::panel_size(n_.I) + Tiles::panel_size(n_.P); }
   int64_t steps() const { return walk_.steps(); }
 
   Item item(int64_t index) const {
@@ -154,9 +160,8 @@ class Forward {
   Operand state(int d, int64_t s) const {
     return {state_ + (d * 2 + (s & 1)) * state_size_, state_blocks_, tiles_.height};
   }
-  int64_t hidden_block() const { return ahead_ ? 0 : input_blocks_; }
-  Operand inputs(int d) const {
-    return {inputs_ + d * inputs_size_, input_blocks_, chunk_tiles_.height};
+  InputOperand inputs(int d) const {
+    return {inputs_ + d * inputs_size_, InputOperand::count(n_.I), chunk_tiles_.height};
   }
   Operand unprojected(int d) const {
     return {unprojected_ + d * unprojected_size_, Operand::count(n_.H), tiles_.height};
@@ -180,10 +185,15 @@ class Forward {
     const S* bias = static_cast<const S*>(a_.bias[item.d]);
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t row = gate * n_.H + item.unit;
-      Element* panel = panels_ + (item.index * 2 + gate / 2) * panel_size();
-      note(Tiles::pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, gate % 2, panel));
+      const int64_t index = item.index * 2 + gate / 2;
+      Element* const panel = panels_ + index * panel_size_;
+      if (ahead_)
+        note(Inputs::pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, gate % 2,
+                                     input_panels_ + index * input_panel_size_));
+      else
+        note(Tiles::pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, gate % 2, panel));
       note(Tiles::pack_transposed(w_hh + row * n_.P, n_.P, n_.P, item.count, gate % 2,
-                                  panel + Tiles::panel_size(n_.I)));
+                                  panel + Tiles::panel_size(ahead_ ? 0 : n_.I)));
       store(bias_ + (item.index * 4 + gate) * L, bias ? load_some(bias + row, item.count) : V{});
     }
     const S* c0 = static_cast<const S*>(a_.c0) + state_at(item.d, 0, n_.H) + item.unit;
@@ -219,7 +229,7 @@ class Forward {
         if (r < known) continue;
         const S* h0 = static_cast<const S*>(a_.h0) + state_at(d, r, n_.P);
         const bool cut = d == 0 && walk_.cut_before(d, t, r);
-        note(reads.put_row(r, hidden_block(), cut ? nullptr : h0, n_.P));
+        note(reads.put_row(r, hidden_block_, cut ? nullptr : h0, n_.P));
       }
     }
   }
@@ -235,7 +245,7 @@ class Forward {
   // W_ih x for the steps of a chunk, into ahead_gates_ (item, row of the chunk, 4L).
   void compute_ahead(const Team& team, const Range& mine, int64_t s) {
     for (int d = 0; d < n_.D; ++d) {
-      const Operand blocked = inputs(d);
+      const InputOperand blocked = inputs(d);
       const Range times = chunk_times(d, s), share = team.share(times.end - times.begin);
       for (int64_t t = times.begin + share.begin; t < times.begin + share.end; ++t) {
         const int64_t row = walk_.rows_before(t) - walk_.rows_before(times.begin);
@@ -252,20 +262,22 @@ class Forward {
       const int64_t rows = walk_.rows_before(times.end) - walk_.rows_before(times.begin);
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
-        multiply(k, 0, segments, inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
-                 ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
+        multiply<Inputs>(input_panels_ + k * 2 * input_panel_size_, input_panel_size_, segments,
+                         inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
+                         ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
     }
   }
 
-  // (eq. 1) pre (rows, 4L) = a tile times an item's two panels, from row `k` of the panels on.
-  template <class Other>
-  void multiply(int64_t item, int64_t k, const Segments& segments, const Operand& blocked,
-                int64_t tile, int64_t rows, bool in_advance, T* pre, Other& meanwhile) {
-    const Element* panel = panels_ + item * 2 * panel_size() + Tiles::panel_size(k);
+  // (eq. 1) pre (rows, 4L) = a tile times an item's two panels.
+  template <class Multiplier, class Other>
+  static void multiply(const typename Multiplier::Element* panels, int64_t panel_size,
+                       const Segments& segments, const Blocked<Multiplier>& blocked, int64_t tile,
+                       int64_t rows, bool in_advance, T* pre, Other& meanwhile) {
     for (int half = 0; half < 2; ++half)
-      Tiles::multiply(blocked.tile(tile), blocked.height, rows, panel + half * panel_size(),
-                      segments, in_advance, pre + half * width, 4 * L, nullptr, false, meanwhile);
+      Multiplier::multiply(blocked.tile(tile), blocked.height, rows, panels + half * panel_size,
+                           segments, in_advance, pre + half * width, 4 * L, nullptr, false,
+                           meanwhile);
   }
 
   void note(unsigned beyond) {
@@ -288,8 +300,8 @@ class Forward {
       T* const pre = unfinished.next();
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
                               2 * Tiles::pauses(segments));
-      multiply(item.index, ahead_ ? n_.I : 0, segments, step.reads, tile, last - first, in_advance,
-               pre, meanwhile);
+      multiply<Tiles>(panels_ + item.index * 2 * panel_size_, panel_size_, segments, step.reads,
+                      tile, last - first, in_advance, pre, meanwhile);
       unfinished.cells.rest();
       Cells cells(*this, item, step, {first, last}, pre, ahead ? ahead + first * 4 * L : nullptr);
       if (Tiles::overlaps(last - first))
@@ -322,7 +334,7 @@ class Forward {
           if (final)
             store_some(static_cast<S*>(a_.h_n) + state_at(d, r, n_.P) + unit, h, count);
           else
-            note(step.hidden.put(step.hidden.at(r, hidden_block(), unit), cut ? V{} : h));
+            note(step.hidden.put(step.hidden.at(r, hidden_block_, unit), cut ? V{} : h));
         }
       }
     }
@@ -339,15 +351,17 @@ class Forward {
   const bool ahead_;            // is the input part computed ahead?
   const int64_t chunk_;         // how many steps ahead
   const RowTiles chunk_tiles_;  // of the rows of a chunk
-  const int64_t input_blocks_;  // of inputs
+  const int64_t hidden_block_;  // of what a step reads, where h_{t-1} begins
   const int64_t state_blocks_;  // of what a step reads
   const int64_t state_size_, inputs_size_, unprojected_size_;
-  Scratch<Element> panels_;       // (items, 2) panels of I and P rows
+  const int64_t panel_size_, input_panel_size_;
+  Scratch<Element> panels_;       // (items, 2) panels of I and P rows, or of P rows
+  Scratch<InputElement> input_panels_;  // (items, 2) panels of I rows; none unless ahead
   Scratch<T> bias_;               // (items, 4, L)
   Scratch<Element> out_weights_;  // (D, out_panels) panels of H rows
   Scratch<Element> state_;        // (D, 2) Blocked (rows, state_blocks)
   Scratch<T> cells_;              // (items, rows, L)
-  Scratch<Element> inputs_;       // (D) Blocked (chunk * rows, input_blocks)
+  Scratch<InputElement> inputs_;  // (D) Blocked (chunk * rows, I)
   Scratch<T> ahead_gates_;        // (items, chunk * rows, 4L)
   Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
   bool beyond_ = false;           // Elements' range

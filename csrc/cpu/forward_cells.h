@@ -47,7 +47,7 @@ class ForwardCells {
     gates_ = a.gates ? static_cast<S*>(a.gates) + row * 4 * H + unit_ : nullptr;
     c_all_ = a.c_all ? static_cast<T*>(a.c_all) + row * H + unit_ : nullptr;
     hidden_ = projected_ ? pass.unprojected(d_).at(r_, 0, unit_)
-                         : step.hidden.at(r_, pass.hidden_block(), unit_);
+                         : step.hidden.at(r_, pass.hidden_block_, unit_);
   }
 
   int64_t pieces() const { return (last_ - r_) * 4 - piece_; }

@@ -19,7 +19,7 @@
 //   has_pauses, pauses  whether multiply calls what is given as `meanwhile` while it waits, and
 //                       how often
 //   overlaps            whether that is worth doing for cells, with a tile of so many rows
-//   ahead, ahead_rows(inputs)  see forward.h
+//   ahead, ahead_rows(inputs), Inputs  see forward.h
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
 #pragma once

@@ -14,6 +14,7 @@ struct VectorTiles {
   using S = Storage;
   using T = typename StateOf<S>::type;
   using Element = T;
+  using Inputs = VectorTiles;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
   static constexpr int64_t max_rows = max_tile_rows, block_columns = L;
   static constexpr int terms = 1;
