@@ -355,16 +355,16 @@ class Forward {
   const int64_t state_blocks_;  // of what a step reads
   const int64_t state_size_, inputs_size_, unprojected_size_;
   const int64_t panel_size_, input_panel_size_;
-  Scratch<Element> panels_;       // (items, 2) panels of I and P rows, or of P rows
+  Scratch<Element> panels_;             // (items, 2) panels of I and P rows, or of P rows
   Scratch<InputElement> input_panels_;  // (items, 2) panels of I rows; none unless ahead
-  Scratch<T> bias_;               // (items, 4, L)
-  Scratch<Element> out_weights_;  // (D, out_panels) panels of H rows
-  Scratch<Element> state_;        // (D, 2) Blocked (rows, state_blocks)
-  Scratch<T> cells_;              // (items, rows, L)
-  Scratch<InputElement> inputs_;  // (D) Blocked (chunk * rows, I)
-  Scratch<T> ahead_gates_;        // (items, chunk * rows, 4L)
-  Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
-  bool beyond_ = false;           // Elements' range
+  Scratch<T> bias_;                     // (items, 4, L)
+  Scratch<Element> out_weights_;        // (D, out_panels) panels of H rows
+  Scratch<Element> state_;              // (D, 2) Blocked (rows, state_blocks)
+  Scratch<T> cells_;                    // (items, rows, L)
+  Scratch<InputElement> inputs_;        // (D) Blocked (chunk * rows, I)
+  Scratch<T> ahead_gates_;              // (items, chunk * rows, 4L)
+  Scratch<Element> unprojected_;        // (D) Blocked (rows, H)
+  bool beyond_ = false;                 // Elements' range
 };
 
 }  // namespace
