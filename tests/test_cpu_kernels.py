@@ -378,6 +378,22 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
 
 @pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")
 @pytest.mark.parametrize(
+    ("steps", "inputs", "spared"), [(13, 40, True), (18, 20, True), (18, 40, False)]
+)
+def test_the_matrix_unit_takes_the_inputs_of_narrow_steps(steps, inputs, spared) -> None:
+    """Steps of four rows are walked by vectors, but many of them have rows enough for W_ih."""
+    layer = make_layer(Layer((4,) * steps, inputs, 40), torch.float32)
+    native.spare_matrix_unit(True)
+    before, results = _C.cpu_use_instruction_set("amx"), []
+    for instruction_set in ("amx", "avx512"):
+        _C.cpu_use_instruction_set(instruction_set)
+        results.append(cpu.layer_forward(*layer, True, True))
+    _C.cpu_use_instruction_set(before)
+    assert torch.equal(results[0].c_n, results[1].c_n) == spared
+
+
+@pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")
+@pytest.mark.parametrize(
     ("steps", "batch", "hidden", "spared"), [(9, 40, 40, True), (9, 40, 200, False)]
 )
 def test_the_matrix_unit_is_spared_small_passes(steps, batch, hidden, spared) -> None:
