@@ -266,8 +266,8 @@ def test_overflowing_products_saturate(instruction_set: str) -> None:
     compare(cpu.layer_forward(*layer, True, True), want, torch.float32, "forward")
 
 
-PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (36, 200, 150), (33, 40, 300), (17, 2, 3),
-            (530, 9, 2)]  # fmt: skip
+PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (36, 200, 150), (33, 40, 300),
+            (17, 2, 3), (530, 9, 2)]  # fmt: skip
 # Of a value, and of a whole matrix beside what torch's own product makes of it, by state dtype.
 # (In float64 torch's product is what counts as exact.)
 EXACTNESS = {torch.float32: (1e-5, 6e-8), torch.float64: (1e-13, 1e-14)}
