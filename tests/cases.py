@@ -78,14 +78,11 @@ def make_layer(case: Layer, dtype: torch.dtype, requires_grad: bool = False) -> 
 
 _PACKED = (7, 7, 5, 4, 4, 1)
 
-# Every feature alone and together, and the sizes where loops have edges.
+# Every feature alone and together, and the sizes where loops have edges. Some tests take a few of
+# them by their places: new ones go to the end.
 LAYERS = (
     *(Layer((9, 9), size, size) for size in (1, 3, 17, 33, 65)),
     Layer((2,), 5, 4),  # one step, its weights multiplied unpacked
-    *(Layer((rows,) * (16 // rows), 19, 33) for rows in (1, 2, 3, 5, 8)),  # a few steps likewise
-    Layer((1,) * 7, 40, 17, directions=2, reset=0.3),
-    Layer((2,) * 5, 6, 35, projection=18, directions=2, bias=False),
-    Layer((3, 3, 0), 9, 17, projection=20, reset=0.3, batch=5),
     Layer((7, 0), 20, 35, directions=2, reset=0.5, batch=9),
     Layer((5,), 18, 33, projection=19, directions=2, bias=False),
     Layer((1,) * 40, 9, 20),  # one row a step: the input part is computed ahead, in chunks
@@ -108,6 +105,11 @@ LAYERS = (
     Layer((0, 0), 4, 5, batch=0),  # no sequences
     Layer((2, 2), 0, 3),  # no inputs
     Layer((5,) * 4, 3, 2, directions=2),  # more rows than gates: h is multiplied where it lies
+    *(Layer((rows,) * (16 // rows), 19, 33) for rows in (1, 2, 3, 5, 8)),  # a few steps unpacked
+    Layer((1,) * 7, 40, 17, directions=2, reset=0.3),
+    Layer((2,) * 5, 6, 35, projection=18, directions=2, bias=False),
+    Layer((3, 3, 0), 9, 17, projection=20, reset=0.3, batch=5),
+    Layer((12,) * 7, 1, 70),  # the unit's dW_ih and dW_hh: tiles of one row, and of many
 )
 
 # What the benchmarks time: (T, B, I, H).

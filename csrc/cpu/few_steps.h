@@ -199,7 +199,7 @@ class FewSteps {
       add_products<rows, 4>(h, s == 0 ? P : D * P, w_hh + (unit + j) * P, H * P, P, sum);
       for (int r = 0; r < rows; ++r)  // what a segment's first step has no use for
         if (cut(d, t, first + r))
-          for (V& s : sum[r]) s = V{};
+          for (V& part : sum[r]) part = V{};
       if (together_ == 1) add_products<rows, 4>(x, I, w_ih + (unit + j) * I, H * I, I, sum);
       for (int r = 0; r < rows; ++r)
         for (int gate = 0; gate < 4; ++gate) products[r][gate][j] = sum[r][gate];
@@ -211,17 +211,17 @@ class FewSteps {
         if (together_ > 1) pre[gate] += load(ahead(units, s, first + r) + gate * L);
         if (bias) pre[gate] += load_some(bias + gate * H + unit, count);
       }
-      const Gates<V> s = Math::activate({pre[0], pre[1], pre[2], pre[3]});
+      const Gates<V> active = Math::activate({pre[0], pre[1], pre[2], pre[3]});
       const V c =
-          Math::cell_state(s, cut(d, t, first + r) ? V{} : load_some(c_prev + r * H, count));
-      const V m = Math::cell_output(s, c);
+          Math::cell_state(active, cut(d, t, first + r) ? V{} : load_some(c_prev + r * H, count));
+      const V m = Math::cell_output(active, c);
       const int64_t row = (begin + r) * D + d, state = (d * n_.B + first + r) * H + unit;
       if (a_.gates) {
         S* gates = static_cast<S*>(a_.gates) + row * 4 * H + unit;
-        store_some(gates, s.i, count);
-        store_some(gates + H, s.f, count);
-        store_some(gates + 2 * H, s.g, count);
-        store_some(gates + 3 * H, s.o, count);
+        store_some(gates, active.i, count);
+        store_some(gates + H, active.f, count);
+        store_some(gates + 2 * H, active.g, count);
+        store_some(gates + 3 * H, active.o, count);
       }
       if (a_.c_all) store_some(static_cast<T*>(a_.c_all) + row * H + unit, c, count);
       store_some(static_cast<S*>(a_.c_n) + state, c, count);
