@@ -341,7 +341,8 @@ struct AmxTiles {
   }
   // They stay there while all panels pass by.
   static int64_t ahead_rows(int64_t inputs) {
-    const int64_t row = blocks_of(inputs, block_columns) * terms * block_columns * 2;
+    const int64_t row =
+        blocks_of(std::max<int64_t>(inputs, 1), block_columns) * terms * block_columns * 2;
     return std::clamp<int64_t>(l2_cache_bytes() / 8 * 3 / row, max_rows, 256);
   }
 

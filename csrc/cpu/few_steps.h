@@ -50,7 +50,7 @@ class FewSteps {
         groups_(blocks_of(n_.H, L)),
         together_(std::clamp<int64_t>(single_tile / rows_, 1, steps_)),
         ahead_(together_ > 1 ? n_.D * groups_ * together_ * rows_ * 4 * L : 0),
-        m_(rows_ * n_.D * n_.H) {}
+        m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {}
 
   static Work work(const ForwardArgs& args) {
     const Shape& n = args.shape;
@@ -269,7 +269,7 @@ class FewSteps {
   const int64_t groups_;
   const int64_t together_;  // steps whose inputs are multiplied together
   Scratch<T> ahead_;        // (D * groups, together, rows, 4, L)
-  Scratch<S> m_;            // (rows, D, H)
+  Scratch<S> m_;            // (D, rows, H), with a projection
 };
 
 }  // namespace

@@ -48,7 +48,9 @@ class Forward {
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
-        chunk_(ahead_ && rows_ > 0 ? std::max<int64_t>(Inputs::ahead_rows(n_.I) / rows_, 1) : 1),
+        chunk_(ahead_ && rows_ > 0
+                   ? std::clamp<int64_t>(Inputs::ahead_rows(n_.I) / rows_, 1, walk_.steps())
+                   : 1),
         chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
         hidden_block_(ahead_ ? 0 : Operand::count(n_.I)),
         state_blocks_(hidden_block_ + Operand::count(n_.P)),

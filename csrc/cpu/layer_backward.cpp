@@ -164,13 +164,11 @@ class LayerBackward {
                 bool add) {
     const int64_t D = n_.D, H = n_.H, I = n_.I, P = n_.P;
     if (count == 0) return;
-    const ProductPart of_x{I, at(a_.x, (rows.first + begin) * I * storage_), I, a_.dw_ih[d], I};
-    const ProductPart of_h{P, h, ld, a_.dw_hh[d], P};
-    const char* da = da_ + (begin * D + d) * 4 * H * state_;
-    if (a_.dw_ih[d] && a_.dw_hh[d])
-      multiply({4 * H, count}, da, D * 4 * H, true, add, {of_x, of_h});
-    else if (a_.dw_ih[d] || a_.dw_hh[d])
-      multiply({4 * H, count}, da, D * 4 * H, true, add, {a_.dw_ih[d] ? of_x : of_h});
+    const ProductPart of_x{a_.dw_ih[d] ? I : 0, at(a_.x, (rows.first + begin) * I * storage_), I,
+                           a_.dw_ih[d], I};
+    const ProductPart of_h{a_.dw_hh[d] ? P : 0, h, ld, a_.dw_hh[d], P};
+    multiply({4 * H, count}, da_ + (begin * D + d) * 4 * H * state_, D * 4 * H, true, add,
+             {of_x, of_h});
   }
 
   const char* y_row(int d, int64_t row) const {
