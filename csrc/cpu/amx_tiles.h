@@ -339,7 +339,7 @@ struct AmxTiles {
     return n.I >= 128 &&
            weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
   }
-  // They stay there while all panels pass by.
+  // The rows of a chunk stay in the L2 cache while all panels pass by.
   static int64_t ahead_rows(int64_t inputs) {
     const int64_t row =
         blocks_of(std::max<int64_t>(inputs, 1), block_columns) * terms * block_columns * 2;
@@ -361,6 +361,7 @@ struct AmxTiles {
   }
 };
 
+// Vectors walk, and the unit multiplies the inputs of a chunk of steps: for steps of few rows.
 template <class Unit>
 struct AheadTiles : VectorTiles<typename Unit::S> {
   using Inputs = Unit;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "forward.h"
 #include "transpose.h"
@@ -15,7 +16,7 @@ namespace {
 // With more rows a step, or more of them in all, packed weights are used often enough.
 constexpr int64_t most_step_rows = 8, most_rows = 16;
 // Rows that are multiplied together, so that a weight is loaded once for all of them.
-constexpr int64_t single_tile = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
+constexpr int64_t most_together = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 // Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
 inline bool are_few_steps(const Shape& n, Storage storage) {
@@ -27,9 +28,7 @@ inline bool are_few_steps(const Shape& n, Storage storage) {
 }
 
 template <int n>
-struct Rows {
-  static constexpr int value = n;
-};
+using Rows = std::integral_constant<int, n>;
 
 template <class Tiles>
 class FewSteps {
@@ -46,9 +45,9 @@ class FewSteps {
         n_(args.shape),
         rows_(n_.batch_sizes[0]),
         steps_(n_.N / rows_),
-        mine_{std::min(sequences.begin, rows_), std::min(sequences.end, rows_)},
+        mine_(sequences),
         groups_(blocks_of(n_.H, L)),
-        together_(std::clamp<int64_t>(single_tile / rows_, 1, steps_)),
+        together_(std::clamp<int64_t>(most_together / rows_, 1, steps_)),
         ahead_(together_ > 1 ? n_.D * groups_ * together_ * rows_ * 4 * L : 0),
         m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {}
 
@@ -97,7 +96,8 @@ class FewSteps {
   template <class Body>
   void for_tiles(const Body& body) {
     int64_t first = mine_.begin;
-    for (; first + single_tile <= mine_.end; first += single_tile) body(Rows<single_tile>{}, first);
+    for (; first + most_together <= mine_.end; first += most_together)
+      body(Rows<most_together>{}, first);
     for_rest(mine_.end - first, [&](auto rows) { body(rows, first); });
   }
   template <class Body>

@@ -76,14 +76,14 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
         for (int p = 0; p < lanes<T> / 2 && pair < end; ++p, ++pair) ask_for(*pair);
         multiply_row<T, split, in_advance>(a, b, sum);
         b += lanes<T> * panel_width<T>;
-        continue;
-      }
-      for (int k = 0; k < lanes<T>; k += unrolled) {
-        for (int p = 0; p < 2 && pair < end; ++p, ++pair) ask_for(*pair);
+      } else {
+        for (int k = 0; k < lanes<T>; k += unrolled) {
+          for (int p = 0; p < 2 && pair < end; ++p, ++pair) ask_for(*pair);
 #pragma GCC unroll 4
-        for (int u = 0; u < unrolled; ++u, b += panel_width<T>) {
-          if (in_advance) prefetch_row<T>(b + advance<T>);
-          multiply_column<T, rows>(a + k + u, b, sum[u % split]);
+          for (int u = 0; u < unrolled; ++u, b += panel_width<T>) {
+            if (in_advance) prefetch_row<T>(b + advance<T>);
+            multiply_column<T, rows>(a + k + u, b, sum[u % split]);
+          }
         }
       }
     }
