@@ -51,15 +51,15 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
   if (need_reserve || need_cells) {
-    c_all = output(rows.of(D * H), state);
+    c_all = (need_cells ? output : reserved)(rows.of(D * H), state);
     args.c_all = c_all.mutable_data_ptr();
   }
   if (need_reserve) {
-    gates = output({N, D, 4 * H}, dtype);
+    gates = reserved({N, D, 4 * H}, dtype);
     args.gates = gates.mutable_data_ptr();
   }
   if (need_reserve && !w_hr.empty()) {
-    m = output({N, D * H}, dtype);
+    m = reserved({N, D * H}, dtype);
     args.m = m.mutable_data_ptr();
   }
   fastlstm::kernels().forward(args);

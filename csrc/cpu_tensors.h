@@ -5,6 +5,13 @@
 #include "cpu/scratch.h"
 #include "tensor_checks.h"
 
+// Not in torch 2.10, whose stable ABI the library is built for: null there.
+extern "C" __attribute__((weak)) AOTITorchError
+torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                AtenTensorHandle* tensor, int32_t layout, const uint8_t* metadata,
+                int64_t metadata_size, void (*deleter)(void* data, void* context), void* context);
+
 namespace {
 
 // The inputs of one call, as pointers: each is checked, and copied where it is not contiguous.
@@ -93,14 +100,23 @@ int64_t output_size_of(const Tensors& w_hh) {
 
 bool poisoned = false;  // tests: outputs come filled with NaNs, as scratch memory does
 
+// Of a contiguous tensor of up to four dimensions.
+struct Strides {
+  explicit Strides(Sizes sizes) {
+    for (size_t k = sizes.size(); k-- > 1;) values[k - 1] = values[k] * sizes[k];
+  }
+  int64_t values[4] = {1, 1, 1, 1};
+};
+
+int32_t code_of(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 // torch's allocator itself: the dispatcher's new_empty would cost more than a small layer.
 Tensor empty(Sizes sizes, ScalarType dtype) {
-  int64_t strides[4] = {1, 1, 1, 1};
-  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
   AtenTensorHandle handle = nullptr;
   STD_TORCH_CHECK(aoti_torch_empty_strided(
-                      int64_t(sizes.size()), sizes.data(), strides,
-                      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                      int64_t(sizes.size()), sizes.data(), Strides(sizes).values, code_of(dtype),
                       aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
                   "fastlstm: out of memory");
   return Tensor(handle);
@@ -113,6 +129,30 @@ Tensor output(Sizes sizes, ScalarType dtype) {
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;
 }
+// What a forward pass saves, in memory that an earlier step had where there is some. It can't be
+// resized, as memory that comes from elsewhere never can, so it is not for outputs.
+Tensor reserved(Sizes sizes, ScalarType dtype) {
+  size_t bytes = aoti_torch_dtype_element_size(code_of(dtype));
+  for (int64_t size : sizes) bytes *= size_t(size);
+  if (bytes < fastlstm::least_kept || torch_from_blob == nullptr) return output(sizes, dtype);
+  const fastlstm::Block block = fastlstm::allocate_reserve(bytes);
+  const auto release = [](void* memory, void* held) {
+    fastlstm::free_reserve({memory, reinterpret_cast<size_t>(held)});
+  };
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error = torch_from_blob(
+      block.memory, int64_t(sizes.size()), sizes.data(), Strides(sizes).values, 0, code_of(dtype),
+      aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, release,
+      reinterpret_cast<void*>(block.bytes));
+  if (error != AOTI_TORCH_SUCCESS) {
+    fastlstm::free_reserve(block);
+    fail("torch made no tensor of memory for what the forward pass saves");
+  }
+  Tensor tensor(handle);
+  if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
+  return tensor;
+}
+
 Tensor absent() {
   return empty({0}, ScalarType::Float);
 }

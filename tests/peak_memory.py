@@ -67,4 +67,7 @@ def measure(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     checkpoint, (steps, batch, size) = sys.argv[1] == "True", map(int, sys.argv[2:])
-    print(*measure(fastlstm.LSTM(size, size, checkpoint=checkpoint, backend="cpu"), steps, batch))
+    module, warm = (
+        fastlstm.LSTM(n, n, checkpoint=checkpoint, backend="cpu") for n in (size, min(size, 8))
+    )
+    print(*measure(module, steps, batch, warm=warm))

@@ -7,6 +7,7 @@
 
 #if defined(__linux__)
 #  include <sys/mman.h>
+#  include <unistd.h>
 #endif
 
 namespace fastlstm {
@@ -19,13 +20,29 @@ void poison_scratch(bool on) {
 
 static constexpr size_t huge_page = size_t(2) << 20;
 
+#if defined(__linux__)
+// A hint about the whole pages of a block.
+static void advise(void* memory, size_t bytes, size_t page, int advice) {
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(page - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+}
+#endif
+
 void advise_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + huge_page - 1) & ~(huge_page - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(huge_page - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint
+  advise(memory, bytes, huge_page, MADV_HUGEPAGE);
 #else
   (void)memory, (void)bytes;
+#endif
+}
+
+// The system may take the pages when it needs some, until they are written to again.
+static void offer_pages(Block block) {
+#if defined(__linux__) && defined(MADV_FREE)
+  advise(block.memory, block.bytes, size_t(sysconf(_SC_PAGESIZE)), MADV_FREE);
+#else
+  (void)block;
 #endif
 }
 
@@ -37,69 +54,102 @@ int64_t l2_cache_bytes() {
   return int64_t(1) << 20;
 }
 
+static Block allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, bytes >= 2 * huge_page ? huge_page : 64, bytes) != 0)
+    throw std::bad_alloc();
+  advise_huge_pages(memory, bytes);
+  return {memory, bytes};
+}
+
 // Large blocks that were freed and wait for the next call of the same shape: fresh pages cost a
-// fault and a clearing each, for a layer with one row a step up to a tenth of its time. The oldest
+// fault and a clearing each, and threads that meet at every step wait for each other's. The oldest
 // make room for new ones. Whoever finds the store in use goes without it, so that nothing waits
 // here, in a forked child least of all.
 class Store {
  public:
-  void* take(size_t bytes) {
+  explicit Store(size_t most) : most_(most) {}
+
+  // The smallest block of at least so many bytes and at most `spare` more, or none.
+  Block take(size_t bytes, size_t spare) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    int best = -1;
     for (int k = 0; lock && k < count_; ++k)
-      if (blocks_[k].bytes == bytes) return remove(k);
-    return nullptr;
+      if (blocks_[k].bytes >= bytes && blocks_[k].bytes - bytes <= spare)
+        if (best < 0 || blocks_[k].bytes < blocks_[best].bytes) best = k;
+    return best < 0 ? Block{nullptr, 0} : remove(best);
   }
 
-  bool keep(void* memory, size_t bytes) {
-    if (bytes < smallest || bytes > most) return false;
+  // Frees the oldest blocks, until so many bytes are or none is left.
+  void release(size_t bytes) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    for (size_t freed = 0; lock && count_ > 0 && freed < bytes;) {
+      freed += blocks_[0].bytes;
+      std::free(remove(0).memory);
+    }
+  }
+
+  bool keep(Block block) {
+    if (block.bytes < least_kept || block.bytes > most_) return false;
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return false;
-    while (count_ == capacity || kept_ + bytes > most) std::free(remove(0));
-    blocks_[count_++] = {memory, bytes};
-    kept_ += bytes;
+    while (count_ == capacity || kept_ + block.bytes > most_) std::free(remove(0).memory);
+    blocks_[count_++] = block;
+    kept_ += block.bytes;
     return true;
   }
 
  private:
-  struct Block {
-    void* memory;
-    size_t bytes;
-  };
-  static constexpr size_t smallest = size_t(1) << 20, most = size_t(64) << 20;
-  static constexpr int capacity = 8;
+  static constexpr int capacity = 64;
 
-  void* remove(int k) {
-    void* memory = blocks_[k].memory;
-    kept_ -= blocks_[k].bytes;
+  Block remove(int k) {
+    const Block block = blocks_[k];
+    kept_ -= block.bytes;
     for (--count_; k < count_; ++k) blocks_[k] = blocks_[k + 1];
-    return memory;
+    return block;
   }
 
+  const size_t most_;
   std::mutex mutex_;
   Block blocks_[capacity];  // oldest first
   int count_ = 0;
   size_t kept_ = 0;
 };
 
-static Store& store() {
-  static Store* forever = new Store;  // never destroyed: a call may outlive static destructors
+// Never destroyed: a call may outlive static destructors.
+static Store& scratch_store() {
+  static Store* forever = new Store(size_t(64) << 20);
+  return *forever;
+}
+static Store& reserve_store() {
+  static Store* forever = new Store(SIZE_MAX);
   return *forever;
 }
 
 void* allocate_scratch(size_t bytes) {
   if (bytes == 0) return nullptr;
-  void* memory = store().take(bytes);
-  if (memory == nullptr) {
-    if (posix_memalign(&memory, bytes >= 2 * huge_page ? huge_page : 64, bytes) != 0)
-      throw std::bad_alloc();
-    advise_huge_pages(memory, bytes);
-  }
-  if (poison) std::memset(memory, 0xff, bytes);
-  return memory;
+  Block block = scratch_store().take(bytes, 0);
+  if (block.memory == nullptr) block = allocate(bytes);
+  if (poison) std::memset(block.memory, 0xff, bytes);
+  return block.memory;
 }
 
 void free_scratch(void* memory, size_t bytes) {
-  if (!store().keep(memory, bytes)) std::free(memory);
+  if (!scratch_store().keep({memory, bytes})) std::free(memory);
+}
+
+// A block that is not found takes the place of others: what is kept and what is in use come to no
+// more than was once in use.
+Block allocate_reserve(size_t bytes) {
+  Block block = reserve_store().take(bytes, bytes / 4);
+  if (block.memory != nullptr) return block;
+  reserve_store().release(bytes);
+  return allocate(bytes);
+}
+
+void free_reserve(Block block) {
+  offer_pages(block);
+  if (!reserve_store().keep(block)) std::free(block.memory);
 }
 
 }  // namespace fastlstm

@@ -7,6 +7,8 @@
 
 namespace fastlstm {
 
+constexpr size_t least_kept = size_t(1) << 20;  // bytes: smaller blocks are not worth keeping
+
 // Throws std::bad_alloc; null for 0 bytes. A few large blocks are kept for the next call. Memory is
 // aligned to 64 bytes, large blocks to huge pages; with `poison_scratch` on (tests) it comes filled
 // with NaNs instead of whatever was there.
@@ -16,6 +18,15 @@ void free_scratch(void* memory, size_t bytes);
 // costs a page fault for every page, which for a training step is up to a tenth of its time.
 void advise_huge_pages(void* memory, size_t bytes);
 void poison_scratch(bool on);
+
+// What a training step saves, until its backward pass: kept for the next step, while the system may
+// have the pages. Throws std::bad_alloc; `bytes` of the block may be a quarter more than asked for.
+struct Block {
+  void* memory;
+  size_t bytes;
+};
+Block allocate_reserve(size_t bytes);
+void free_reserve(Block block);
 
 // Bytes of a core's own L2 cache; 1 MiB where the system does not say.
 int64_t l2_cache_bytes();
