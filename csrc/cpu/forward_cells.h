@@ -50,19 +50,29 @@ class ForwardCells {
                          : step.hidden.at(r_, pass.hidden_block_, unit_);
   }
 
-  int64_t pieces() const { return (last_ - r_) * 4 - piece_; }
+  int64_t pieces() const { return (last_ - r_) * 4; }  // before the first
 
+  // A piece's result takes its time, and the processor looks only so far ahead: so none uses that
+  // of the piece before it. A row is kept after the next one was activated.
   void operator()() {
-    switch (piece_++) {
+    switch (piece_) {
       case 0:
-        return activate_input();
+        activate_input();
+        piece_ = 1;
+        break;
       case 1:
-        return activate_output();
+        activate_output();
+        piece_ = waits_ ? 2 : 3;
+        break;
       case 2:
-        return step_state();
-      default:
         keep();
-        piece_ = 0;
+        waits_ = false;
+        piece_ = r_ < last_ ? 3 : 0;
+        break;
+      default:
+        step_state();
+        waits_ = true;
+        piece_ = r_ < last_ ? 0 : 2;
     }
   }
 
@@ -76,9 +86,11 @@ class ForwardCells {
     }
   }
 
-  // All that is left, of a row that was begun too.
+  // All that is left, of rows that were begun too.
   void rest() {
     while (piece_ > 0) (*this)();
+    if (waits_) keep();
+    waits_ = false;
     if (r_ == last_) return;
     ForwardCells cells(*this);
     cells.all();
@@ -93,57 +105,72 @@ class ForwardCells {
   [[gnu::always_inline]] void activate_input() {
     s_.i = Math::sigmoid(sum_of(*this, 0));
     s_.f = Math::sigmoid(sum_of(*this, 1));
+    if (!gates_) return;
+    store_some(gates_, s_.i, count_);
+    store_some(gates_ + H_, s_.f, count_);
   }
   [[gnu::always_inline]] void activate_output() {
     s_.g = Math::tanh(sum_of(*this, 2));
     s_.o = Math::sigmoid(sum_of(*this, 3));
-  }
-  [[gnu::always_inline]] void step_state() {
-    final_ = r_ >= step_.next_rows;
-    const bool cut = p_->a_.reset != nullptr && !final_ && p_->walk_.cut_before(d_, step_.next, r_);
-    c_ = Math::cell_state(s_, load(cell_));
-    m_ = rounded_to_storage<S>(Math::cell_output(s_, c_));
-    store(cell_, cut ? V{} : c_);
-    step_.hidden.put(hidden_, cut && !projected_ ? V{} : m_);
-  }
-  [[gnu::always_inline]] void keep() {
-    if (gates_) {
-      store_some(gates_, s_.i, count_);
-      store_some(gates_ + H_, s_.f, count_);
-      store_some(gates_ + 2 * H_, s_.g, count_);
-      store_some(gates_ + 3 * H_, s_.o, count_);
-      gates_ += 4 * row_stride_;
-      if (Tiles::has_pauses)  // stores are slow where nobody foresees the place
-        for (int gate = 0; gate < 4; ++gate) __builtin_prefetch(gates_ + gate * H_, 1);
-    }
-    if (c_all_) store_some(c_all_, c_, count_), c_all_ += row_stride_;
-    if (y_) store_some(y_, m_, count_), y_ += row_stride_;
-    if (final_) {
-      const int64_t state = p_->state_at(d_, r_, H_) + unit_;
-      store_some(static_cast<S*>(p_->a_.c_n) + state, c_, count_);
-      if (!projected_) store_some(static_cast<S*>(p_->a_.h_n) + state, m_, count_);
-    }
-    ++r_;
     pre_ += 4 * L;
     if (ahead_) ahead_ += 4 * L;
+    if (!gates_) return;
+    store_some(gates_ + 2 * H_, s_.g, count_);
+    store_some(gates_ + 3 * H_, s_.o, count_);
+    gates_ += 4 * row_stride_;
+    for (int gate = 0; gate < 4; ++gate) ask(gates_ + 4 * row_stride_ + gate * H_);
+  }
+  // Stores are slow where nobody foresees the place: it is asked for two rows ahead.
+  template <class Value>
+  FASTLSTM_INLINE void ask(Value* place) {
+    if (Tiles::has_pauses) __builtin_prefetch(place, 1);
+  }
+  // Row r_ is done but for being kept: the next one's turn.
+  [[gnu::always_inline]] void step_state() {
+    c_ = Math::cell_state(s_, load(cell_));
+    m_ = rounded_to_storage<S>(Math::cell_output(s_, c_));
+    cut_ =
+        p_->a_.reset != nullptr && r_ < step_.next_rows && p_->walk_.cut_before(d_, step_.next, r_);
+    store(cell_, cut_ ? V{} : c_);
     cell_ += L;
+    ++r_;
+  }
+  // The row before r_.
+  [[gnu::always_inline]] void keep() {
+    step_.hidden.put(hidden_, cut_ && !projected_ ? V{} : m_);
     hidden_ += Operand::columns;
+    if (c_all_) {
+      store_some(c_all_, c_, count_);
+      c_all_ += row_stride_;
+      ask(c_all_ + row_stride_);
+    }
+    if (y_) {
+      store_some(y_, m_, count_);
+      y_ += row_stride_;
+      ask(y_ + row_stride_);
+    }
+    if (r_ <= step_.next_rows) return;
+    const int64_t state = p_->state_at(d_, r_ - 1, H_) + unit_;
+    store_some(static_cast<S*>(p_->a_.c_n) + state, c_, count_);
+    if (!projected_) store_some(static_cast<S*>(p_->a_.h_n) + state, m_, count_);
   }
 
   const Pass* p_ = nullptr;
-  int d_ = 0, count_ = 0, piece_ = 0;
+  int d_ = 0, count_ = 0;
+  int piece_ = 0;       // the next one
+  bool waits_ = false;  // to be kept: the row before r_
   int64_t unit_ = 0;
   Step step_;
   int64_t r_ = 0, last_ = 0;
   const T *pre_, *ahead_, *bias_;  // of gate after gate: (4, L)
   T* cell_;
-  bool projected_, final_;
+  bool projected_, cut_;
   int64_t row_stride_, H_;
   S *y_, *gates_;  // y, or m where there is a projection
   T* c_all_;
   Element* hidden_;  // where m goes to be multiplied
-  Gates<V> s_;       // of the row that is being finished
-  V c_, m_;
+  Gates<V> s_;       // of row r_
+  V c_, m_;          // of the row before, when it is kept
 };
 
 }  // namespace
