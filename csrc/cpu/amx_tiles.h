@@ -247,8 +247,13 @@ struct AmxTiles {
     unsigned beyond = 0;
     for (int64_t column = 0; column < width; column += L, panel += weight_terms * register_size) {
       Vec<float> even{}, odd{};
-      if (k_size > 0) even = load_up_to(row + column, count - column);
-      if (k_size > 1) odd = load_up_to(row + ld + column, count - column);
+      if (k_size > 1 && count - column >= L) {
+        even = load(row + column);
+        odd = load(row + ld + column);
+      } else {
+        if (k_size > 0) even = load_up_to(row + column, count - column);
+        if (k_size > 1) odd = load_up_to(row + ld + column, count - column);
+      }
       Terms<true> terms{even, odd};
       beyond |= terms.beyond();
       for (int term = 0; term < weight_terms; ++term) {
@@ -260,7 +265,9 @@ struct AmxTiles {
   }
 
   static void pack_block_row(bf16* place, int64_t height, const S* from, int64_t count) {
-    Terms<false> values{load_up_to(from, count), load_up_to(from + L, count - L)};
+    Terms<false> values =
+        count >= 2 * L ? Terms<false>{load(from), load(from + L)}
+                       : Terms<false>{load_up_to(from, count), load_up_to(from + L, count - L)};
     for (int term = 0; term < terms; ++term, place += height * 32)
       store(reinterpret_cast<float*>(place), values.next());
   }

@@ -48,7 +48,8 @@ class Product {
         tile_size_(depth_ / block *
                    Operand{nullptr, 0, std::max(tiles_[0].height, tiles_[1].height)}.block_size()),
         panel_size_(RightTiles::panel_size(depth_)),
-        group_(group(transposed ? panel_size_ : tile_size_)),
+        group_(group(transposed ? panel_size_ : tile_size_,
+                     transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_)),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
         right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_) {}
 
@@ -115,8 +116,12 @@ class Product {
     return p.K < most ? blocks_of(p.K, block) * block : most;
   }
 
-  static int64_t group(int64_t size) {
-    return l2_cache_bytes() / (2 * buffers) / (size * int64_t(sizeof(Element))) + 1;
+  // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab of B that
+  // stays there too leaves less for them; one that comes from afar is to come seldom.
+  static int64_t group(int64_t size, int64_t slab) {
+    const int64_t element = sizeof(Element), l2 = l2_cache_bytes();
+    const bool stays = Tiles::has_pauses && slab * element <= l2 / 2;
+    return l2 / (stays ? 16 : 2) / buffers / (size * element) + 1;
   }
 
   // The group after this one of a thread's share; the last one of all is followed by an empty one.
@@ -152,6 +157,7 @@ class Product {
         left_ = (end_ - begin_) * (blocks * block / RightTiles::rows_together);
         begin_at(transposed ? args().a : args().parts[0].b,
                  transposed ? args().lda : args().parts[0].ldb);
+        enter_rows();
       }
     }
     int64_t left() const { return left_; }
@@ -182,41 +188,55 @@ class Product {
       tile_ = p_->tile(item_);
       const ProductPart& part = args().parts[tile_.part];
       begin_at(transposed ? part.b : args().a, transposed ? part.ldb : args().lda);
+      operand_ = {buffer_ + (item_ - begin_) * p_->tile_size_, blocks_of(depth_, block),
+                  p_->tiles_[tile_.part].height};
+      enter_row();
+    }
+
+    // `row_at_` and `place_`: where the next block comes from and goes to.
+    void enter_row() {
+      const int64_t row = tile_.first + row_;
+      row_at_ = from_ + (transposed ? row : row * ld_);
+      place_ = operand_.data + row_ * block;
     }
 
     // One block of one row, or of L rows that are columns where they come from.
     void tile_piece() {
-      const int64_t height = p_->tiles_[tile_.part].height;
-      const Operand operand{buffer_ + (item_ - begin_) * p_->tile_size_, blocks_of(depth_, block),
-                            height};
-      Element* const place = operand.data + k_ / block * operand.block_size() + row_ * block;
       if constexpr (transposed) {
-        LeftTiles::pack_block_columns(place, height, from_ + k_ * ld_ + tile_.first + row_, ld_,
-                                      tile_.count - row_, depth_ - k_);
+        LeftTiles::pack_block_columns(place_, operand_.height, row_at_, ld_, tile_.count - row_,
+                                      depth_ - k_);
+        row_at_ += block * ld_;
       } else {
-        const Left* row = from_ + (tile_.first + row_) * ld_ + k_;
-        if (Tiles::has_pauses) prefetch(row + ld_, block);
-        LeftTiles::pack_block_row(place, height, row, depth_ - k_);
+        if (Tiles::has_pauses) prefetch(row_at_ + ld_, block);
+        LeftTiles::pack_block_row(place_, operand_.height, row_at_, depth_ - k_);
+        row_at_ += block;
       }
+      place_ += operand_.block_size();
       if ((k_ += block) < depth_) return;
       k_ = 0;
-      if ((row_ += rows_at_once) < tile_.count) return;
+      if ((row_ += rows_at_once) < tile_.count) return enter_row();
       row_ = 0;
       if (++item_ < end_) enter_tile();
     }
 
+    // The first panel's rows from k_ on.
+    void enter_rows() {
+      item_ = begin_;
+      row_at_ = from_ + k_ * ld_ + item_ * width;
+      place_ = buffer_ + RightTiles::row_offset(k_);
+    }
+
     // Some rows of one panel.
     void panel_piece() {
-      const Right* row = from_ + k_ * ld_ + item_ * width;
       if (transposed && Tiles::has_pauses)
         for (int64_t k = 0; k < RightTiles::rows_together; ++k)
-          prefetch(row + (8 + k) * ld_, width);
-      RightTiles::pack_some_rows(
-          row, ld_, depth_ - k_, p_->columns_ - item_ * width,
-          buffer_ + (item_ - begin_) * p_->panel_size_ + RightTiles::row_offset(k_));
+          prefetch(row_at_ + (8 + k) * ld_, width);
+      RightTiles::pack_some_rows(row_at_, ld_, depth_ - k_, p_->columns_ - item_ * width, place_);
+      row_at_ += width;
+      place_ += p_->panel_size_;
       if (++item_ < end_) return;
-      item_ = begin_;
       k_ += RightTiles::rows_together;
+      enter_rows();
     }
 
     // What will be packed in some microseconds: a piece that waits for memory stops the unit too.
@@ -231,6 +251,9 @@ class Product {
     int64_t begin_, end_;
     int64_t item_, row_ = 0, k_ = 0;  // which tile or panel, and what of it, is next
     Tile tile_{};
+    Operand operand_{};
+    const Source* row_at_ = nullptr;
+    Element* place_ = nullptr;
     int64_t left_ = 0, first_k_ = 0, depth_ = 0, ld_ = 0;
     const Source* from_ = nullptr;
   };
