@@ -144,10 +144,8 @@ Tensor reserved(Sizes sizes, ScalarType dtype) {
       block.memory, int64_t(sizes.size()), sizes.data(), Strides(sizes).values, 0, code_of(dtype),
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, release,
       reinterpret_cast<void*>(block.bytes));
-  if (error != AOTI_TORCH_SUCCESS) {
-    fastlstm::free_reserve(block);
-    fail("torch made no tensor of memory for what the forward pass saves");
-  }
+  // The block is lost then: torch may have released it already.
+  if (error != AOTI_TORCH_SUCCESS) fail("torch made no tensor of what the forward pass saves");
   Tensor tensor(handle);
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;

@@ -8,9 +8,11 @@ import threading
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastlstm
+from cases import tolerance
 from fastlstm import cpu, native
 from fastlstm.contract import Outputs, Weights
 
@@ -49,6 +51,28 @@ def test_outputs_are_torchs():
     out = forward(400, need_cells=True)
     assert out.y.untyped_storage().resizable() and out.c_all.untyped_storage().resizable()
     assert not out.gates.untyped_storage().resizable()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_what_is_kept(dtype):
+    """Two graphs of a layer with all that is saved, undone in both orders, in kept memory."""
+    module = fastlstm.LSTM(24, 96, proj_size=40, dtype=dtype, backend="cpu")
+    weights = list(module.parameters())
+    inputs = [torch.randn(250, 32, 24, dtype=dtype) for _ in range(2)]
+
+    def gradients(order: list[int]) -> list[list[torch.Tensor]]:
+        outputs = [module(x)[0].float().square().sum() for x in inputs]
+        found = {k: list(torch.autograd.grad(outputs[k], weights)) for k in order}
+        return [found[0], found[1]]
+
+    module.backend = "reference"
+    want = gradients([0, 1])
+    module.backend = "cpu"
+    for order in ([0, 1], [1, 0], [0, 1]):
+        for mine, theirs in zip(gradients(order), want, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                scale = max(1.0, float(b.abs().max()))
+                torch.testing.assert_close(a / scale, b / scale, **tolerance(dtype))
 
 
 def lazily_freed() -> int:

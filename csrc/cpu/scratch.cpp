@@ -54,14 +54,6 @@ int64_t l2_cache_bytes() {
   return int64_t(1) << 20;
 }
 
-static Block allocate(size_t bytes) {
-  void* memory = nullptr;
-  if (posix_memalign(&memory, bytes >= 2 * huge_page ? huge_page : 64, bytes) != 0)
-    throw std::bad_alloc();
-  advise_huge_pages(memory, bytes);
-  return {memory, bytes};
-}
-
 // Large blocks that were freed and wait for the next call of the same shape: fresh pages cost a
 // fault and a clearing each, and threads that meet at every step wait for each other's. The oldest
 // make room for new ones. Whoever finds the store in use goes without it, so that nothing waits
@@ -82,18 +74,17 @@ class Store {
 
   // Frees the oldest blocks, until so many bytes are or none is left.
   void release(size_t bytes) {
+    Freed freed;
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    for (size_t freed = 0; lock && count_ > 0 && freed < bytes;) {
-      freed += blocks_[0].bytes;
-      std::free(remove(0).memory);
-    }
+    while (lock && count_ > 0 && freed.bytes < bytes) freed.add(remove(0));
   }
 
   bool keep(Block block) {
     if (block.bytes < least_kept || block.bytes > most_) return false;
+    Freed freed;
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) return false;
-    while (count_ == capacity || kept_ + block.bytes > most_) std::free(remove(0).memory);
+    while (count_ == capacity || kept_ + block.bytes > most_) freed.add(remove(0));
     blocks_[count_++] = block;
     kept_ += block.bytes;
     return true;
@@ -101,6 +92,20 @@ class Store {
 
  private:
   static constexpr int capacity = 64;
+
+  // Freed when the store is not locked any more, since that takes long.
+  struct Freed {
+    Block blocks[capacity];
+    int count = 0;
+    size_t bytes = 0;
+    void add(Block block) {
+      blocks[count++] = block;
+      bytes += block.bytes;
+    }
+    ~Freed() {
+      for (int k = 0; k < count; ++k) std::free(blocks[k].memory);
+    }
+  };
 
   Block remove(int k) {
     const Block block = blocks_[k];
@@ -124,6 +129,24 @@ static Store& scratch_store() {
 static Store& reserve_store() {
   static Store* forever = new Store(SIZE_MAX);
   return *forever;
+}
+
+static Block try_to_allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, bytes >= 2 * huge_page ? huge_page : 64, bytes) != 0) return {};
+  advise_huge_pages(memory, bytes);
+  return {memory, bytes};
+}
+
+static Block allocate(size_t bytes) {
+  Block block = try_to_allocate(bytes);
+  if (block.memory == nullptr) {  // what is kept may be what is missing
+    scratch_store().release(SIZE_MAX);
+    reserve_store().release(SIZE_MAX);
+    block = try_to_allocate(bytes);
+  }
+  if (block.memory == nullptr) throw std::bad_alloc();
+  return block;
 }
 
 void* allocate_scratch(size_t bytes) {
