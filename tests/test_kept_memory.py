@@ -84,20 +84,21 @@ def lazily_freed() -> int:
 
 
 def test_the_system_may_take_what_is_kept():
-    out = forward(4000)
+    """The kernel counts such pages late, up to sixty megabytes of them: half is enough."""
+    out = forward(16000)
     size, before = out.gates.nbytes + out.c_all.nbytes, lazily_freed()
-    assert size > 64 * MIB
+    assert size > 256 * MIB
     del out
-    assert lazily_freed() - before > 0.9 * size
-    assert forward(4000).gates.isfinite().all()
-    assert lazily_freed() - before > 0.9 * size  # and again
+    assert lazily_freed() - before > size / 2
+    assert forward(16000).gates.isfinite().all()
+    assert lazily_freed() - before > size / 2  # and again
 
 
 GROWING = """
 from test_kept_memory import forward, lazily_freed
 
 largest = 0
-for steps in (1000, 1400, 2000, 700, 2800, 4000, 1000, 5600):
+for steps in (4000, 5600, 8000, 2800, 11200, 16000, 4000, 22400):
     out = forward(steps)
     largest = max(largest, out.gates.nbytes + out.c_all.nbytes)
     del out
@@ -111,7 +112,7 @@ def test_what_is_kept_was_in_use_at_once():
         cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
     # All of them together would be 3.3; malloc may keep a block that was given back to it.
-    assert 0.9 < float(done.stdout) < 1.5
+    assert 0.5 < float(done.stdout) < 1.5
 
 
 def test_threads_share_it():

@@ -18,6 +18,7 @@
 #include "../layer.h"
 #include "operand.h"
 #include "scratch.h"
+#include "split.h"
 #include "transpose.h"
 #include "vector_tiles.h"
 
@@ -188,6 +189,8 @@ struct AmxTiles {
   using Inputs = AmxTiles;
   static constexpr int64_t L = lanes<float>, width = panel_width<float>;
   static constexpr int64_t max_rows = 32, block_columns = 32;
+  // With fewer rows a step the unit waits for weights of three terms (amx.cpp's backward_rule).
+  static constexpr int64_t own_sequences = terms_of<S> == 3 ? 16 : sequences_per_thread;
   static constexpr int terms = left_terms, weight_terms = terms_of<S>;
   static constexpr int64_t register_size = AmxProduct<1, 1>::register_size;
 

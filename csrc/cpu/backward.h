@@ -63,9 +63,12 @@ class Backward {
 
   static Work work(const BackwardArgs& args) {
     const Shape& n = args.shape;
-    const int64_t weights = 4 * n.H * n.P * n.D;
+    const int64_t weights = 4 * n.H * n.P * n.D, bytes = Tiles::weight_bytes(weights);
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
-    return {n.D * blocks_of(n.P, width), rows * weights, Tiles::weight_bytes(weights)};
+    // A copy of the weights for each thread is worth it if it takes little of the cache, or meets
+    // many rows.
+    return {n.D * blocks_of(n.P, width), rows * weights, bytes,
+            bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread};
   }
 
   void walk(const Team& team) {

@@ -20,6 +20,7 @@
 //                       how often
 //   overlaps            whether that is worth doing for cells, with a tile of so many rows
 //   ahead, ahead_rows(inputs), Inputs  see forward.h
+//   own_sequences       that a thread should have to walk backward with many weights by itself
 //   Session             held by a thread while it multiplies
 // What writes Elements returns nonzero if a value was beyond what may be multiplied.
 #pragma once

@@ -21,9 +21,10 @@ inline int64_t private_weights() {
 }
 
 struct Work {
-  int64_t items;         // what threads that walk together can share
-  int64_t step;          // multiply-adds of the widest step
-  int64_t weight_bytes;  // that a step reads
+  int64_t items;                             // what threads that walk together can share
+  int64_t step;                              // multiply-adds of the widest step
+  int64_t weight_bytes;                      // that a step reads
+  int64_t sequences = sequences_per_thread;  // that are worth a thread of their own
 };
 
 struct Split {
@@ -75,8 +76,8 @@ inline Split split_work(const Shape& shape, int threads, const Work& work) {
   int64_t size = work.step / work_per_thread;
   if (size > threads) size = threads;
   if (size > max_parts) size = max_parts;
-  if (size > 1 && sequences >= sequences_per_thread * size &&
-      work.weight_bytes <= private_weights() && even_by_sequence(shape, int(size)))
+  if (size > 1 && sequences >= work.sequences * size && work.weight_bytes <= private_weights() &&
+      even_by_sequence(shape, int(size)))
     return {int(size), true};
   if (size > work.items) size = work.items;
   return {size < 1 ? 1 : int(size), false};

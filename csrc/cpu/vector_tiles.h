@@ -3,6 +3,7 @@
 
 #include "../layer.h"
 #include "scratch.h"
+#include "split.h"
 #include "tile.h"
 #include "transpose.h"
 
@@ -17,6 +18,7 @@ struct VectorTiles {
   using Inputs = VectorTiles;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
   static constexpr int64_t max_rows = max_tile_rows, block_columns = L;
+  static constexpr int64_t own_sequences = sequences_per_thread;
   static constexpr int terms = 1;
 
   // panel[k][column]
