@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed.nn  # before there is a group: its functions keep theirs for ever
 from torch import Tensor
 from torch import distributed as dist
 
@@ -116,6 +118,9 @@ def process_group(wanted: bool) -> Iterator[torch.device]:
                 silence.enter_context(contextlib.redirect_stdout(null))
             yield device
     finally:
+        # The group waits for its threads when its last user is gone, and a model may be part of a
+        # cycle. A thread that outlives Python and still holds a tensor aborts the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -251,9 +251,11 @@ def test_what_is_saved_on_the_way_is_as_good_as_the_last(straight, tmp_path, mon
     assert_goes_along(curve(tmp_path), straight, range(6, 10))
 
 
-def run_two_processes(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_two_processes(
+    *args: str, cwd: Path, script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(SCRIPT), "--ddp", *args]
+    command += [str(script), "--ddp", *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=120)
 
 
@@ -273,6 +275,25 @@ def test_two_processes_have_the_losses_of_one_and_resume(straight, tmp_path):
     load[1] = str(tmp_path / "new" / "model.pt")
     char_rnn.main([*SMALL_RUN, *load, str(tmp_path / "one")])
     assert_goes_along(curve(tmp_path / "one"), straight, range(6, 10))
+
+
+def test_no_thread_of_the_process_group_outlives_it(tmp_path):
+    """One that still held a tensor when Python ended would abort the process."""
+    script = tmp_path / "count_threads.py"
+    script.write_text(
+        f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import char_rnn
+char_rnn.main()
+names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+assert names and not any("gloo" in name for name in names), names
+"""
+    )
+    options = [*SMALL_MODEL, *SMALL_RUN, "--iterations", "2", "--out", "out"]
+    done = run_two_processes(*options, cwd=tmp_path, script=script)
+    assert done.returncode == 0, done.stderr
 
 
 def test_processes_that_cannot_share_the_batch_say_so_once(tmp_path):
