@@ -104,10 +104,10 @@ class TileShape {
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } config;
-    for (int k = 0; k < 8; ++k) {
+    for (int k = 0; k < 8; ++k) {  // see AmxProduct::run
       const bool above = k < 2 || k == 4, below = k == 2 || k == 3 || k == 5;
       config.row_bytes[k] = 64;
-      config.rows[k] = uint8_t(above ? upper : below ? (lower > 0 ? lower : 1) : 16);
+      config.rows[k] = uint8_t(above ? upper : below ? (lower > 0 ? lower : upper) : 16);
     }
     asm volatile("" : : "r"(&config) : "memory");  // gcc takes the next line to read 8 bytes
     _tile_loadconfig(&config);
@@ -124,7 +124,7 @@ class TileShape {
 thread_local int64_t TileShape::current_ = 0;
 
 // C (upper + lower rows, 32) = or += A B over `blocks` blocks of 32 rows of K: A is blocked with
-// `left` terms, B a panel with `right` terms, see AmxTiles. Small products are added first.
+// `left` terms, B a panel with `right` terms, see AmxTiles. The largest product is added last.
 template <int left, int right>
 struct AmxProduct {
   static constexpr int64_t register_size = 512;  // Elements: 16 rows of 64 bytes
@@ -136,29 +136,46 @@ struct AmxProduct {
     for (int j = 0; j < right; ++j) count += met(j);
     return count;
   }
+  // The n-th of them: the first is the one that the term of B before was multiplied by last, so
+  // that one product and the next have a term in common, which is loaded once.
+  static constexpr int meets(int j, int n) { return j == 0 ? (n + 1) % met(0) : n; }
 
-  // `two`: are there lower rows?
+  // `two`: are there lower rows? Registers: 0 to 3 are C, 6 and 7 a term of B; 4 and 5 the upper
+  // and lower rows of a term of A, or without lower rows its first term and another.
   template <bool two, class Other>
   static void run(const bf16* a, int64_t height, int64_t upper, const bf16* b, int64_t blocks,
                   Other& meanwhile) {
     const int64_t term_stride = height * 32, lower_offset = upper * 32;
     for (; blocks > 0; --blocks, a += left * term_stride, b += block_size) {
       const bf16* next = b + block_size;
+      int loaded = -1;  // term of A
+#pragma GCC unroll 3
       for (int j = right - 1; j >= 0; --j) {
-        bool fresh = true;
-        for (int i = met(j) - 1; i >= 0; --i, fresh = false) {
+#pragma GCC unroll 3
+        for (int n = 0; n < met(j); ++n) {
+          const int i = meets(j, n);
           const bf16* const rows = a + i * term_stride;
-          if (fresh) _tile_loadd(6, b + j * register_size, 64);
-          _tile_loadd(4, rows, 64);
-          _tile_dpbf16ps(0, 4, 6);
+          const bool of_a = two || i > 0 ? i != loaded : j == right - 1, of_b = n == 0;
+          if (two || i > 0) loaded = i;
+          if (of_b) _tile_loadd(6, b + j * register_size, 64);
+          if (two || i == 0) {
+            if (of_a) _tile_loadd(4, rows, 64);
+            _tile_dpbf16ps(0, 4, 6);
+          } else {
+            if (of_a) _tile_loadd(5, rows, 64);
+            _tile_dpbf16ps(0, 5, 6);
+          }
           ask(next);
           if (two) {
-            _tile_loadd(5, rows + lower_offset, 64);
+            if (of_a) _tile_loadd(5, rows + lower_offset, 64);
             _tile_dpbf16ps(2, 5, 6);
             ask(next);
           }
-          if (fresh) _tile_loadd(7, b + (right + j) * register_size, 64);
-          _tile_dpbf16ps(1, 4, 7);
+          if (of_b) _tile_loadd(7, b + (right + j) * register_size, 64);
+          if (two || i == 0)
+            _tile_dpbf16ps(1, 4, 7);
+          else
+            _tile_dpbf16ps(1, 5, 7);
           ask(next);
           if (two) {
             _tile_dpbf16ps(3, 5, 7);

@@ -226,8 +226,14 @@ class Forward {
       const int64_t t = walk_.time(d, s), known = s == 0 ? 0 : walk_.rows(walk_.time(d, s - 1));
       const Operand reads = state(d, s);
       const Range share = team.share(walk_.rows(t));
+      const int64_t after = s + 1 < steps() ? walk_.time(d, s + 1) : t;
       for (int64_t r = share.begin; r < share.end; ++r) {
-        if (!ahead_) note(reads.put_row(r, 0, x_row(walk_.start(t) + r), n_.I));
+        if (!ahead_) {
+          note(reads.put_row(r, 0, x_row(walk_.start(t) + r), n_.I));
+          const char* const x = reinterpret_cast<const char*>(x_row(walk_.start(after) + r));
+          for (int64_t k = 0; r < walk_.rows(after) && k < n_.I * int64_t(sizeof(S)); k += 64)
+            __builtin_prefetch(x + k, 0, 2);
+        }
         if (r < known) continue;
         const S* h0 = static_cast<const S*>(a_.h0) + state_at(d, r, n_.P);
         const bool cut = d == 0 && walk_.cut_before(d, t, r);
