@@ -45,21 +45,22 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
-  Tensor y = output(rows.of(D * P), dtype), h_n = output({D, B, P}, dtype);
+  const auto make = need_reserve ? reserved : output;
+  Tensor y = make(rows.of(D * P), dtype), h_n = output({D, B, P}, dtype);
   Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
   if (need_reserve || need_cells) {
-    c_all = (need_cells ? output : reserved)(rows.of(D * H), state);
+    c_all = make(rows.of(D * H), state);
     args.c_all = c_all.mutable_data_ptr();
   }
   if (need_reserve) {
-    gates = reserved({N, D, 4 * H}, dtype);
+    gates = make({N, D, 4 * H}, dtype);
     args.gates = gates.mutable_data_ptr();
   }
   if (need_reserve && !w_hr.empty()) {
-    m = reserved({N, D * H}, dtype);
+    m = make({N, D * H}, dtype);
     args.m = m.mutable_data_ptr();
   }
   fastlstm::kernels().forward(args);
@@ -147,7 +148,7 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   args.m = input("m", m, {N, D * H}, dtype);
   if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
 
-  Tensor dx = need[0] ? output(rows.of(I), state) : absent();
+  Tensor dx = need[0] ? reserved(rows.of(I), state) : absent();
   Tensor dh0 = need[1] ? output({D, B, P}, dtype) : absent();
   Tensor dc0 = need[2] ? output({D, B, H}, dtype) : absent();
   if (need[0]) args.dx = dx.mutable_data_ptr();
@@ -156,7 +157,7 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   const auto each = [&, D = D](bool needed, Sizes sizes, void*(&out)[max_directions]) {
     Tensors made;
     for (int64_t d = 0; needed && d < D; ++d) {
-      made.push_back(output(sizes, state));
+      made.push_back(reserved(sizes, state));
       out[d] = made.back().mutable_data_ptr();
     }
     return made;

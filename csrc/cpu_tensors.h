@@ -129,8 +129,9 @@ Tensor output(Sizes sizes, ScalarType dtype) {
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;
 }
-// What a forward pass saves, in memory that an earlier step had where there is some. It can't be
-// resized, as memory that comes from elsewhere never can, so it is not for outputs.
+// What a training step makes, in memory that an earlier step had where there is some. It can't be
+// resized, as memory that comes from elsewhere never can: torch resizes no tensor that requires a
+// gradient, and nobody resizes gradients.
 Tensor reserved(Sizes sizes, ScalarType dtype) {
   size_t bytes = aoti_torch_dtype_element_size(code_of(dtype));
   for (int64_t size : sizes) bytes *= size_t(size);
@@ -145,7 +146,7 @@ Tensor reserved(Sizes sizes, ScalarType dtype) {
       aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, release,
       reinterpret_cast<void*>(block.bytes));
   // The block is lost then: torch may have released it already.
-  if (error != AOTI_TORCH_SUCCESS) fail("torch made no tensor of what the forward pass saves");
+  if (error != AOTI_TORCH_SUCCESS) fail("torch made no tensor of kept memory");
   Tensor tensor(handle);
   if (poisoned) torch::stable::fill_(tensor, __builtin_nan(""));
   return tensor;

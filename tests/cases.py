@@ -110,6 +110,9 @@ LAYERS = (
     Layer((2,) * 5, 6, 35, projection=18, directions=2, bias=False),
     Layer((3, 3, 0), 9, 17, projection=20, reset=0.3, batch=5),
     Layer((12,) * 7, 1, 70),  # the unit's dW_ih and dW_hh: tiles of one row, and of many
+    # One row a step and long rows of weights: they are not packed.
+    Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
+    Layer((1,) * 17, 300, 37, projection=143, bias=False),
 )
 
 # What the benchmarks time: (T, B, I, H).

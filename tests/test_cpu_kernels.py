@@ -78,11 +78,19 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set
     )
 
 
+BEYOND_CACHES = (
+    Layer((200, 200, 90), 130, 403, reset=0.1),
+    Layer((1,) * 18, 9000, 150, directions=2, reset=0.1),  # unpacked, inputs in chunks
+)
+
+
+@pytest.mark.parametrize("case", BEYOND_CACHES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layer_beyond_the_caches(dtype: torch.dtype, threads: int, instruction_set: str) -> None:
+def test_layer_beyond_the_caches(
+    case: Layer, dtype: torch.dtype, threads: int, instruction_set: str
+) -> None:
     """Weights and dgates larger than an L2 cache take other ways through it."""
-    case = Layer((200, 200, 90), 130, 403, reset=0.1)
     layer = make_layer(case, dtype)
     want = reference.layer_forward(*layer, True, True)
     grads = random_gradients(want)

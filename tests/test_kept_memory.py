@@ -1,7 +1,8 @@
-"""What a training step saves lies in memory that the last step had: csrc/cpu/scratch.cpp."""
+"""What a training step makes lies in memory that the last step had: csrc/cpu/scratch.cpp."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ MIB = 1 << 20
 
 
 def forward(steps: int, batch: int = 8, hidden: int = 128, need_cells: bool = False) -> Outputs:
-    """One layer with its reserve, 5 * steps * batch * hidden floats."""
+    """One layer that will be undone: 6 * steps * batch * hidden floats."""
     weights = [Weights(*(torch.randn(4 * hidden, n) / 16 for n in (hidden, hidden)), None, None)]
     state = torch.randn(1, batch, hidden)
     batch_sizes = torch.full((steps,), batch)
@@ -30,7 +31,7 @@ def forward(steps: int, batch: int = 8, hidden: int = 128, need_cells: bool = Fa
 
 
 def places(out: Outputs) -> set[int]:
-    return {out.gates.data_ptr(), out.c_all.data_ptr()}
+    return {out.gates.data_ptr(), out.c_all.data_ptr(), out.y.data_ptr()}
 
 
 def test_a_step_gets_the_memory_of_the_last():
@@ -41,16 +42,50 @@ def test_a_step_gets_the_memory_of_the_last():
 
 def test_reserves_in_use_lie_apart():
     outs = [forward(400) for _ in range(3)]
-    spans = sorted((t.data_ptr(), t.nbytes) for out in outs for t in (out.gates, out.c_all))
+    spans = sorted((t.data_ptr(), t.nbytes) for out in outs for t in (out.gates, out.c_all, out.y))
     for (start, size), (following, _) in pairwise(spans):
         assert start + size <= following
 
 
-def test_outputs_are_torchs():
-    """They can be resized; what is kept can't."""
-    out = forward(400, need_cells=True)
-    assert out.y.untyped_storage().resizable() and out.c_all.untyped_storage().resizable()
-    assert not out.gates.untyped_storage().resizable()
+def resizable(tensor: torch.Tensor) -> bool:
+    return tensor.untyped_storage().resizable()
+
+
+def test_only_what_torch_does_not_resize_is_kept():
+    """Outputs that require a gradient, and gradients; what inference makes is torch's own."""
+    module, x = fastlstm.LSTM(128, 256), torch.randn(400, 8, 128, requires_grad=True)
+    with torch.no_grad():
+        assert resizable(module(x)[0])
+    output = module(x)[0]
+    assert not resizable(output)
+    with pytest.raises(RuntimeError, match="resize"):
+        output.resize_(3)
+    output.sum().backward()
+    assert not resizable(module.weight_hh_l0.grad)
+    assert not resizable(x.grad)
+
+
+def test_gradients_are_kept_and_are_tensors_like_others():
+    module, x = fastlstm.LSTM(128, 256), torch.randn(400, 8, 128, requires_grad=True)
+    places = []
+    for _ in range(3):
+        module.zero_grad()
+        x.grad = None
+        module(x)[0].square().sum().backward()
+        gradients = [x.grad, module.weight_hh_l0.grad]  # a mebibyte and more
+        assert not any(map(resizable, gradients))
+        places.append({g.data_ptr() for g in gradients})
+        del gradients
+    assert places[1] & places[2]
+    gradient = module.weight_hh_l0.grad
+    before = gradient.clone()
+    file = io.BytesIO()
+    torch.save(gradient, file)
+    file.seek(0)
+    for copy in (torch.load(file), gradient.numpy(), gradient.share_memory_(), gradient):
+        torch.testing.assert_close(torch.as_tensor(copy), before, rtol=0, atol=0)
+    module(x)[0].square().sum().backward()
+    torch.testing.assert_close(gradient, 2 * before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,7 +121,7 @@ def lazily_freed() -> int:
 def test_the_system_may_take_what_is_kept():
     """The kernel counts such pages late, up to sixty megabytes of them: half is enough."""
     out = forward(16000)
-    size, before = out.gates.nbytes + out.c_all.nbytes, lazily_freed()
+    size, before = out.gates.nbytes + out.c_all.nbytes + out.y.nbytes, lazily_freed()
     assert size > 256 * MIB
     del out
     assert lazily_freed() - before > size / 2
@@ -100,19 +135,36 @@ from test_kept_memory import forward, lazily_freed
 largest = 0
 for steps in (4000, 5600, 8000, 2800, 11200, 16000, 4000, 22400):
     out = forward(steps)
-    largest = max(largest, out.gates.nbytes + out.c_all.nbytes)
+    largest = max(largest, out.gates.nbytes + out.c_all.nbytes + out.y.nbytes)
     del out
 print(lazily_freed() / largest)
 """
 
 
-def test_what_is_kept_was_in_use_at_once():
+HELD = """
+from test_kept_memory import forward, lazily_freed
+
+for _ in range(4):
+    forward(400)
+print(lazily_freed())
+"""
+
+
+def run(program: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", GROWING],
+        [sys.executable, "-c", program],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
+    return done.stdout
+
+
+def test_little_is_held_as_it_is():
+    assert int(run(HELD)) == 0
+
+
+def test_what_is_kept_was_in_use_at_once():
     # All of them together would be 3.3; malloc may keep a block that was given back to it.
-    assert 0.5 < float(done.stdout) < 1.5
+    assert 0.5 < float(run(GROWING)) < 1.5
 
 
 def test_threads_share_it():

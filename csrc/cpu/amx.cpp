@@ -5,6 +5,7 @@
 #include "amx_tiles.h"
 #include "backward.h"
 #include "dispatch.h"
+#include "few_steps.h"
 #include "forward.h"
 #include "isa.h"
 #include "product.h"
@@ -69,6 +70,7 @@ using ForwardAhead = Forward<AheadTiles<Unit>>;
 
 void forward(const ForwardArgs& args) {
   const Shape& n = args.shape;
+  if (spares_matrix_unit() && are_few_steps(n, args.storage)) return kernels_avx512.forward(args);
   if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
       !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
     kernels_avx512.forward(args);

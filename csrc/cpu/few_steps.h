@@ -13,8 +13,12 @@
 namespace fastlstm {
 namespace {
 
-// With more rows a step, or more of them in all, packed weights are used often enough.
+// With more rows a step, or more of them in all, packed weights are used often enough. A single row
+// waits for weights, packed or not: the longer the rows of weights, the more steps.
 constexpr int64_t most_step_rows = 8, most_rows = 16;
+inline int64_t most_rows_of(const Shape& n, int64_t step_rows) {
+  return step_rows == 1 ? std::max(most_rows, n.P / 8) : most_rows;
+}
 // Rows that are multiplied together, so that a weight is loaded once for all of them.
 constexpr int64_t most_together = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
 
@@ -22,7 +26,8 @@ constexpr int64_t most_together = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
 inline bool are_few_steps(const Shape& n, Storage storage) {
   const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
   const bool exact = storage == Storage::f32 || storage == Storage::f64;
-  if (rows == 0 || rows > most_step_rows || n.N > most_rows || n.N % rows != 0) return false;
+  if (rows == 0 || rows > most_step_rows || n.N > most_rows_of(n, rows) || n.N % rows != 0)
+    return false;
   const int64_t steps = n.N / rows;
   return n.batch_sizes[steps - 1] == rows && (steps == 1 || exact);
 }
@@ -47,8 +52,10 @@ class FewSteps {
         steps_(n_.N / rows_),
         mine_(sequences),
         groups_(blocks_of(n_.H, L)),
-        together_(std::clamp<int64_t>(most_together / rows_, 1, steps_)),
-        ahead_(together_ > 1 ? n_.D * groups_ * together_ * rows_ * 4 * L : 0),
+        chunk_(mine_.end - mine_.begin < rows_
+                   ? 1
+                   : std::clamp<int64_t>(chunk_rows(n_) / rows_, 1, steps_)),
+        ahead_(chunk_ > 1 ? n_.D * groups_ * chunk_ * rows_ * 4 * L : 0),
         m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {}
 
   static Work work(const ForwardArgs& args) {
@@ -63,15 +70,18 @@ class FewSteps {
     const int64_t panels = blocks_of(n_.P, L);
     const Range outputs = a_.w_hr[0] ? team.share(n_.D * panels) : Range{0, 0};
     for (int64_t s = 0; s < steps_; ++s) {
-      for (int64_t k = mine.begin; k < mine.end; ++k) {
+      // There and back again: what the cache still holds of the last step is used first.
+      for (int64_t item = 0; item < mine.end - mine.begin; ++item) {
+        const int64_t k = s % 2 == 0 ? mine.begin + item : mine.end - 1 - item;
         const Units units{k, int(k / groups_), k % groups_ * L};
-        if (together_ > 1 && s % together_ == 0) multiply_inputs(units, s);
-        for_tiles([&](auto rows, int64_t first) { finish_units<rows.value>(units, s, first); });
+        if (chunk_ > 1 && s % chunk_ == 0) multiply_inputs(units, s);
+        for_tiles(mine_,
+                  [&](auto rows, int64_t first) { finish_units<rows.value>(units, s, first); });
       }
       if (a_.w_hr[0]) {
         team.barrier.wait();
         for (int64_t k = outputs.begin; k < outputs.end; ++k)
-          for_tiles([&](auto rows, int64_t first) {
+          for_tiles(mine_, [&](auto rows, int64_t first) {
             project<rows.value>(int(k / panels), k % panels * L, s, first);
           });
       }
@@ -86,6 +96,12 @@ class FewSteps {
   }
 
  private:
+  // Rows of x that stay in the L2 cache while all units pass by.
+  static int64_t chunk_rows(const Shape& n) {
+    const int64_t row = std::max<int64_t>(n.I, 1) * int64_t(sizeof(S));
+    return std::clamp<int64_t>(l2_cache_bytes() / 4 / row, most_together, 256);
+  }
+
   // Up to L units of one direction, and the how many-eth of all such groups they are.
   struct Units {
     int64_t index;
@@ -94,23 +110,17 @@ class FewSteps {
   };
 
   template <class Body>
-  void for_tiles(const Body& body) {
-    int64_t first = mine_.begin;
-    for (; first + most_together <= mine_.end; first += most_together)
+  void for_tiles(Range range, const Body& body) {
+    int64_t first = range.begin;
+    for (; first + most_together <= range.end; first += most_together)
       body(Rows<most_together>{}, first);
-    for_rest(mine_.end - first, [&](auto rows) { body(rows, first); });
-  }
-  template <class Body>
-  void for_rest(int64_t rows, const Body& body) {
-    switch (rows) {
+    switch (range.end - first) {
       case 1:
-        return body(Rows<1>{});
+        return body(Rows<1>{}, first);
       case 2:
-        return body(Rows<2>{});
+        return body(Rows<2>{}, first);
       case 3:
-        return body(Rows<3>{});
-      case 4:
-        return body(Rows<4>{});
+        return body(Rows<3>{}, first);
     }
   }
 
@@ -119,64 +129,101 @@ class FewSteps {
     return int(n_.H - units.first < L ? n_.H - units.first : L);
   }
 
-  // sum[r][j] += row r of a (rows, a_distance) times row j of w (count, w_distance), over k_size
-  // columns, lane by lane.
-  template <int rows, int count>
-  FASTLSTM_INLINE void add_products(const S* a, int64_t a_distance, const S* w, int64_t w_distance,
-                                    int64_t k_size, V (&sum)[rows][count]) {
+  // Rows of weights: of some units their `gates` rows each.
+  struct Weights {
+    const S* first;
+    int64_t gate_distance, k_size;
+    const S* row(int unit, int gate) const { return first + gate * gate_distance + unit * k_size; }
+  };
+
+  // sum[unit][r][gate] += row r of a (rows, a_distance) times a row of weights, lane by lane.
+  template <int units, int rows, int gates>
+  FASTLSTM_INLINE void add_products(const S* a, int64_t a_distance, const Weights& w,
+                                    V (&sum)[units][rows][gates]) {
     int64_t k = 0;
-    for (; k + L <= k_size; k += L) {
-      V weight[count];
+    for (; k + L <= w.k_size; k += L) {
+      V weight[units][gates];
 #pragma GCC unroll 4
-      for (int j = 0; j < count; ++j) weight[j] = load(w + j * w_distance + k);
+      for (int unit = 0; unit < units; ++unit)
+#pragma GCC unroll 4
+        for (int gate = 0; gate < gates; ++gate) weight[unit][gate] = load(w.row(unit, gate) + k);
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
         const V value = load(a + r * a_distance + k);
 #pragma GCC unroll 4
-        for (int j = 0; j < count; ++j) sum[r][j] += value * weight[j];
+        for (int unit = 0; unit < units; ++unit)
+#pragma GCC unroll 4
+          for (int gate = 0; gate < gates; ++gate) sum[unit][r][gate] += value * weight[unit][gate];
       }
     }
-    if (k == k_size) return;
-    const int left = int(k_size - k);
+    if (k == w.k_size) return;
+    const int left = int(w.k_size - k);
     for (int r = 0; r < rows; ++r)
-      for (int j = 0; j < count; ++j)
-        sum[r][j] +=
-            load_some(a + r * a_distance + k, left) * load_some(w + j * w_distance + k, left);
+      for (int unit = 0; unit < units; ++unit)
+        for (int gate = 0; gate < gates; ++gate)
+          sum[unit][r][gate] +=
+              load_some(a + r * a_distance + k, left) * load_some(w.row(unit, gate) + k, left);
   }
 
-  // The sum of each vector's lanes, in the lane of the vector's index.
+  // products[r][gate] = row r of a times the weights' rows of up to L units, in the lane of each.
+  template <int rows, int gates>
+  FASTLSTM_INLINE void multiply(const S* a, int64_t a_distance, Weights w, int count,
+                                V (&products)[rows][gates]) {
+    // With few rows there are too few sums to fill the pipelines, so two units share them.
+    constexpr int together = rows * gates <= 4 ? 2 : 1;
+    alignas(64) V lanes_of[rows][gates][L] = {};
+    const auto of_units = [&](auto units, int first) {
+      V sum[units.value][rows][gates] = {};
+      add_products<units.value, rows, gates>(a, a_distance, w, sum);
+      for (int unit = 0; unit < units.value; ++unit)
+        for (int r = 0; r < rows; ++r)
+          for (int gate = 0; gate < gates; ++gate)
+            lanes_of[r][gate][first + unit] = sum[unit][r][gate];
+      w.first += units.value * w.k_size;
+    };
+    int unit = 0;
+    for (; unit + together <= count; unit += together) of_units(Rows<together>{}, unit);
+    for (; unit < count; ++unit) of_units(Rows<1>{}, unit);
+    for (int r = 0; r < rows; ++r)
+      for (int gate = 0; gate < gates; ++gate) products[r][gate] = sums_of(lanes_of[r][gate]);
+  }
+
+  // The sum of each vector's lanes, in the lane of the vector's index: a transpose whose halves are
+  // added at once.
   FASTLSTM_INLINE V sums_of(V (&square)[L]) {
-    transpose<T>(square);
-    V sum = square[0];
-    for (int k = 1; k < L; ++k) sum += square[k];
-    return sum;
+#pragma GCC unroll 4
+    for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k)
+        square[k] = interleave<T, 0>(square[k], square[k + half]) +
+                    interleave<T, 1>(square[k], square[k + half]);
+    return square[0];
   }
 
   // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
   void multiply_inputs(const Units& units, int64_t s) {
-    const int64_t steps = std::min(together_, steps_ - s);
+    const int64_t steps = std::min(chunk_, steps_ - s);
     const int64_t t = std::min(time(units.d, s), time(units.d, s + steps - 1));
-    const S* w_ih = static_cast<const S*>(a_.w_ih[units.d]) + units.first * n_.I;
     const S* x = static_cast<const S*>(a_.x) + t * rows_ * n_.I;
-    const int count = count_of(units);
-    for_rest(steps * rows_, [&](auto rows) {
-      alignas(64) V products[rows.value][4][L] = {};
-      for (int j = 0; j < count; ++j) {
-        V sum[rows.value][4] = {};
-        add_products<rows.value, 4>(x, n_.I, w_ih + j * n_.I, n_.H * n_.I, n_.I, sum);
-        for (int r = 0; r < rows.value; ++r)
-          for (int gate = 0; gate < 4; ++gate) products[r][gate][j] = sum[r][gate];
-      }
-      T* ahead = ahead_ + units.index * together_ * rows_ * 4 * L;
+    const Weights w_ih = weights(a_.w_ih, units, n_.I);
+    T* ahead = ahead_ + units.index * chunk_ * rows_ * 4 * L;
+    for_tiles({0, steps * rows_}, [&](auto rows, int64_t first) {
+      V products[rows.value][4];
+      multiply<rows.value, 4>(x + first * n_.I, n_.I, w_ih, count_of(units), products);
       for (int r = 0; r < rows.value; ++r)
-        for (int gate = 0; gate < 4; ++gate, ahead += L) store(ahead, sums_of(products[r][gate]));
+        for (int gate = 0; gate < 4; ++gate)
+          store(ahead + ((first + r) * 4 + gate) * L, products[r][gate]);
     });
   }
   // Of one row of step s.
   const T* ahead(const Units& units, int64_t s, int64_t row) const {
-    const int64_t begin = s - s % together_, steps = std::min(together_, steps_ - begin);
+    const int64_t begin = s - s % chunk_, steps = std::min(chunk_, steps_ - begin);
     const int64_t step = units.d == 0 ? s - begin : steps - 1 - (s - begin);
-    return ahead_ + ((units.index * together_ + step) * rows_ + row) * 4 * L;
+    return ahead_ + ((units.index * chunk_ + step) * rows_ + row) * 4 * L;
+  }
+  Weights weights(const void* const* of_directions, const Units& units, int64_t k_size) const {
+    return {static_cast<const S*>(of_directions[units.d]) + units.first * k_size, n_.H * k_size,
+            k_size};
   }
 
   // (eq. 1 to 4) for up to L units and a tile of rows of step s.
@@ -185,30 +232,21 @@ class FewSteps {
     const int64_t H = n_.H, D = n_.D, I = n_.I, P = n_.P, unit = units.first;
     const int d = units.d, count = count_of(units);
     const int64_t t = time(d, s), begin = t * rows_ + first;  // row of x
-    const S *w_ih = static_cast<const S*>(a_.w_ih[d]), *w_hh = static_cast<const S*>(a_.w_hh[d]),
-            *bias = static_cast<const S*>(a_.bias[d]);
+    const S* bias = static_cast<const S*>(a_.bias[d]);
     const S* x = static_cast<const S*>(a_.x) + begin * I;
     const S* h = s == 0
                      ? static_cast<const S*>(a_.h0) + (d * n_.B + first) * P
                      : static_cast<const S*>(a_.y) + ((time(d, s - 1) * rows_ + first) * D + d) * P;
     const S* c_prev =
         static_cast<const S*>(s == 0 ? a_.c0 : a_.c_n) + (d * n_.B + first) * H + unit;
-    alignas(64) V products[rows][4][L] = {};
-    for (int j = 0; j < count; ++j) {
-      V sum[rows][4] = {};
-      add_products<rows, 4>(h, s == 0 ? P : D * P, w_hh + (unit + j) * P, H * P, P, sum);
-      for (int r = 0; r < rows; ++r)  // what a segment's first step has no use for
-        if (cut(d, t, first + r))
-          for (V& part : sum[r]) part = V{};
-      if (together_ == 1) add_products<rows, 4>(x, I, w_ih + (unit + j) * I, H * I, I, sum);
-      for (int r = 0; r < rows; ++r)
-        for (int gate = 0; gate < 4; ++gate) products[r][gate][j] = sum[r][gate];
-    }
+    V of_h[rows][4], of_x[rows][4];
+    multiply<rows, 4>(h, s == 0 ? P : D * P, weights(a_.w_hh, units, P), count, of_h);
+    if (chunk_ == 1) multiply<rows, 4>(x, I, weights(a_.w_ih, units, I), count, of_x);
     for (int r = 0; r < rows; ++r) {
       V pre[4];
       for (int gate = 0; gate < 4; ++gate) {
-        pre[gate] = sums_of(products[r][gate]);
-        if (together_ > 1) pre[gate] += load(ahead(units, s, first + r) + gate * L);
+        pre[gate] = chunk_ > 1 ? load(ahead(units, s, first + r) + gate * L) : of_x[r][gate];
+        if (!cut(d, t, first + r)) pre[gate] += of_h[r][gate];
         if (bias) pre[gate] += load_some(bias + gate * H + unit, count);
       }
       const Gates<V> active = Math::activate({pre[0], pre[1], pre[2], pre[3]});
@@ -241,14 +279,10 @@ class FewSteps {
     const int64_t H = n_.H, P = n_.P, row = time(d, s) * rows_ + first;
     const int count = int(P - output < L ? P - output : L);
     const S* w_hr = static_cast<const S*>(a_.w_hr[d]);
-    alignas(64) V products[rows][L] = {};
-    for (int j = 0; j < count; ++j) {
-      V sum[rows][1] = {};
-      add_products<rows, 1>(m_ + (d * rows_ + first) * H, H, w_hr + (output + j) * H, H, H, sum);
-      for (int r = 0; r < rows; ++r) products[r][j] = sum[r][0];
-    }
+    V products[rows][1];
+    multiply<rows, 1>(m_ + (d * rows_ + first) * H, H, {w_hr + output * H, 0, H}, count, products);
     for (int r = 0; r < rows; ++r) {
-      const V h = sums_of(products[r]);
+      const V h = products[r][0];
       store_some(static_cast<S*>(a_.y) + ((row + r) * n_.D + d) * P + output, h, count);
       store_some(static_cast<S*>(a_.h_n) + (d * n_.B + first + r) * P + output, h, count);
     }
@@ -267,9 +301,9 @@ class FewSteps {
   const int64_t steps_;
   const Range mine_;  // of them
   const int64_t groups_;
-  const int64_t together_;  // steps whose inputs are multiplied together
-  Scratch<T> ahead_;        // (D * groups, together, rows, 4, L)
-  Scratch<S> m_;            // (D, rows, H), with a projection
+  const int64_t chunk_;  // steps whose inputs are multiplied together
+  Scratch<T> ahead_;     // (D * groups, chunk, rows, 4, L)
+  Scratch<S> m_;         // (D, rows, H), with a projection
 };
 
 }  // namespace

@@ -19,6 +19,7 @@ void poison_scratch(bool on) {
 }
 
 static constexpr size_t huge_page = size_t(2) << 20;
+static constexpr size_t most_held = size_t(64) << 20;  // of each store, without a way back
 
 #if defined(__linux__)
 // A hint about the whole pages of a block.
@@ -72,6 +73,12 @@ class Store {
     return best < 0 ? Block{nullptr, 0} : remove(best);
   }
 
+  // Bytes of all blocks; many where that cannot be told.
+  size_t kept() {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    return lock ? kept_ : SIZE_MAX;
+  }
+
   // Frees the oldest blocks, until so many bytes are or none is left.
   void release(size_t bytes) {
     Freed freed;
@@ -91,7 +98,7 @@ class Store {
   }
 
  private:
-  static constexpr int capacity = 64;
+  static constexpr int capacity = 256;
 
   // Freed when the store is not locked any more, since that takes long.
   struct Freed {
@@ -123,7 +130,7 @@ class Store {
 
 // Never destroyed: a call may outlive static destructors.
 static Store& scratch_store() {
-  static Store* forever = new Store(size_t(64) << 20);
+  static Store* forever = new Store(most_held);
   return *forever;
 }
 static Store& reserve_store() {
@@ -170,8 +177,11 @@ Block allocate_reserve(size_t bytes) {
   return allocate(bytes);
 }
 
+// A small model's blocks stay as they are: offering pages takes a few per cent of its training
+// step, mostly afterwards, when they are written to.
 void free_reserve(Block block) {
-  offer_pages(block);
+  const size_t kept = reserve_store().kept();
+  if (kept > most_held || block.bytes > most_held - kept) offer_pages(block);
   if (!reserve_store().keep(block)) std::free(block.memory);
 }
 
