@@ -80,7 +80,7 @@ def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set
 
 BEYOND_CACHES = (
     Layer((200, 200, 90), 130, 403, reset=0.1),
-    Layer((1,) * 18, 9000, 150, directions=2, reset=0.1),  # unpacked, inputs in chunks
+    Layer((1,) * 40, 3400, 320, directions=2, reset=0.1),  # unpacked, inputs in chunks
 )
 
 
