@@ -131,7 +131,7 @@ Tensor output(Sizes sizes, ScalarType dtype) {
 }
 // What a training step makes, in memory that an earlier step had where there is some. It can't be
 // resized, as memory that comes from elsewhere never can: torch resizes no tensor that requires a
-// gradient, and nobody resizes gradients.
+// gradient either, and gradients have their parameters' sizes.
 Tensor reserved(Sizes sizes, ScalarType dtype) {
   size_t bytes = aoti_torch_dtype_element_size(code_of(dtype));
   for (int64_t size : sizes) bytes *= size_t(size);

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torch.distributed.nn  # before there is a group: its functions keep theirs for ever
 from torch import Tensor
 from torch import distributed as dist
+
+if dist.is_available():
+    import torch.distributed.nn  # before there is a group: its functions keep theirs for ever
 
 
 class UserError(Exception):

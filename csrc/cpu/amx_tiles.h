@@ -155,6 +155,7 @@ struct AmxProduct {
         for (int n = 0; n < met(j); ++n) {
           const int i = meets(j, n);
           const bf16* const rows = a + i * term_stride;
+          // What is new of A and of B. (The first term is met first of all, and then kept.)
           const bool of_a = two || i > 0 ? i != loaded : j == right - 1, of_b = n == 0;
           if (two || i > 0) loaded = i;
           if (of_b) _tile_loadd(6, b + j * register_size, 64);

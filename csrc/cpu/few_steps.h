@@ -1,7 +1,7 @@
-// The forward pass of a few steps of few rows: what a program calls that has its input one step at
-// a time. Packing the weights, as forward.h does, would take longer than all of the steps. Here
-// each unit's rows of W_ih and W_hh are multiplied where they lie: those of W_ih once for some
-// steps, those of W_hh once a step.
+// The forward pass of a few steps of few rows, what a program calls that has its input one step at
+// a time, or of a short sequence with long rows of weights. Packing the weights, as forward.h does,
+// would take longer than all of the steps. Here each unit's rows of W_ih and W_hh are multiplied
+// where they lie: those of W_ih by a chunk of steps, those of W_hh once a step.
 #pragma once
 
 #include <algorithm>
