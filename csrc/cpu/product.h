@@ -228,7 +228,7 @@ class Product {
 
     // Some rows of one panel.
     void panel_piece() {
-      if (transposed && Tiles::has_pauses)
+      if (transposed)
         for (int64_t k = 0; k < RightTiles::rows_together; ++k)
           prefetch(row_at_ + (8 + k) * ld_, width);
       RightTiles::pack_some_rows(row_at_, ld_, depth_ - k_, p_->columns_ - item_ * width, place_);
@@ -284,8 +284,10 @@ class Product {
         wanted = transposed ? destination(part, panel * width, columns_, width, first)
                             : destination(part, first, first + count, count, panel * width);
         T* const values = sums.values[1 - sums.buffer];
+        Wanted rows;
+        if (!Tiles::has_pauses) add_rows(rows, wanted);
         Tiles::multiply(left, tiles_[part].height, count, right, segments, false, values, width,
-                        nullptr, false, meanwhile);
+                        &rows, false, meanwhile);
         write_rest(sums);
         sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;
         sums.add = p_.add || group.k > 0;
@@ -316,6 +318,11 @@ class Product {
     --wanted.left;
     for (int64_t part = 0; part < width; part += L) __builtin_prefetch(wanted.row + part, 1);
     wanted.row += wanted.ld;
+  }
+
+  // The same without pauses.
+  void add_rows(Wanted& rows, Destination from) const {
+    for (; from.left > 0; --from.left, from.row += from.ld) rows.add(from.row);
   }
 
   // So many rows and columns of sums are a piece, and such a number of them is the most there is.
