@@ -264,8 +264,8 @@ ProbeResult cpu_gate_math(const Tensor& a, const Tensor& c_prev, const Tensor& d
 
 // The instruction sets that can be used here, best first, separated by spaces.
 std::string cpu_instruction_sets() {
-  const fastlstm::Kernels* tables[8];
-  const int count = fastlstm::available_kernels(tables, 8);
+  const fastlstm::Kernels* tables[fastlstm::most_kernels];
+  const int count = fastlstm::available_kernels(tables, fastlstm::most_kernels);
   std::string names;
   for (int k = 0; k < count; ++k) names += (k ? " " : "") + std::string(tables[k]->name);
   return names;

@@ -66,9 +66,13 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() == "x86_64":
     ISA_FLAGS["avx2"] = _AVX2
     ISA_FLAGS["avx512"] = (*_AVX512, *_AVX2, "-mprefer-vector-width=512", *_GCC_NOISE)
-    ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+    ISA_FLAGS["avx512_bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
+    ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16")
 # On every machine, so that no source of an instruction set is taken for a common one.
-ISA_SOURCES = {**dict.fromkeys(ISA_FLAGS, "cpu/isa.cpp"), "amx": "cpu/amx.cpp"}
+ISA_SOURCES = dict.fromkeys(ISA_FLAGS, "cpu/isa.cpp")
+# Those that not every compiler knows, and what dispatch.cpp is told where it does.
+NEW_ISA = {"avx512_bf16": "FASTLSTM_AVX512_BF16", "amx": "FASTLSTM_AMX"}
+ISA_SOURCES.update((name, f"cpu/{name}.cpp") for name in NEW_ISA)
 
 # No fast math for CUDA either: gate_math.h's primitives name the approximations they take.
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
@@ -275,7 +279,9 @@ def find_toolchain() -> Toolchain:
         raise MissingError(f"the CPU library is built on Linux only, this is {sys.platform}")
     compiler, version = _find_compiler()
     torch_dir, torch_version = _find_torch()
-    isa = tuple(name for name in ISA_FLAGS if name != "amx" or _takes(compiler, ISA_FLAGS[name]))
+    isa = tuple(
+        name for name in ISA_FLAGS if name not in NEW_ISA or _takes(compiler, ISA_FLAGS[name])
+    )
     return Toolchain(compiler, version, isa, _find_ninja(), torch_dir, torch_version)
 
 
@@ -310,7 +316,9 @@ def _find_compiler() -> tuple[tuple[str, ...], str]:
 
 
 def _takes(compiler: Sequence[str], flags: Sequence[str]) -> bool:
-    """Does the compiler know these flags?  gcc has AMX since 11, clang since 12."""
+    """Does the compiler know these flags?  gcc knows bfloat16 vectors since 10 and AMX since 11,
+    clang since 9 and 12.
+    """
     command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -354,7 +362,7 @@ def _steps(tools: Toolchain, build_dir: Path, sanitize: bool) -> list[Step]:
     common = (
         *_common_flags(tools),
         *(SANITIZE_FLAGS if sanitize else ()),
-        *(("-DFASTLSTM_AMX",) if "amx" in tools.isa else ()),
+        *(f"-D{macro}" for name, macro in NEW_ISA.items() if name in tools.isa),
     )
     with_torch = (*common, *_torch_flags(tools))
     steps = [Step("stamp.o", build_dir / "stamp.cpp", common)]

@@ -1,8 +1,10 @@
 #include "dispatch.h"
 
 #include <cstring>
-#if defined(FASTLSTM_AMX) && defined(__linux__)
+#if defined(__x86_64__)
 #  include <cpuid.h>
+#endif
+#if defined(FASTLSTM_AMX) && defined(__linux__)
 #  include <sys/syscall.h>
 #  include <unistd.h>
 #endif
@@ -15,6 +17,16 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 #endif
 
+#if defined(FASTLSTM_AVX512_BF16)
+extern const Kernels kernels_avx512_bf16;
+
+// Vectors' dot products of bfloat16. (Not every compiler has a name for them to ask for.)
+static bool has_bf16_vectors() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+#endif
+
 #if defined(FASTLSTM_AMX) && defined(__linux__)
 extern const Kernels kernels_amx;
 
@@ -24,10 +36,8 @@ static bool amx_permitted() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tiles = d >> 24 & 1, bf16_tiles = d >> 22 & 1;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return false;
-  const bool bf16_vectors = a >> 5 & 1;
   constexpr int request_permission = 0x1023, tile_data = 18;
-  return tiles && bf16_tiles && bf16_vectors &&
+  return tiles && bf16_tiles && has_bf16_vectors() &&
          syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 #endif
@@ -44,6 +54,9 @@ int available_kernels(const Kernels** out, int capacity) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #  if defined(FASTLSTM_AMX) && defined(__linux__)
   offer(avx2 && avx512 && amx_permitted(), kernels_amx);
+#  endif
+#  if defined(FASTLSTM_AVX512_BF16)
+  offer(avx2 && avx512 && has_bf16_vectors(), kernels_avx512_bf16);
 #  endif
   offer(avx2 && avx512, kernels_avx512);
   offer(avx2, kernels_avx2);  // every processor with AVX2 and FMA has F16C
@@ -68,8 +81,8 @@ const Kernels& kernels() {
 }
 
 bool use_kernels(const char* name) {
-  const Kernels* tables[4];
-  const int count = available_kernels(tables, 4);
+  const Kernels* tables[most_kernels];
+  const int count = available_kernels(tables, most_kernels);
   for (int k = 0; k < count; ++k) {
     if (std::strcmp(tables[k]->name, name) == 0) {
       chosen() = tables[k];

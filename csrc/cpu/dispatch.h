@@ -5,6 +5,8 @@
 
 namespace fastlstm {
 
+constexpr int most_kernels = 5;
+
 // The instruction sets this library was built with and this processor runs, best first.
 int available_kernels(const Kernels** out, int capacity);
 

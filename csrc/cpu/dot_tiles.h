@@ -1,0 +1,107 @@
+// The products of a forward pass in bfloat16 by AVX-512's dot products: Tiles that take two
+// columns of K an instruction, so twice as many multiply-adds as vectors of floats, and half of the
+// bytes for weights. A bfloat16 is one term (term_tiles.h), and so is h, which is rounded to
+// storage. (The backward pass has dgates in float, three terms, and would lose.)
+//
+// The instruction takes subnormals for zeros, as the matrix unit does.
+#pragma once
+
+#include <cstring>
+
+#include "split.h"
+#include "term_tiles.h"
+
+namespace fastlstm {
+namespace {
+
+struct DotTiles : TermTiles<bf16, 1> {
+  using Inputs = DotTiles;
+  // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
+  static constexpr int64_t max_rows = 14;
+  static constexpr int64_t own_sequences = sequences_per_thread;
+
+  // C (rows, 32) = a tile times a panel, over `blocks` blocks of 32 columns. A tile of few rows has
+  // too few accumulators to fill the pipelines: it keeps `split` partial sums.
+  template <int rows, int split, bool in_advance>
+  static void multiply_rows(const bf16* a, int64_t height, const bf16* b, int64_t blocks, float* c,
+                            int64_t ldc) {
+    constexpr int64_t advance = 4 * 2 * register_size;  // how far ahead a panel is asked for
+    __m512 sum[split][rows][2];
+    for (auto& part : sum)
+      for (auto& row : part) row[0] = row[1] = _mm512_setzero_ps();
+    for (; blocks > 0; --blocks, a += height * block_columns, b += register_size) {
+#pragma GCC unroll 4
+      for (int pair = 0; pair < 16; ++pair, b += 32) {
+        if (in_advance) {
+          __builtin_prefetch(b + advance, 0, 2);
+          __builtin_prefetch(b + advance + register_size, 0, 2);
+        }
+        const __m512bh low = load_pairs(b), high = load_pairs(b + register_size);
+#pragma GCC unroll 14
+        for (int r = 0; r < rows; ++r) {
+          const __m512bh value = spread(a + r * block_columns + 2 * pair);
+          __m512* const s = sum[pair % split][r];
+          s[0] = _mm512_dpbf16_ps(s[0], value, low);
+          s[1] = _mm512_dpbf16_ps(s[1], value, high);
+        }
+      }
+    }
+#pragma GCC unroll 14
+    for (int r = 0; r < rows; ++r)
+      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+        for (int part = 1; part < split; ++part)
+          sum[0][r][half] = _mm512_add_ps(sum[0][r][half], sum[part][r][half]);
+        _mm512_storeu_ps(c + r * ldc + half * L, sum[0][r][half]);
+      }
+  }
+
+  template <class Other = Idle>
+  static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
+                       const Segments& segments, bool in_advance, float* c, int64_t ldc,
+                       const Wanted*, bool = false, Other&& = {}) {
+    const auto multiply_tile = in_advance ? tile_function<true>(rows) : tile_function<false>(rows);
+    multiply_tile(tile, height, panel, blocks(segments), c, ldc);
+  }
+
+  static int64_t pauses(const Segments&) { return 0; }
+  static constexpr bool overlaps(int64_t) { return false; }
+  static constexpr bool adds = false, asks = false, has_pauses = false;
+
+  // As with vectors of floats.
+  static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
+  static constexpr int64_t ahead_rows(int64_t) { return 96; }
+  static bool worth_prefetching(int64_t rows, int64_t elements) {
+    return rows > 4 && elements * int64_t(sizeof(bf16)) > l2_cache_bytes() / 2;
+  }
+
+  struct Session {};
+
+ private:
+  static __m512bh load_pairs(const bf16* from) {
+    return bit_cast<__m512bh>(_mm512_loadu_si512(from));
+  }
+  // A pair of columns, for every lane.
+  static __m512bh spread(const bf16* from) {
+    int32_t pair;
+    std::memcpy(&pair, from, sizeof pair);
+    return bit_cast<__m512bh>(_mm512_set1_epi32(pair));
+  }
+
+  template <bool in_advance>
+  static auto tile_function(int64_t rows) {
+    static constexpr decltype(&multiply_rows<1, 1, in_advance>) table[max_rows] = {
+        multiply_rows<1, 8, in_advance>,  multiply_rows<2, 4, in_advance>,
+        multiply_rows<3, 2, in_advance>,  multiply_rows<4, 2, in_advance>,
+        multiply_rows<5, 1, in_advance>,  multiply_rows<6, 1, in_advance>,
+        multiply_rows<7, 1, in_advance>,  multiply_rows<8, 1, in_advance>,
+        multiply_rows<9, 1, in_advance>,  multiply_rows<10, 1, in_advance>,
+        multiply_rows<11, 1, in_advance>, multiply_rows<12, 1, in_advance>,
+        multiply_rows<13, 1, in_advance>, multiply_rows<14, 1, in_advance>,
+    };
+    return table[rows - 1];
+  }
+};
+
+}  // namespace
+}  // namespace fastlstm
