@@ -26,30 +26,33 @@ struct DotTiles : TermTiles<bf16, 1> {
   static void multiply_rows(const bf16* a, int64_t height, const bf16* b, int64_t blocks, float* c,
                             int64_t ldc) {
     constexpr int64_t advance = 4 * 2 * register_size;  // how far ahead a panel is asked for
+    constexpr int unrolled = split > 4 ? split : 4;
     __m512 sum[split][rows][2];
     for (auto& part : sum)
       for (auto& row : part) row[0] = row[1] = _mm512_setzero_ps();
     for (; blocks > 0; --blocks, a += height * block_columns, b += register_size) {
-#pragma GCC unroll 4
-      for (int pair = 0; pair < 16; ++pair, b += 32) {
-        if (in_advance) {
-          __builtin_prefetch(b + advance, 0, 2);
-          __builtin_prefetch(b + advance + register_size, 0, 2);
-        }
-        const __m512bh low = load_pairs(b), high = load_pairs(b + register_size);
+      for (int pair = 0; pair < 16; pair += unrolled) {
+#pragma GCC unroll 8
+        for (int u = 0; u < unrolled; ++u, b += 32) {
+          if (in_advance) {
+            __builtin_prefetch(b + advance, 0, 2);
+            __builtin_prefetch(b + advance + register_size, 0, 2);
+          }
+          const __m512bh low = load_pairs(b), high = load_pairs(b + register_size);
 #pragma GCC unroll 14
-        for (int r = 0; r < rows; ++r) {
-          const __m512bh value = spread(a + r * block_columns + 2 * pair);
-          __m512* const s = sum[pair % split][r];
-          s[0] = _mm512_dpbf16_ps(s[0], value, low);
-          s[1] = _mm512_dpbf16_ps(s[1], value, high);
+          for (int r = 0; r < rows; ++r) {
+            const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));
+            __m512* const s = sum[u % split][r];
+            s[0] = _mm512_dpbf16_ps(s[0], value, low);
+            s[1] = _mm512_dpbf16_ps(s[1], value, high);
+          }
         }
       }
     }
 #pragma GCC unroll 14
     for (int r = 0; r < rows; ++r)
       for (int half = 0; half < 2; ++half) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int part = 1; part < split; ++part)
           sum[0][r][half] = _mm512_add_ps(sum[0][r][half], sum[part][r][half]);
         _mm512_storeu_ps(c + r * ldc + half * L, sum[0][r][half]);
