@@ -11,7 +11,16 @@ from torch import Tensor
 from fastlstm.cli.compare import tolerance
 from fastlstm.contract import Weights
 
-__all__ = ["LAYERS", "MODEL", "SPEED", "Layer", "LayerTensors", "make_layer", "tolerance"]
+__all__ = [
+    "LAYERS",
+    "MODEL",
+    "SPEED",
+    "UNPACKED",
+    "Layer",
+    "LayerTensors",
+    "make_layer",
+    "tolerance",
+]
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,11 @@ LAYERS = (
     Layer((2,) * 5, 6, 35, projection=18, directions=2, bias=False),
     Layer((3, 3, 0), 9, 17, projection=20, reset=0.3, batch=5),
     Layer((12,) * 7, 1, 70),  # the unit's dW_ih and dW_hh: tiles of one row, and of many
-    # One row a step and long rows of weights: they are not packed.
+)
+
+# One row a step and long rows of weights, which the CPU's kernels do not pack. (Triton's interpreter
+# would take minutes for them.)
+UNPACKED = (
     Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
     Layer((1,) * 17, 300, 37, projection=143, bias=False),
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import LAYERS, Layer, make_layer, tolerance
+from cases import LAYERS, UNPACKED, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
 from fastlstm.contract import OutputGradients, Outputs, Requested, Weights
 
@@ -59,7 +59,7 @@ def compare(got, want, dtype: torch.dtype, what: str) -> None:
                 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("case", [*LAYERS, *UNPACKED], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set: str) -> None:
     layer = make_layer(case, dtype)
@@ -106,7 +106,7 @@ def test_layer_beyond_the_caches(
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("case", LAYERS, ids=str)
+@pytest.mark.parametrize("case", [*LAYERS, *UNPACKED], ids=str)
 def test_a_walk_in_chunks_is_the_same_walk(
     case: Layer, threads: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +383,30 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
     _C.cpu_forward(*good.values())
     with pytest.raises(RuntimeError, match=message):
         _C.cpu_forward(*{**good, **change}.values())
+
+
+@pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="a processor without them")
+@pytest.mark.parametrize(
+    ("batch_sizes", "inputs", "hidden", "spared"),
+    [
+        ((9,) * 9, 9, 40, False),
+        ((9,) * 9, 8, 40, True),  # as 48 pairs
+        ((9,) * 9, 8, 8, True),
+        ((3, 3), 200, 200, False),
+        ((3,), 200, 200, True),  # not packed at all
+    ],
+)
+def test_dot_products_are_for_wide_layers(batch_sizes, inputs, hidden, spared) -> None:
+    """Others have the bits of vectors of floats; so do all layers in float16."""
+    native.spare_matrix_unit(True)
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = make_layer(Layer(batch_sizes, inputs, hidden), dtype)
+        before, results = _C.cpu_use_instruction_set("avx512_bf16"), []
+        for instruction_set in ("avx512_bf16", "avx512"):
+            _C.cpu_use_instruction_set(instruction_set)
+            results.append(cpu.layer_forward(*layer, False, True).c_all)
+        _C.cpu_use_instruction_set(before)
+        assert torch.equal(*results) == (spared or dtype == torch.float16)
 
 
 @pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")

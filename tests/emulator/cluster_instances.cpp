@@ -51,7 +51,6 @@ const Instance* const instance_tables[] = {
     grid_tables[4],
     grid_tables[5],
     table<Storage::f16, 8, 16>,
-    table<Storage::f16, 8, 32>,
     table<Storage::bf16, 8, 16>,
     table<Storage::bf16, 16, 32>,
     table<Storage::f32, 8, 16>,
