@@ -121,8 +121,8 @@ LAYERS = (
     Layer((12,) * 7, 1, 70),  # the unit's dW_ih and dW_hh: tiles of one row, and of many
 )
 
-# One row a step and long rows of weights, which the CPU's kernels do not pack. (Triton's interpreter
-# would take minutes for them.)
+# One row a step and long rows of weights, which the CPU's kernels do not pack. (In Triton's
+# interpreter they would take minutes.)
 UNPACKED = (
     Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
     Layer((1,) * 17, 300, 37, projection=143, bias=False),
