@@ -1,6 +1,8 @@
-"""README's benchmark block: the short table and a picture of a recorded run."""
+"""README's benchmark block: the short tables and a picture of each of the recorded runs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from summary import Result, compact, header
 
@@ -12,17 +14,16 @@ READING = (
 )
 
 
-def block(result: Result, stem: str) -> str:
-    """What stands between the marks; ``stem`` is the recorded run's name without its ending."""
-    parts = (
-        header(result),
-        [
-            READING,
-            f"All rows, and how far from the machine's limits: [{stem}]({FOLDER}/{stem}.md).",
-        ],
-        compact(result),
-        [f"![Times of nn.LSTM over times of fastlstm, by shape]({FOLDER}/{stem}.png)"],
-    )
+def block(runs: Iterable[tuple[Result, str]]) -> str:
+    """What stands between the marks: of each recorded run, with its name without its ending."""
+    parts = [[READING]]
+    for result, stem in runs:
+        parts += (
+            header(result),
+            [f"All rows, and how far from the machine's limits: [{stem}]({FOLDER}/{stem}.md)."],
+            compact(result),
+            [f"![Times of nn.LSTM over times of fastlstm, by shape]({FOLDER}/{stem}.png)"],
+        )
     return "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 

@@ -1,6 +1,6 @@
 """Markdown and plots from a recorded run, and README's benchmark block:
 
-python benches/report.py benches/results/RESULT.json --readme README.md
+python benches/report.py benches/results/RESULT.json ... --readme README.md
 """
 
 from __future__ import annotations
@@ -143,23 +143,27 @@ def report(path: Path, result: Result) -> str:
 
 
 def main() -> None:
-    parser = Parser(description="Markdown and plots from a recorded run.")
-    parser.add_argument("result", type=Path, metavar="RESULT.json", help="written by run.py")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put it into FILE's block")
+    parser = Parser(description="Markdown and plots from recorded runs.")
+    add = parser.add_argument
+    add("results", type=Path, nargs="+", metavar="RESULT.json", help="written by run.py")
+    add("--readme", type=Path, metavar="FILE", help="put them into FILE's block, in this order")
     args = parser.parse_args()
-    try:
-        result = json.loads(args.result.read_text(encoding="utf-8"))
-        text = report(args.result, result)
-    except OSError as error:
-        parser.error(f"{args.result}: {error.strerror}")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        parser.error(f"{args.result}: not a result of benches/run.py")
+    runs, texts = [], []
+    for path in args.results:
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            texts.append(report(path, result))
+        except OSError as error:
+            parser.error(f"{path}: {error.strerror}")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            parser.error(f"{path}: not a result of benches/run.py")
+        runs.append((result, path.stem))
     if args.readme is None:
-        sys.stdout.write(text)
+        sys.stdout.write("\n".join(texts))
         return
     try:
         page = args.readme.read_text(encoding="utf-8")
-        page = readme.replace_block(page, readme.block(result, args.result.stem))
+        page = readme.replace_block(page, readme.block(runs))
         args.readme.write_text(page, encoding="utf-8")
     except OSError as error:
         parser.error(f"{args.readme}: {error.strerror}")

@@ -175,14 +175,16 @@ def test_random_shapes_are_listed_the_worst_first(result: dict) -> None:
     assert first.startswith("| 20,16,256,256 | float32 | inference | 1 |") and "0.50" in first
 
 
-def test_readme_is_what_its_recorded_run_gives() -> None:
+def test_readme_is_what_its_recorded_runs_give() -> None:
     page = (ROOT / "README.md").read_text()
-    (stem,) = set(re.findall(r"\(benches/results/(cpu-[\w-]+)\.md\)", page))
-    recorded = json.loads((ROOT / readme.FOLDER / f"{stem}.json").read_text())
-    assert page == readme.replace_block(page, readme.block(recorded, stem))
-    assert not recorded["versions"]["commit"].endswith("+")
-    path = ROOT / readme.FOLDER / f"{stem}.json"
-    assert path.with_suffix(".md").read_text() == report.markdown(recorded, path.name)
+    stems = re.findall(r"\(benches/results/(cpu-[\w-]+)\.md\)", page)
+    paths = [ROOT / readme.FOLDER / f"{stem}.json" for stem in stems]
+    runs = [json.loads(path.read_text()) for path in paths]
+    assert runs
+    assert page == readme.replace_block(page, readme.block(zip(runs, stems, strict=True)))
+    for path, recorded in zip(paths, runs, strict=True):
+        assert not recorded["versions"]["commit"].endswith("+")
+        assert path.with_suffix(".md").read_text() == report.markdown(recorded, path.name)
     for name in re.findall(r"\((benches/results/[^)]+)\)", page):
         assert (ROOT / name).is_file(), name
 

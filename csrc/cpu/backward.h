@@ -67,8 +67,9 @@ class Backward {
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     // A copy of the weights for each thread is worth it if it takes little of the cache, or meets
     // many rows.
-    return {n.D * blocks_of(n.P, width), rows * weights, bytes,
-            bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread};
+    return {n.D * blocks_of(n.P, width), rows * weights,
+            own_sequences<Tiles>(
+                bytes, bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread)};
   }
 
   void walk(const Team& team) {

@@ -62,7 +62,8 @@ class FewSteps {
     const Shape& n = args.shape;
     const int64_t weights = 4 * n.H * (n.P + n.I) * n.D;
     // Threads do not stay awake for many steps: each must be worth more than usual.
-    return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / 8, Tiles::weight_bytes(weights)};
+    return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / 8,
+            own_sequences<Tiles>(Tiles::weight_bytes(weights))};
   }
 
   void walk(const Team& team) {

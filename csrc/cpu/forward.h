@@ -80,7 +80,8 @@ class Forward {
     const Shape& n = args.shape;
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     const int64_t weights = 4 * n.H * (n.P + (Tiles::ahead(n, rows, args.threads) ? 0 : n.I)) * n.D;
-    return {n.D * blocks_of(n.H, L), rows * weights, Tiles::weight_bytes(weights)};
+    return {n.D * blocks_of(n.H, L), rows * weights,
+            own_sequences<Tiles>(Tiles::weight_bytes(weights))};
   }
 
   void walk(const Team& team) {
