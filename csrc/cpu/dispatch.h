@@ -14,7 +14,8 @@ int available_kernels(const Kernels** out, int capacity);
 const Kernels& kernels();
 bool use_kernels(const char* name);
 
-// Does the matrix unit leave small passes to vectors? It does, unless a test asks for it.
+// Does the matrix unit leave small passes to vectors, and do dot products leave narrow layers to
+// floats? They do, unless a test asks for them.
 bool spares_matrix_unit();
 void spare_matrix_unit(bool on);
 
