@@ -70,8 +70,12 @@ if platform.machine() == "x86_64":
     ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512_bf16"], "-mamx-tile", "-mamx-bf16")
 # On every machine, so that no source of an instruction set is taken for a common one.
 ISA_SOURCES = dict.fromkeys(ISA_FLAGS, "cpu/isa.cpp")
-# Those that not every compiler knows, and what dispatch.cpp is told where it does.
-NEW_ISA = {"avx512_bf16": "FASTLSTM_AVX512_BF16", "amx": "FASTLSTM_AMX"}
+# Those that not every compiler and assembler knows, each with an instruction of its own. Where they
+# do, dispatch.cpp is told so: FASTLSTM_AVX512_BF16, FASTLSTM_AMX.
+NEW_ISA = {
+    "avx512_bf16": "vdpbf16ps %zmm0, %zmm1, %zmm2",
+    "amx": "tdpbf16ps %tmm0, %tmm1, %tmm2",
+}
 ISA_SOURCES.update((name, f"cpu/{name}.cpp") for name in NEW_ISA)
 
 # No fast math for CUDA either: gate_math.h's primitives name the approximations they take.
@@ -279,9 +283,7 @@ def find_toolchain() -> Toolchain:
         raise MissingError(f"the CPU library is built on Linux only, this is {sys.platform}")
     compiler, version = _find_compiler()
     torch_dir, torch_version = _find_torch()
-    isa = tuple(
-        name for name in ISA_FLAGS if name not in NEW_ISA or _takes(compiler, ISA_FLAGS[name])
-    )
+    isa = tuple(name for name in ISA_FLAGS if name not in NEW_ISA or _takes(compiler, name))
     return Toolchain(compiler, version, isa, _find_ninja(), torch_dir, torch_version)
 
 
@@ -315,12 +317,14 @@ def _find_compiler() -> tuple[tuple[str, ...], str]:
     raise MissingError(f"no C++ compiler: {looked}; install one, or name it in CXX")
 
 
-def _takes(compiler: Sequence[str], flags: Sequence[str]) -> bool:
-    """Does the compiler know these flags?  gcc knows bfloat16 vectors since 10 and AMX since 11,
-    clang since 9 and 12.
+def _takes(compiler: Sequence[str], isa: str) -> bool:
+    """Does the compiler know this instruction set, and its assembler too?  gcc knows bfloat16 vectors
+    since 10 and AMX since 11, clang since 9 and 12.
     """
-    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    program = f'void f() {{ asm("{NEW_ISA[isa]}"); }}'
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, *ISA_FLAGS[isa], "-x", "c++", "-c", "-", "-o", f"{folder}/f.o"]
+        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 def _find_ninja() -> str:
@@ -362,7 +366,7 @@ def _steps(tools: Toolchain, build_dir: Path, sanitize: bool) -> list[Step]:
     common = (
         *_common_flags(tools),
         *(SANITIZE_FLAGS if sanitize else ()),
-        *(f"-D{macro}" for name, macro in NEW_ISA.items() if name in tools.isa),
+        *(f"-DFASTLSTM_{name.upper()}" for name in NEW_ISA if name in tools.isa),
     )
     with_torch = (*common, *_torch_flags(tools))
     steps = [Step("stamp.o", build_dir / "stamp.cpp", common)]

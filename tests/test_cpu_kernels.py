@@ -234,17 +234,18 @@ BEYOND = [(name, value) for name in ("x", "h0", "w_ih", "w_hh", "dy")
 
 @pytest.mark.parametrize(("name", "value"), BEYOND)
 @pytest.mark.parametrize("projection", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_without_terms_give_the_same_as_ever(
-    name: str, value: float, projection: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, name: str, value: float, projection: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The matrix unit's bfloat16 terms do not reach to the end of float: vectors take over.
+    """Terms of bfloat16 do not reach to the end of float: vectors of floats take over.
 
     Chunks of one step, so that what a first attempt did to the carries must be undone.
     """
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(cpu, "_CHUNK_ROWS", 9)
-    layer = make_layer(Layer((9, 9, 9, 7), 6, 18, projection), torch.float32)
-    dy = torch.randn(34, projection or 18)
+    layer = make_layer(Layer((9, 9, 9, 7), 6, 18, projection), dtype)
+    dy = torch.randn(34, projection or 18).to(dtype)
     tensors = {
         "x": layer.x, "h0": layer.h0, "dy": dy,
         "w_ih": layer.weights[0].w_ih, "w_hh": layer.weights[0].w_hh,
@@ -262,7 +263,7 @@ def test_values_without_terms_give_the_same_as_ever(
         _C.cpu_use_instruction_set(before)
         results.append([*out[:4], *grads[:3], *(t for kind in grads[3:] for t in kind or [])])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(dtype))
 
 
 def test_overflowing_products_saturate(instruction_set: str) -> None:

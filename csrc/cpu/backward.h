@@ -68,7 +68,7 @@ class Backward {
     // A copy of the weights for each thread is worth it if it takes little of the cache, or meets
     // many rows.
     return {n.D * blocks_of(n.P, width), rows * weights,
-            own_sequences<Tiles>(
+            sequences_worth_a_thread<Tiles>(
                 bytes, bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread)};
   }
 

@@ -18,7 +18,6 @@ struct DotTiles : TermTiles<bf16, 1> {
   using Inputs = DotTiles;
   // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
   static constexpr int64_t max_rows = 14;
-  static constexpr int64_t own_sequences = sequences_per_thread;
 
   // C (rows, 32) = a tile times a panel, over `blocks` blocks of 32 columns. A tile of few rows has
   // too few accumulators to fill the pipelines: it keeps `split` partial sums.

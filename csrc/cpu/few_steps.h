@@ -63,7 +63,7 @@ class FewSteps {
     const int64_t weights = 4 * n.H * (n.P + n.I) * n.D;
     // Threads do not stay awake for many steps: each must be worth more than usual.
     return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / 8,
-            own_sequences<Tiles>(Tiles::weight_bytes(weights))};
+            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights))};
   }
 
   void walk(const Team& team) {

@@ -81,7 +81,7 @@ class Forward {
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     const int64_t weights = 4 * n.H * (n.P + (Tiles::ahead(n, rows, args.threads) ? 0 : n.I)) * n.D;
     return {n.D * blocks_of(n.H, L), rows * weights,
-            own_sequences<Tiles>(Tiles::weight_bytes(weights))};
+            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights))};
   }
 
   void walk(const Team& team) {

@@ -1,7 +1,8 @@
 // How matrices are laid out and cut for the products of a walk, whoever multiplies them.
 //
 // A pass multiplies a *blocked* matrix of activations by *panels* of weights, a tile of rows at a
-// time, through a `Tiles`: VectorTiles (vector_tiles.h) or AmxTiles (amx_tiles.h). Both have
+// time, through a `Tiles`: VectorTiles (vector_tiles.h), AmxTiles (amx_tiles.h) or, forward only,
+// DotTiles (dot_tiles.h). They have
 //   S, T, Element       storage type, state type, and what blocks and panels are made of
 //   max_rows            of a tile
 //   block_columns       of a block, a multiple of L
@@ -22,7 +23,8 @@
 //   ahead, ahead_rows(inputs), Inputs  see forward.h
 //   own_sequences       that a thread should have to walk backward with many weights by itself
 //   Session             held by a thread while it multiplies
-// What writes Elements returns nonzero if a value was beyond what may be multiplied.
+// What writes Elements of a walk returns nonzero if a value was beyond what may be multiplied. (Of
+// products it is known before; what packs blocks for them returns nothing.)
 #pragma once
 
 #include "vec.h"

@@ -19,18 +19,21 @@ constexpr int64_t sequences_per_thread = 4;
 // With so many, vectors also hide that a part of the weights comes from the L3 cache.
 constexpr int64_t many_sequences = 16;
 
-// The sequences that are worth a thread of their own, its weights being read at every step; 0 if
-// none are. `fewest`: where the weights leave room in the L2 cache.
+// Where threads walk together, however many sequences there are.
+constexpr int64_t never = 0;
+
+// The sequences that are worth a thread of their own, which reads all weights at every step.
+// `fewest`: where the weights leave room in the L2 cache.
 template <class Tiles>
-int64_t own_sequences(int64_t weight_bytes, int64_t fewest = sequences_per_thread) {
+int64_t sequences_worth_a_thread(int64_t weight_bytes, int64_t fewest = sequences_per_thread) {
   if (weight_bytes <= l2_cache_bytes() / 4 * 3) return fewest;
-  return !Tiles::has_pauses && weight_bytes <= l2_cache_bytes() / 4 * 5 ? many_sequences : 0;
+  return !Tiles::has_pauses && weight_bytes <= l2_cache_bytes() / 4 * 5 ? many_sequences : never;
 }
 
 struct Work {
   int64_t items;      // what threads that walk together can share
   int64_t step;       // multiply-adds of the widest step
-  int64_t sequences;  // that are worth a thread of their own, or 0
+  int64_t sequences;  // that are worth a thread of their own, or `never`
 };
 
 struct Split {
@@ -82,7 +85,7 @@ inline Split split_work(const Shape& shape, int threads, const Work& work) {
   int64_t size = work.step / work_per_thread;
   if (size > threads) size = threads;
   if (size > max_parts) size = max_parts;
-  if (size > 1 && work.sequences > 0 && sequences >= work.sequences * size &&
+  if (size > 1 && work.sequences != never && sequences >= work.sequences * size &&
       even_by_sequence(shape, int(size)))
     return {int(size), true};
   if (size > work.items) size = work.items;

@@ -4,8 +4,8 @@
 // A float is the sum of three bfloat16, each the nearest to what the ones before it leave: 24 bits
 // in all, as many as it has. Storage types need fewer: bfloat16 is one term, and float16 two.
 //
-// Infinities have no terms (inf - inf), so what writes Elements reports values too large, for the
-// caller to start again with vectors of floats. NaNs do have terms.
+// Infinities have no terms (inf - inf), so what writes Elements of a walk reports values too large,
+// for the caller to start again with vectors of floats. NaNs do have terms.
 #pragma once
 
 #include "../layer.h"
