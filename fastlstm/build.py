@@ -318,13 +318,14 @@ def _find_compiler() -> tuple[tuple[str, ...], str]:
 
 
 def _takes(compiler: Sequence[str], isa: str) -> bool:
-    """Does the compiler know this instruction set, and its assembler too?  gcc knows bfloat16 vectors
-    since 10 and AMX since 11, clang since 9 and 12.
+    """Does the compiler know this instruction set, and its assembler too?  gcc knows bfloat16
+    vectors since 10 and AMX since 11, clang since 9 and 12.
     """
     program = f'void f() {{ asm("{NEW_ISA[isa]}"); }}'
     with tempfile.TemporaryDirectory() as folder:
         command = [*compiler, *ISA_FLAGS[isa], "-x", "c++", "-c", "-", "-o", f"{folder}/f.o"]
-        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+        answer = subprocess.run(command, input=program, text=True, capture_output=True)
+    return answer.returncode == 0
 
 
 def _find_ninja() -> str:
