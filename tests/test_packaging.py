@@ -336,7 +336,7 @@ def test_a_killed_build_blocks_nobody(checkout: ModuleType, tmp_path: Path) -> N
     sleeper = tmp_path / "sleeping-c++"
     started = tmp_path / "started"
     sleeper.write_text(
-        '#!/bin/sh\ncase "$*" in *--version*) ;; *-c*) touch ' + f"{started}; sleep 60;; esac\n"
+        '#!/bin/sh\ncase "$*" in *bindings.cpp*) touch ' + f"{started}; sleep 60;; esac\n"
         'exec g++ "$@"\n'
     )
     sleeper.chmod(0o755)
