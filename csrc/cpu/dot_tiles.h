@@ -8,13 +8,13 @@
 
 #include <cstring>
 
-#include "split.h"
 #include "term_tiles.h"
+#include "vector_policy.h"
 
 namespace fastlstm {
 namespace {
 
-struct DotTiles : TermTiles<bf16, 1> {
+struct DotTiles : TermTiles<bf16, 1>, VectorPolicy<bf16> {
   using Inputs = DotTiles;
   // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
   static constexpr int64_t max_rows = 14;
@@ -66,18 +66,7 @@ struct DotTiles : TermTiles<bf16, 1> {
     multiply_tile(tile, height, panel, blocks(segments), c, ldc);
   }
 
-  static int64_t pauses(const Segments&) { return 0; }
-  static constexpr bool overlaps(int64_t) { return false; }
-  static constexpr bool adds = false, asks = false, has_pauses = false;
-
-  // As with vectors of floats.
-  static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
-  static constexpr int64_t ahead_rows(int64_t) { return 96; }
-  static bool worth_prefetching(int64_t rows, int64_t elements) {
-    return rows > 4 && elements * int64_t(sizeof(bf16)) > l2_cache_bytes() / 2;
-  }
-
-  struct Session {};
+  static constexpr bool asks = false;
 
  private:
   static __m512bh load_pairs(const bf16* from) {

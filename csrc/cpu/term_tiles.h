@@ -8,6 +8,8 @@
 // for the caller to start again with vectors of floats. NaNs do have terms.
 #pragma once
 
+#include <cstring>
+
 #include "../layer.h"
 #include "operand.h"
 #include "transpose.h"

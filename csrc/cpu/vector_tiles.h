@@ -2,16 +2,16 @@
 #pragma once
 
 #include "../layer.h"
-#include "scratch.h"
 #include "split.h"
 #include "tile.h"
 #include "transpose.h"
+#include "vector_policy.h"
 
 namespace fastlstm {
 namespace {
 
 template <class Storage>
-struct VectorTiles {
+struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   using S = Storage;
   using T = typename StateOf<S>::type;
   using Element = T;
@@ -85,23 +85,7 @@ struct VectorTiles {
     tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted);
   }
 
-  static int64_t pauses(const Segments&) { return 0; }
-  static constexpr bool overlaps(int64_t) { return false; }
-
-  static constexpr bool adds = false, asks = true, has_pauses = false;
-
-  // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
-  static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
-  static constexpr int64_t ahead_rows(int64_t) { return 96; }
-
-  // Does a thread do well to ask in advance for the weights that it multiplies at each step? They
-  // do not stay in its L2 cache if they are many; with few rows the arithmetic is too short to
-  // hide it.
-  static bool worth_prefetching(int64_t rows, int64_t elements) {
-    return rows > 4 && elements * int64_t(sizeof(T)) > l2_cache_bytes() / 2;
-  }
-
-  struct Session {};
+  static constexpr bool asks = true;
 };
 
 }  // namespace

@@ -1,0 +1,33 @@
+// What all Tiles (operand.h) that multiply by vectors decide alike: VectorTiles and DotTiles.
+#pragma once
+
+#include "../layer.h"
+#include "operand.h"
+#include "scratch.h"
+
+namespace fastlstm {
+namespace {
+
+template <class Element>
+struct VectorPolicy {
+  // A multiplication leaves the processor nothing to wait for.
+  static int64_t pauses(const Segments&) { return 0; }
+  static constexpr bool overlaps(int64_t) { return false; }
+  static constexpr bool adds = false, has_pauses = false;
+
+  // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
+  static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
+  static constexpr int64_t ahead_rows(int64_t) { return 96; }
+
+  // Does a thread do well to ask in advance for the weights that it multiplies at each step? They
+  // do not stay in its L2 cache if they are many; with few rows the arithmetic is too short to
+  // hide it.
+  static bool worth_prefetching(int64_t rows, int64_t elements) {
+    return rows > 4 && elements * int64_t(sizeof(Element)) > l2_cache_bytes() / 2;
+  }
+
+  struct Session {};
+};
+
+}  // namespace
+}  // namespace fastlstm
