@@ -98,7 +98,8 @@ double fma_flops(int threads, double seconds) {
   const double best = best_seconds(threads, seconds, [] {
     return [] {
       V sums[accumulators] = {}, a = V{} + T(0.5), b = V{} + T(1);
-      asm volatile("" : "+m"(a), "+m"(b));  // values that the compiler doesn't know
+      // Values that the compiler doesn't know: of sums alike it would compute one.
+      asm volatile("" : "+m"(sums), "+m"(a), "+m"(b));
       for (int64_t k = 0; k < loops; ++k) {
 #pragma GCC unroll 16
         for (V& sum : sums) sum = sum * a + b;
