@@ -196,7 +196,7 @@ struct AmxTiles : TermTiles<Storage, left_terms> {
     return std::clamp<int64_t>(l2_cache_bytes() / 8 * 3 / row, max_rows, 256);
   }
 
-  static constexpr bool adds = true, asks = false, has_pauses = true;
+  static constexpr bool gate_by_gate = true, asks = false, has_pauses = true;
 
   // Panels are asked for wherever they come from.
   static bool worth_prefetching(int64_t, int64_t) { return false; }

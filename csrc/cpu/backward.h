@@ -41,8 +41,9 @@ class Backward {
         output_blocks_(Operand::count(n_.P)),
         unit_panels_(blocks_of(n_.H, width)),
         output_panels_(blocks_of(n_.P, width)),
-        gate_by_gate_(Tiles::adds && 4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
-                                         l2_cache_bytes() / 2),
+        gate_by_gate_(Tiles::gate_by_gate &&
+                      4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
+                          l2_cache_bytes() / 2),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
         recurrent_(n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)),
@@ -275,7 +276,7 @@ class Backward {
   // by.
   template <class Other>
   void add_gate(int64_t item, const Step& step, int gate, int64_t tile, Other& meanwhile) {
-    if constexpr (Tiles::adds) {
+    if constexpr (Tiles::gate_by_gate) {
       const Operand operand = da(step.d, step.index - 1);
       Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
                       tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,

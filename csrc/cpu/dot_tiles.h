@@ -66,7 +66,7 @@ struct DotTiles : TermTiles<bf16, 1>, VectorPolicy<bf16> {
     multiply_tile(tile, height, panel, blocks(segments), c, ldc);
   }
 
-  static constexpr bool asks = false;
+  static constexpr bool gate_by_gate = false, asks = false;
 
  private:
   static __m512bh load_pairs(const bf16* from) {

@@ -70,18 +70,25 @@ class ForwardCells {
         piece_ = r_ < last_ ? 3 : 0;
         break;
       default:
-        step_state();
+        step_state(s_);
         waits_ = true;
         piece_ = r_ < last_ ? 0 : 2;
     }
   }
 
   // Where nothing else can point to the object, all of it may be held in registers.
+  // The state of a row, which waits for its gates, comes after the gates of the next one.
   [[gnu::always_inline]] void all() {
-    while (r_ < last_) {
-      activate_input();
-      activate_output();
-      step_state();
+    if (r_ == last_) return;
+    activate_input();
+    activate_output();
+    for (int64_t left = last_ - r_; left > 0; --left) {
+      const Gates<V> gates = s_;
+      if (left > 1) {
+        activate_input();
+        activate_output();
+      }
+      step_state(gates);
       keep();
     }
   }
@@ -126,9 +133,9 @@ class ForwardCells {
     if (Tiles::has_pauses) __builtin_prefetch(place, 1);
   }
   // Row r_ is done but for being kept: the next one's turn.
-  [[gnu::always_inline]] void step_state() {
-    c_ = Math::cell_state(s_, load(cell_));
-    m_ = rounded_to_storage<S>(Math::cell_output(s_, c_));
+  [[gnu::always_inline]] void step_state(const Gates<V>& gates) {
+    c_ = Math::cell_state(gates, load(cell_));
+    m_ = rounded_to_storage<S>(Math::cell_output(gates, c_));
     cut_ =
         p_->a_.reset != nullptr && r_ < step_.next_rows && p_->walk_.cut_before(d_, step_.next, r_);
     store(cell_, cut_ ? V{} : c_);

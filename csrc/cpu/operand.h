@@ -15,7 +15,9 @@
 //   pack_block_row, pack_block_columns                  write one block from a row of a matrix, or
 //                       from up to L columns of it, transposed; `count` and `depth` are what is
 //                       there of them
-//   multiply, adds      a tile times a panel, and whether that may be added to what is there
+//   multiply            a tile times a panel, which may be added to what is there
+//   gate_by_gate        whether of da, where it is too large for the L2 cache, a gate's part is
+//                       multiplied by all panels before the next one's is (backward.h)
 //   asks                whether multiply asks for what is Wanted
 //   has_pauses, pauses  whether multiply calls what is given as `meanwhile` while it waits, and
 //                       how often

@@ -34,7 +34,11 @@ class Product {
   using Element = typename Tiles::Element;
   using Operand = Blocked<LeftTiles>;
   static constexpr int64_t L = Tiles::L, width = Tiles::width, block = LeftTiles::block_columns;
-  static constexpr int64_t buffers = Tiles::has_pauses ? 2 : 1;  // of a thread: one is packed
+  static constexpr int64_t buffers = Tiles::has_pauses ? 2 : 1;        // of a thread: one is packed
+  static constexpr int64_t most_values = LeftTiles::max_rows * width;  // of a tile of sums
+  // Without pauses sums are added slab by slab as they are multiplied, in the order in which they
+  // are visited, and transposed once, at the last slab.
+  static constexpr bool keeps = transposed && !Tiles::has_pauses;
 
  public:
   Product(const ProductArgs& args, int threads)
@@ -51,7 +55,8 @@ class Product {
         group_(group(transposed ? panel_size_ : tile_size_,
                      transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_)),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
-        right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_) {}
+        right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_),
+        kept_(keeps && p_.K > depth_ ? all_panels_ * all_tiles_ * most_values : 0) {}
 
   void run(const Team& team) {
     [[maybe_unused]] const typename Tiles::Session session;
@@ -105,7 +110,8 @@ class Product {
     bool add;
     int64_t piece = 0, pieces = 0;  // done, and in all
     int buffer = 0;                 // which one is its own
-    alignas(64) T values[2][LeftTiles::max_rows * width];
+    const T* from = nullptr;        // where they are: there, or in kept_
+    alignas(64) T values[2][most_values];
   };
 
   // A slab of B that fills the L2 cache leaves no room for the groups that it meets there.
@@ -283,18 +289,31 @@ class Product {
             transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(other);
         wanted = transposed ? destination(part, panel * width, columns_, width, first)
                             : destination(part, first, first + count, count, panel * width);
-        T* const values = sums.values[1 - sums.buffer];
+        const bool kept = keeps && p_.K > depth_, last = group.k + depth_ >= p_.K;
+        T* const values = kept ? kept_values(group, other, own) : sums.values[1 - sums.buffer];
         Wanted rows;
-        if (!Tiles::has_pauses) add_rows(rows, wanted);
+        if (kept && group.k > 0) ask_for(rows, values);
+        if (!Tiles::has_pauses && (last || !kept)) add_rows(rows, wanted);
         Tiles::multiply(left, tiles_[part].height, count, right, segments, false, values, width,
-                        &rows, false, meanwhile);
+                        &rows, kept && group.k > 0, meanwhile);
         write_rest(sums);
+        if (kept && !last) continue;
         sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;
-        sums.add = p_.add || group.k > 0;
-        sums.buffer = 1 - sums.buffer;
+        sums.add = p_.add || (group.k > 0 && !kept);
+        sums.buffer = 1 - sums.buffer, sums.from = values;
         sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
         if (!Tiles::has_pauses) write_rest(sums);
       }
+  }
+
+  T* kept_values(const Group& group, int64_t other, int64_t own) const {
+    const int64_t before = group.begin * all_tiles_ + other * (group.end - group.begin);
+    return kept_ + (before + own - group.begin) * most_values;
+  }
+
+  static void ask_for(Wanted& lines, const T* values) {
+    const char* const bytes = reinterpret_cast<const char*>(values);
+    for (int64_t k = 0; k < most_values * int64_t(sizeof(T)); k += 128) lines.add(bytes + k);
   }
 
   // Rows of C that sums will be added to. They lie far from each other, in the L3 cache at best, so
@@ -339,7 +358,7 @@ class Product {
     const int64_t piece = sums.piece++, r = piece / piece_parts * piece_rows;
     const int64_t rows = sums.count - r < piece_rows ? sums.count - r : piece_rows;
     const auto [c, ld] = result(sums.part);
-    const T* const values = sums.values[sums.buffer] + r * width;
+    const T* const values = sums.from + r * width;
     if constexpr (transposed) {
       const int64_t part = piece % piece_parts * L;
       Vec<T> square[L];
@@ -367,6 +386,7 @@ class Product {
   const int64_t all_tiles_, all_panels_, tile_size_, panel_size_;
   const int64_t group_;  // how many of them a thread packs at a time
   Scratch<Element> left_, right_;
+  Scratch<T> kept_;
 };
 
 // A team as large as the work is worth.

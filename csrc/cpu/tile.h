@@ -29,6 +29,20 @@ FASTLSTM_INLINE void ask_for(const char* pair) {
   __builtin_prefetch(pair + 64, 0, 2);
 }
 
+// sum += a * b. Where a tile takes all 16 registers, GCC left to itself forms products in place of
+// their factors, which costs copies and a sum kept in memory: here they are added to the sum.
+template <class T>
+FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
+#if defined(__FMA__) && FASTLSTM_VECTOR_REGISTERS == 16
+  if constexpr (sizeof(T) == 4)
+    asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(b), "x"(a));
+  else
+    asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "x"(b), "x"(a));
+#else
+  sum += a * b;
+#endif
+}
+
 // sum (rows, panel_vectors) += one column of A times one row of B.
 template <class T, int rows>
 FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows][panel_vectors]) {
@@ -36,8 +50,8 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows]
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     Vec<T> value = VectorMath<T>::broadcast(a[r * lanes<T>]);
-    sum[r][0] += value * b0;
-    sum[r][1] += value * b1;
+    add_product<T>(sum[r][0], value, b0);
+    add_product<T>(sum[r][1], value, b1);
   }
 }
 
@@ -59,12 +73,13 @@ FASTLSTM_INLINE void multiply_row(const T* a, const T* b, Vec<T> (&sum)[split][1
   }
 }
 
-// C (rows, ldc) = A (rows, K) B (K, panel_width), A being one tile of a Blocked of that `height`.
+// C (rows, ldc) = or += A (rows, K) B (K, panel_width), A being one tile of a Blocked of that
+// `height`.
 // A tile of few rows has too few accumulators to fill the pipelines: it keeps `split` partial
 // sums, for k modulo split. A panel that is not in the L2 cache is worth asking for in advance.
 template <class T, int rows, int split, bool in_advance>
 void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segments, T* c,
-                   int64_t ldc, const Wanted* wanted) {
+                   int64_t ldc, const Wanted* wanted, bool add) {
   const char* const* pair = wanted ? wanted->pairs : nullptr;
   const char* const* const end = wanted ? pair + wanted->count : nullptr;
   constexpr int unrolled = lanes<T> < 4 ? lanes<T> : 4;
@@ -100,14 +115,16 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
       sum[0][r][0] += sum[p][r][0];
       sum[0][r][1] += sum[p][r][1];
     }
-    store(c + r * ldc, sum[0][r][0]);
-    store(c + r * ldc + lanes<T>, sum[0][r][1]);
+    for (int v = 0; v < panel_vectors; ++v) {
+      T* const place = c + r * ldc + v * lanes<T>;
+      store(place, add ? load(place) + sum[0][r][v] : sum[0][r][v]);
+    }
   }
 }
 
 template <class T>
 using TileFunction = void (*)(const T*, int64_t, const T*, const Segments&, T*, int64_t,
-                              const Wanted*);
+                              const Wanted*, bool);
 
 template <class T, bool in_advance>
 TileFunction<T> tile_function(int64_t rows) {

@@ -211,8 +211,11 @@ FASTLSTM_INLINE __m256i first_lanes(int n) {
 FASTLSTM_INLINE void read_some(float* to, const float* from, int n) {
   _mm256_storeu_ps(to, _mm256_maskload_ps(from, first_lanes(n)));
 }
+// In two's powers: masked stores are microcode on AMD's processors.
 FASTLSTM_INLINE void write_some(float* to, const float* from, int n) {
-  _mm256_maskstore_ps(to, first_lanes(n), _mm256_loadu_ps(from));
+  if (n & 4) _mm_storeu_ps(to, _mm_loadu_ps(from)), to += 4, from += 4;
+  if (n & 2) _mm_storel_pi(reinterpret_cast<__m64*>(to), _mm_loadu_ps(from)), to += 2, from += 2;
+  if (n & 1) *to = *from;
 }
 FASTLSTM_INLINE void read_some(double* to, const double* from, int n) {
   _mm256_storeu_pd(to, _mm256_maskload_pd(from, first_lanes(2 * n)));
@@ -261,7 +264,7 @@ inline V rounded_to_storage(V v) {
 
 // exp(r) - 1 = r + r^2 P(r) for |r| <= ln(2)/2, P's highest power first; ln2 in two parts, the
 // first with zeros at the end so that n * ln2_high is exact; below `lowest` exp is less than half
-// the least subnormal.
+// the least subnormal, above `lowest_normal` 2^n is normal, and 2^(n + lift) wherever exp is not 0.
 template <class Scalar>
 struct ExpConstants;
 template <>
@@ -269,9 +272,9 @@ struct ExpConstants<float> {
   static constexpr int terms = 5, exponent_bias = 127, mantissa_bits = 23;
   static constexpr float coefficients[terms] = {0.0013926250831497612f, 0.0083632328836826182f,
                                                 0.041666554212984150f, 0.16666576666119928f, 0.5f};
-  static constexpr float lowest = -104.0f, log2e = 1.44269504f;
+  static constexpr float lowest = -104.0f, lowest_normal = -87.0f, log2e = 1.44269504f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float rounder = 0x1.8p23f;
+  static constexpr float rounder = 0x1.8p23f, lift = 64, lowered = 0x1p-64f;
 };
 template <>
 struct ExpConstants<double> {
@@ -287,10 +290,10 @@ struct ExpConstants<double> {
                                                  0.041666666666666669783,
                                                  0.1666666666666667103,
                                                  0.5};
-  static constexpr double lowest = -746.0, log2e = 1.4426950408889634;
+  static constexpr double lowest = -746.0, lowest_normal = -708.0, log2e = 1.4426950408889634;
   static constexpr double ln2_high = 6.93147180369123816490e-01;
   static constexpr double ln2_low = 1.90821492927058770002e-10;
-  static constexpr double rounder = 0x1.8p52;
+  static constexpr double rounder = 0x1.8p52, lift = 512, lowered = 0x1p-512;
 };
 
 template <class T>
@@ -310,15 +313,34 @@ struct VectorMath {
     Bits sign = bit_cast<Bits>(broadcast(sign_bit));
     return bit_cast<V>((bit_cast<Bits>(m) & ~sign) | (bit_cast<Bits>(x) & sign));
   }
-  FASTLSTM_INLINE V where_negative(V x, V yes, V no) { return x < V{} ? yes : no; }
+  // By the sign alone, which is as good for -0 and NaN: both are what they are of either.
+  FASTLSTM_INLINE V where_negative(V x, V yes, V no) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      return bit_cast<V>(
+          _mm256_blendv_ps(bit_cast<__m256>(no), bit_cast<__m256>(yes), bit_cast<__m256>(x)));
+    else
+      return bit_cast<V>(
+          _mm256_blendv_pd(bit_cast<__m256d>(no), bit_cast<__m256d>(yes), bit_cast<__m256d>(x)));
+#endif
+    return x < V{} ? yes : no;
+  }
 
   FASTLSTM_INLINE V exp_nonpositive(V x) {
-    const Reduced e = reduce(x);
-    return scaled(e.fraction + T(1), e);
+    using K = ExpConstants<T>;
+    const Reduced e = reduce(x, K::lowest, K::lift);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return scaled(e.fraction + T(1), e.n);
+#endif
+    return (e.fraction + T(1)) * e.power * K::lowered;
   }
   FASTLSTM_INLINE V expm1_nonpositive(V x) {
-    const Reduced e = reduce(x);
-    V power = scaled(broadcast(1), e);
+    using K = ExpConstants<T>;
+    const Reduced e = reduce(x, K::lowest_normal, 0);
+    V power = e.power;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) power = scaled(broadcast(1), e.n);
+#endif
     return fma(e.fraction, power, power - T(1));
   }
 
@@ -334,20 +356,21 @@ struct VectorMath {
   }
 
  private:
-  struct Reduced {  // exp(x) = (1 + fraction) 2^n
-    V fraction, n;
-    Bits exponent;  // n as an integer, modulo 2^bits
+  struct Reduced {         // exp(x) = (1 + fraction) 2^n
+    V fraction, n, power;  // 2^(n + lift)
   };
 
-  FASTLSTM_INLINE Reduced reduce(V x) {
+  FASTLSTM_INLINE Reduced reduce(V x, T lowest, T lift) {
     using K = ExpConstants<T>;
-    x = at_least(broadcast(K::lowest), x);
-    const V shifted = x * K::log2e + K::rounder;  // its last bits are the integer nearest x / ln2
-    const V n = shifted - K::rounder;
+    x = at_least(broadcast(lowest), x);
+    // Its last bits are the integer nearest x / ln2, and what makes that an exponent.
+    const T rounder = K::rounder + (K::exponent_bias + lift);
+    const V shifted = x * K::log2e + rounder;
+    const V n = shifted - rounder;
     const V r = fma(n, broadcast(-K::ln2_low), fma(n, broadcast(-K::ln2_high), x));
     V p = broadcast(K::coefficients[0]);
     for (int k = 1; k < K::terms; ++k) p = fma(p, r, broadcast(K::coefficients[k]));
-    return {fma(p * r, r, r), n, bit_cast<Bits>(shifted) - bit_cast<Bits>(broadcast(K::rounder))};
+    return {fma(p * r, r, r), n, bit_cast<V>(bit_cast<Bits>(shifted) << K::mantissa_bits)};
   }
 
   // max(low, x), and NaN for a NaN.
@@ -355,25 +378,21 @@ struct VectorMath {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4)
       return bit_cast<V>(_mm512_max_ps(bit_cast<__m512>(low), bit_cast<__m512>(x)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4)
+      return bit_cast<V>(_mm256_max_ps(bit_cast<__m256>(low), bit_cast<__m256>(x)));
+    else
+      return bit_cast<V>(_mm256_max_pd(bit_cast<__m256d>(low), bit_cast<__m256d>(x)));
 #endif
     return x < low ? low : x;
   }
 
-  // p * 2^n
-  FASTLSTM_INLINE V scaled(V p, const Reduced& e) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-      return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(e.n)));
+  // p * 2^n
+  FASTLSTM_INLINE V scaled(V p, V n) {
+    return bit_cast<V>(_mm512_scalef_ps(bit_cast<__m512>(p), bit_cast<__m512>(n)));
+  }
 #endif
-    // In two factors: the result may be subnormal, and then 2^n alone would not be normal.
-    const Bits half = bit_cast<Bits>(bit_cast<Mask>(e.exponent) >> 1);
-    return p * power_of_two(half) * power_of_two(e.exponent - half);
-  }
-
-  FASTLSTM_INLINE V power_of_two(Bits exponent) {
-    using K = ExpConstants<T>;
-    return bit_cast<V>((exponent + K::exponent_bias) << K::mantissa_bits);
-  }
 };
 
 }  // namespace

@@ -13,7 +13,7 @@ struct VectorPolicy {
   // A multiplication leaves the processor nothing to wait for.
   static int64_t pauses(const Segments&) { return 0; }
   static constexpr bool overlaps(int64_t) { return false; }
-  static constexpr bool adds = false, has_pauses = false;
+  static constexpr bool has_pauses = false;
 
   // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
   static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }

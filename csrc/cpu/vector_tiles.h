@@ -77,15 +77,16 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
     for (int64_t r = 0; r < some; ++r) store(place + r * L, square[r]);
   }
 
-  // C (rows, ldc) = the first rows of a tile of that height, times a panel.
+  // C (rows, ldc) = or += the first rows of a tile of that height, times a panel.
   template <class Other = Idle>
   static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
                        const Segments& segments, bool in_advance, T* c, int64_t ldc,
-                       const Wanted* wanted, bool = false, Other&& = {}) {
-    tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted);
+                       const Wanted* wanted, bool add = false, Other&& = {}) {
+    tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted, add);
   }
 
-  static constexpr bool asks = true;
+  // Measured where vectors are short; see docs/performance.md.
+  static constexpr bool gate_by_gate = FASTLSTM_VECTOR_REGISTERS == 16, asks = true;
 };
 
 }  // namespace
