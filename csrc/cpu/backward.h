@@ -97,7 +97,7 @@ class Backward {
             const Step step = this->step(int(item / output_panels_), s);
             Idle idle;
             for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
-              add_gate(item, step, gate, tile, idle);
+              add_gate(item, step, gate, tile, nullptr, idle);
           }
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
@@ -256,7 +256,7 @@ class Backward {
       Wanted wanted;
       if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
       if (gate_by_gate_)
-        add_gate(item, step, 3, tile, meanwhile);
+        add_gate(item, step, 3, tile, &wanted, meanwhile);
       else
         Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
                         recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
@@ -275,13 +275,14 @@ class Backward {
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
   // by.
   template <class Other>
-  void add_gate(int64_t item, const Step& step, int gate, int64_t tile, Other& meanwhile) {
+  void add_gate(int64_t item, const Step& step, int gate, int64_t tile, const Wanted* wanted,
+                Other& meanwhile) {
     if constexpr (Tiles::gate_by_gate) {
       const Operand operand = da(step.d, step.index - 1);
       Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
                       tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
                       recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}}, false,
-                      sums_of(item, tile), width, nullptr, gate > 0, meanwhile);
+                      sums_of(item, tile), width, wanted, gate > 0, meanwhile);
     }
   }
 

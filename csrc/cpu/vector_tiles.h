@@ -35,8 +35,12 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   static unsigned pack_transposed(const S* w, int64_t ld, int64_t k_size, int64_t count, int half,
                                   T* panel) {
     panel += half * L;
+    constexpr int64_t per_line = 64 / int64_t(sizeof(S));
     for (int64_t k = 0; k < k_size; k += L) {
       const int some = int(k_size - k < L ? k_size - k : L);
+      // The rows of the next units, since a processor does not follow so many rows by itself.
+      for (int64_t lane = 0; k % per_line == 0 && lane < count; ++lane)
+        __builtin_prefetch(w + (lane + L) * ld + k);
       Vec<T> square[L];
 #pragma GCC unroll 16
       for (int lane = 0; lane < L; ++lane)
