@@ -20,6 +20,8 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   static constexpr int64_t max_rows = max_tile_rows, block_columns = L;
   static constexpr int64_t own_sequences = sequences_per_thread;
   static constexpr int terms = 1;
+  // What was measured there alone; see docs/performance.md.
+  static constexpr bool short_vectors = FASTLSTM_VECTOR_REGISTERS == 16;
 
   // panel[k][column]
   static int64_t panel_size(int64_t k) { return k * width; }
@@ -39,8 +41,8 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
     for (int64_t k = 0; k < k_size; k += L) {
       const int some = int(k_size - k < L ? k_size - k : L);
       // The rows of the next units, since a processor does not follow so many rows by itself.
-      for (int64_t lane = 0; k % per_line == 0 && lane < count; ++lane)
-        __builtin_prefetch(w + (lane + L) * ld + k);
+      if (short_vectors && k % per_line == 0)
+        for (int64_t lane = 0; lane < count; ++lane) __builtin_prefetch(w + (lane + L) * ld + k);
       Vec<T> square[L];
 #pragma GCC unroll 16
       for (int lane = 0; lane < L; ++lane)
@@ -89,8 +91,7 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
     tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted, add);
   }
 
-  // Measured where vectors are short; see docs/performance.md.
-  static constexpr bool gate_by_gate = FASTLSTM_VECTOR_REGISTERS == 16, asks = true;
+  static constexpr bool gate_by_gate = short_vectors, asks = true;
 };
 
 }  // namespace
