@@ -87,7 +87,7 @@ def test_a_lightning_module_trains_and_is_saved(precision: str, tmp_path: Path) 
     generator = torch.Generator().manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(12, 5, 4, generator=generator)), batch_size=4)
 
-    def trained(swap: bool) -> Tagger:
+    def trained(swap: bool, precision: str) -> Tagger:
         torch.manual_seed(1)
         model = Tagger()
         if swap:
@@ -101,7 +101,11 @@ def test_a_lightning_module_trains_and_is_saved(precision: str, tmp_path: Path) 
         return model
 
     with warnings.catch_warnings(action="ignore"):  # Lightning's, of workers
-        stock, ours = trained(swap=False), trained(swap=True)
+        # nn.LSTM in float32: under autocast it fails on processors without AVX-512.
+        stock, ours = (
+            trained(swap=False, precision="32-true"),
+            trained(swap=True, precision=precision),
+        )
     near = tolerance(torch.float32 if precision == "32-true" else torch.bfloat16)
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(stock.losses), **near)
     assert ours.losses[-1] < ours.losses[0]
