@@ -101,7 +101,7 @@ def test_a_lightning_module_trains_and_is_saved(precision: str, tmp_path: Path) 
         return model
 
     with warnings.catch_warnings(action="ignore"):  # Lightning's, of workers
-        # nn.LSTM in float32: under autocast it fails on processors without AVX-512.
+        # nn.LSTM in float32: under autocast it fails on a processor with AVX2 alone.
         stock, ours = (
             trained(swap=False, precision="32-true"),
             trained(swap=True, precision=precision),

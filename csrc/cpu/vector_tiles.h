@@ -20,7 +20,7 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   static constexpr int64_t max_rows = max_tile_rows, block_columns = L;
   static constexpr int64_t own_sequences = sequences_per_thread;
   static constexpr int terms = 1;
-  // What was measured there alone; see docs/performance.md.
+  // Where some things are done that were measured with AVX2 alone; see docs/performance.md.
   static constexpr bool short_vectors = FASTLSTM_VECTOR_REGISTERS == 16;
 
   // panel[k][column]
