@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet $(PIP_ARGS)
 TORCH := torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
 EXAMPLES := matplotlib tqdm statsmodels optuna
-DEPS := numpy ninja setuptools wheel pytest pytest-benchmark $(EXAMPLES)
+DEPS := numpy ninja setuptools wheel pytest pytest-benchmark pytest-xdist $(EXAMPLES)
 ONNX := onnx onnxscript onnxruntime
 # Without what they depend on: they name torch, and any torch is a CUDA build.
 OPACUS := opacus opt-einsum scipy
@@ -54,8 +54,9 @@ forecast: build ## forecast sunspots, or a column of a CSV file
 tune: build ## tune both models' hyperparameters, in under 5 minutes
 	$(BIN)/python examples/tune.py $(ARGS)
 
+# A process a core; a file's tests stay together, and with them what they compiled.
 test: build ## run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.lint ## check style and types
 	$(BIN)/ruff check .
