@@ -238,7 +238,8 @@ BEYOND = [(name, value) for name in ("x", "h0", "w_ih", "w_hh", "dy")
 def test_values_without_terms_give_the_same_as_ever(
     dtype: torch.dtype, name: str, value: float, projection: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Terms of bfloat16 do not reach to the end of float: vectors of floats take over.
+    """Several terms of bfloat16 do not reach to the end of float: vectors of floats take over.
+    A single one does, but it fills blocks, whose ends must not become NaNs.
 
     Chunks of one step, so that what a first attempt did to the carries must be undone.
     """
@@ -290,7 +291,10 @@ ERRORS = {"unit": 1.5, "vectors": 2.5}
 def test_products_are_about_as_exact_as_torch(
     depth: int, rows: int, columns: int, dtype: torch.dtype, instruction_set: str
 ) -> None:
-    """Of dgates and inputs (transposed) and of dgates and weights, added to what is there."""
+    """Of dgates and inputs (transposed) and of dgates and weights, added to what is there.
+
+    Where bfloat16 is multiplied as such, dgates are rounded to it before.
+    """
     if instruction_set == "baseline":
         fine = torch.ones(50, 50)
         assert not _C.cpu_product(fine, fine, fine.clone(), True, True, True)
@@ -299,11 +303,13 @@ def test_products_are_about_as_exact_as_torch(
     rtol, slack = EXACTNESS[state]
     small = depth * rows * columns < 1 << 20
     times = ERRORS["vectors" if small or instruction_set != "amx" else "unit"]
+    takes_bf16 = {"avx512_bf16": depth >= 32, "amx": not small}.get(instruction_set, False)
     for transposed in (True, False):
         shape = (depth, 2, rows) if transposed else (rows, 2, depth)
         left = torch.randn(shape, dtype=state)[:, 1]
+        op = left.bfloat16().to(state) if takes_bf16 and dtype == torch.bfloat16 else left
         right = torch.randn(depth, 2, columns)[:, 0].to(dtype)
-        op = left.T if transposed else left
+        op = op.T if transposed else op
         wide = torch.randn(rows, columns + 5, dtype=state)
         out, start = wide[:, 2:-3], wide.clone()
         exact = start[:, 2:-3].double() + op.double() @ right.double()
@@ -402,12 +408,30 @@ def test_dot_products_are_for_wide_layers(batch_sizes, inputs, hidden, spared) -
     native.spare_matrix_unit(True)
     for dtype in (torch.bfloat16, torch.float16):
         layer = make_layer(Layer(batch_sizes, inputs, hidden), dtype)
-        before, results = _C.cpu_use_instruction_set("avx512_bf16"), []
-        for instruction_set in ("avx512_bf16", "avx512"):
-            _C.cpu_use_instruction_set(instruction_set)
-            results.append(cpu.layer_forward(*layer, False, True).c_all)
-        _C.cpu_use_instruction_set(before)
-        assert torch.equal(*results) == (spared or dtype == torch.float16)
+        results = with_and_without_dots(lambda layer=layer: cpu.layer_forward(*layer, False, True))
+        assert torch.equal(*(out.c_all for out in results)) == (spared or dtype == torch.float16)
+
+
+@pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="a processor without them")
+@pytest.mark.parametrize(("hidden", "spared"), [(16, True), (17, False)])
+def test_dot_products_are_for_wide_backward_passes(hidden, spared) -> None:
+    native.spare_matrix_unit(True)
+    for dtype in (torch.bfloat16, torch.float16):
+        case = Layer((9,) * 9, 40, hidden)
+        layer = make_layer(case, dtype)
+        out = reference.layer_forward(*layer, True, True)
+        inputs = (random_gradients(out), *layer, out.reserve(), need_of(case))
+        results = with_and_without_dots(lambda inputs=inputs: cpu.layer_backward(*inputs))
+        assert torch.equal(*(got.c0 for got in results)) == (spared or dtype == torch.float16)
+
+
+def with_and_without_dots(call):
+    before, results = _C.cpu_use_instruction_set("avx512_bf16"), []
+    for instruction_set in ("avx512_bf16", "avx512"):
+        _C.cpu_use_instruction_set(instruction_set)
+        results.append(call())
+    _C.cpu_use_instruction_set(before)
+    return results
 
 
 @pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")

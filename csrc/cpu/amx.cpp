@@ -38,9 +38,9 @@ struct Multiplied {
   int64_t rows, depth;
 };
 
-template <template <class> class Pass, class S, bool state, class Args>
+template <template <class> class Pass, class S, bool gradients, class Args>
 bool run_as(const Args& args, const Rule& rule, const Multiplied& multiplied) {
-  using Run = Pass<AmxTiles<S, state ? terms_of<float> : terms_of<S>>>;
+  using Run = Pass<AmxTiles<S, gradients ? gradient_terms<S> : terms_of<S>>>;
   const Least& least = spares_matrix_unit() ? rule.by_terms[terms_of<S> - 1] : rule.at_all;
   const Split split = split_work(args.shape, args.threads, Run::work(args));
   const int64_t walks = args.shape.T * (split.by_sequence ? split.threads : 1);
@@ -48,17 +48,17 @@ bool run_as(const Args& args, const Rule& rule, const Multiplied& multiplied) {
          multiplied.depth >= least.depth && args.shape.P >= least.outputs && run_pass<Run>(args);
 }
 
-// False if it is not worth it, or the results don't count. `state`: are states multiplied, or
+// False if it is not worth it, or the results don't count. `gradients`: are they multiplied, or
 // values of storage type?
-template <template <class> class Pass, bool state, class Args>
+template <template <class> class Pass, bool gradients, class Args>
 bool run(const Args& args, const Rule& rule, const Multiplied& multiplied) {
   switch (args.storage) {
     case Storage::f32:
-      return run_as<Pass, float, state>(args, rule, multiplied);
+      return run_as<Pass, float, gradients>(args, rule, multiplied);
     case Storage::f16:
-      return run_as<Pass, fp16, state>(args, rule, multiplied);
+      return run_as<Pass, fp16, gradients>(args, rule, multiplied);
     case Storage::bf16:
-      return run_as<Pass, bf16, state>(args, rule, multiplied);
+      return run_as<Pass, bf16, gradients>(args, rule, multiplied);
     case Storage::f64:
       break;
   }
@@ -115,13 +115,14 @@ void recompute(const RecomputeArgs& args) {
 }
 
 // Whether no value of a (rows, columns) matrix is too large (see amx_tiles.h).
-template <class S>
+template <int terms, class S>
 bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld) {
+  if (terms == 1) return true;
   unsigned beyond = 0;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < columns; k += lanes<float>) {
       const int some = int(columns - k < lanes<float> ? columns - k : lanes<float>);
-      beyond |= too_large(load_some(values + r * ld + k, some));
+      beyond |= too_large<terms>(load_some(values + r * ld + k, some));
     }
   return beyond == 0;
 }
@@ -131,15 +132,15 @@ template <class S>
 bool product_of(const ProductArgs& p) {
   const auto* a = static_cast<const float*>(p.a);
   const int64_t rows = p.transposed ? p.K : p.M, columns = p.transposed ? p.M : p.K;
-  if (!p.bounded && !none_too_large(a, rows, columns, p.lda)) return false;
+  constexpr int left = gradient_terms<S>, right = terms_of<S>;
+  if (!p.bounded && !none_too_large<left>(a, rows, columns, p.lda)) return false;
   for (const ProductPart& part : p.parts)
-    if (!none_too_large(static_cast<const S*>(part.b), p.K, part.N, part.ldb)) return false;
-  using State = AmxTiles<float, terms_of<float>>;
-  using Stored = AmxTiles<S, terms_of<S>>;
+    if (!none_too_large<right>(static_cast<const S*>(part.b), p.K, part.N, part.ldb)) return false;
   if (p.transposed)
-    run_product<Stored, State, AmxTiles<float, terms_of<S>>, true>(p);
+    run_product<AmxTiles<S, right>, AmxTiles<float, left, left>, AmxTiles<float, right, left>,
+                true>(p);
   else
-    run_product<State, Stored, AmxTiles<S, terms_of<float>>, false>(p);
+    run_product<AmxTiles<float, left, left>, AmxTiles<S, right>, AmxTiles<S, left>, false>(p);
   return true;
 }
 

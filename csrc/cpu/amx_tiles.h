@@ -124,9 +124,9 @@ struct AmxProduct {
   }
 };
 
-template <class Storage, int left_terms>
-struct AmxTiles : TermTiles<Storage, left_terms> {
-  using Layout = TermTiles<Storage, left_terms>;
+template <class Storage, int left_terms, int right_terms = terms_of<Storage>>
+struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
+  using Layout = TermTiles<Storage, left_terms, right_terms>;
   using Layout::block_columns;
   using Layout::blocks;
   using Layout::L;

@@ -183,7 +183,7 @@ class Backward {
           const int count = int(n_.H - unit < L ? n_.H - unit : L);
           for (int gate = 0; gate < 4; ++gate)
             note(blocked.put(blocked.at(r, gate * gate_blocks_, unit),
-                             load_some(da + gate * n_.H + unit, count)));
+                             load_some(da + gate * n_.H + unit, count), count));
           store(carried_cell(d, r, unit), load_some(dc + unit, count));
         }
       }
@@ -353,7 +353,7 @@ class Backward {
       if (!projected_) continue;
       if (a_.dh_all)
         store_some(static_cast<T*>(a_.dh_all) + here - a_.first_row[d] * D * P, dh, count);
-      note(this->dh(step.d).put(this->dh(step.d).at(r, 0, column), dh));
+      note(this->dh(step.d).put(this->dh(step.d).at(r, 0, column), dh, count));
     }
   }
 

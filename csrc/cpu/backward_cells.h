@@ -176,7 +176,7 @@ class BackwardCells {
 
   // da goes where it is multiplied, and out.
   [[gnu::always_inline]] void give(int gate, V da) {
-    beyond_ |= Tiles::put(exchanged_ + gate * gate_stride_, term_stride_, da);
+    beyond_ |= Tiles::put(exchanged_ + gate * gate_stride_, term_stride_, da, count_);
     store_some(da_ + gate * H_, da, count_);
   }
   [[gnu::always_inline]] void give_first() {

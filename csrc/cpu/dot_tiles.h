@@ -1,36 +1,46 @@
-// The products of a forward pass in bfloat16 by AVX-512's dot products: Tiles that take two
-// columns of K an instruction, so twice as many multiply-adds as vectors of floats, and half of the
-// bytes for weights. A bfloat16 is one term (term_tiles.h), and so is h, which is rounded to
-// storage. (The backward pass has dgates in float, three terms, and would lose.)
+// The products of a walk in bfloat16, and those of eq. 9, by AVX-512's dot products: Tiles that
+// take two columns of K an instruction, so twice as many multiply-adds as vectors of floats, and
+// half of the bytes. All that is multiplied is one term (term_tiles.h).
 //
 // The instruction takes subnormals for zeros, as the matrix unit does.
 #pragma once
 
 #include <cstring>
 
+#include "split.h"
 #include "term_tiles.h"
+#include "tile.h"
 #include "vector_policy.h"
 
 namespace fastlstm {
 namespace {
 
-struct DotTiles : TermTiles<bf16, 1>, VectorPolicy<bf16> {
+template <class Storage>
+struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
+  using Layout = TermTiles<Storage, 1, 1>;
+  using Layout::block_columns;
+  using Layout::L;
+  using Layout::register_size;
   using Inputs = DotTiles;
+  static constexpr int64_t own_sequences = sequences_per_thread;
   // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
   static constexpr int64_t max_rows = 14;
 
-  // C (rows, 32) = a tile times a panel, over `blocks` blocks of 32 columns. A tile of few rows has
-  // too few accumulators to fill the pipelines: it keeps `split` partial sums.
+  // C (rows, 32) = or += a tile times a panel, over `blocks` blocks of 32 columns. A tile of few
+  // rows has too few accumulators to fill the pipelines: it keeps `split` partial sums.
   template <int rows, int split, bool in_advance>
   static void multiply_rows(const bf16* a, int64_t height, const bf16* b, int64_t blocks, float* c,
-                            int64_t ldc) {
+                            int64_t ldc, const Wanted* wanted, bool add) {
     constexpr int64_t advance = 4 * 2 * register_size;  // how far ahead a panel is asked for
     constexpr int unrolled = split > 4 ? split : 4;
+    const char* const* pair_of_lines = wanted ? wanted->pairs : nullptr;
+    const char* const* const end = wanted ? pair_of_lines + wanted->count : nullptr;
     __m512 sum[split][rows][2];
     for (auto& part : sum)
       for (auto& row : part) row[0] = row[1] = _mm512_setzero_ps();
     for (; blocks > 0; --blocks, a += height * block_columns, b += register_size) {
       for (int pair = 0; pair < 16; pair += unrolled) {
+        for (int p = 0; p < 2 && pair_of_lines < end; ++p) ask_for(*pair_of_lines++);
 #pragma GCC unroll 8
         for (int u = 0; u < unrolled; ++u, b += 32) {
           if (in_advance) {
@@ -54,19 +64,21 @@ struct DotTiles : TermTiles<bf16, 1>, VectorPolicy<bf16> {
 #pragma GCC unroll 8
         for (int part = 1; part < split; ++part)
           sum[0][r][half] = _mm512_add_ps(sum[0][r][half], sum[part][r][half]);
-        _mm512_storeu_ps(c + r * ldc + half * L, sum[0][r][half]);
+        float* const place = c + r * ldc + half * L;
+        if (add) sum[0][r][half] = _mm512_add_ps(_mm512_loadu_ps(place), sum[0][r][half]);
+        _mm512_storeu_ps(place, sum[0][r][half]);
       }
   }
 
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
                        const Segments& segments, bool in_advance, float* c, int64_t ldc,
-                       const Wanted*, bool = false, Other&& = {}) {
+                       const Wanted* wanted, bool add = false, Other&& = {}) {
     const auto multiply_tile = in_advance ? tile_function<true>(rows) : tile_function<false>(rows);
-    multiply_tile(tile, height, panel, blocks(segments), c, ldc);
+    multiply_tile(tile, height, panel, Layout::blocks(segments), c, ldc, wanted, add);
   }
 
-  static constexpr bool gate_by_gate = false, asks = false;
+  static constexpr bool gate_by_gate = false, asks = true;
 
  private:
   static __m512bh load_pairs(const bf16* from) {

@@ -343,7 +343,7 @@ class Forward {
           if (final)
             store_some(static_cast<S*>(a_.h_n) + state_at(d, r, n_.P) + unit, h, count);
           else
-            note(step.hidden.put(step.hidden.at(r, hidden_block_, unit), cut ? V{} : h));
+            note(step.hidden.put(step.hidden.at(r, hidden_block_, unit), cut ? V{} : h, count));
         }
       }
     }

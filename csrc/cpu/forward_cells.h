@@ -144,7 +144,7 @@ class ForwardCells {
   }
   // The row before r_.
   [[gnu::always_inline]] void keep() {
-    step_.hidden.put(hidden_, cut_ && !projected_ ? V{} : m_);
+    step_.hidden.put(hidden_, cut_ && !projected_ ? V{} : m_, count_);
     hidden_ += Operand::columns;
     if (c_all_) {
       store_some(c_all_, c_, count_);

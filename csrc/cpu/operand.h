@@ -1,14 +1,14 @@
 // How matrices are laid out and cut for the products of a walk, whoever multiplies them.
 //
 // A pass multiplies a *blocked* matrix of activations by *panels* of weights, a tile of rows at a
-// time, through a `Tiles`: VectorTiles (vector_tiles.h), AmxTiles (amx_tiles.h) or, forward only,
-// DotTiles (dot_tiles.h). They have
+// time, through a `Tiles`: VectorTiles (vector_tiles.h), AmxTiles (amx_tiles.h) or DotTiles
+// (dot_tiles.h). They have
 //   S, T, Element       storage type, state type, and what blocks and panels are made of
 //   max_rows            of a tile
 //   block_columns       of a block, a multiple of L
 //   terms               how many matrices of Elements stand for one blocked matrix
 //   panel_size(k)       Elements of k rows of a panel, which is panel_width<T> columns wide
-//   put                 writes L values into a blocked matrix
+//   put                 writes L values into a blocked matrix, of which `count` belong to it
 //   pack_transposed, pack_rows                          write a panel
 //   rows_together, row_offset, pack_some_rows           write so many rows of a panel, which are
 //                       there from row_offset(k) on; k_size of them exist
@@ -122,8 +122,8 @@ struct Blocked {
   }
 
   template <class V>
-  unsigned put(Element* place, V values) const {
-    return Tiles::put(place, height * columns, values);
+  unsigned put(Element* place, V values, int count) const {
+    return Tiles::put(place, height * columns, values, count);
   }
   // One row of a segment, from `size` consecutive values, or zeros without any.
   unsigned put_row(int64_t row, int64_t block, const typename Tiles::S* values,
@@ -134,8 +134,8 @@ struct Blocked {
     for (int64_t k = 0; k < size; k += L) {
       const int64_t offset = k / columns * block_size() + k % columns;
       const int some = int(size - k < L ? size - k : L);
-      beyond |=
-          put(place + offset, values ? load_some(values + k, some) : Vec<typename Tiles::T>{});
+      beyond |= put(place + offset, values ? load_some(values + k, some) : Vec<typename Tiles::T>{},
+                    some);
     }
     return beyond;
   }

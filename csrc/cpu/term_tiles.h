@@ -4,8 +4,9 @@
 // A float is the sum of three bfloat16, each the nearest to what the ones before it leave: 24 bits
 // in all, as many as it has. Storage types need fewer: bfloat16 is one term, and float16 two.
 //
-// Infinities have no terms (inf - inf), so what writes Elements of a walk reports values too large,
-// for the caller to start again with vectors of floats. NaNs do have terms.
+// Infinities have no second term (inf - inf), so what writes Elements of a walk in several terms
+// reports values too large, for the caller to start again with vectors of floats. NaNs do have
+// terms.
 #pragma once
 
 #include <cstring>
@@ -24,13 +25,22 @@ constexpr int terms_of<bf16> = 1;
 template <>
 constexpr int terms_of<fp16> = 2;
 
+// Of the states that a backward pass multiplies, the gradients of pre-activations and of h: in
+// bfloat16 they are rounded to storage first.
+template <class S>
+constexpr int gradient_terms = terms_of<float>;
+template <>
+constexpr int gradient_terms<bf16> = 1;
+
 FASTLSTM_INLINE Vector<float>::bits widened(HalfVec half) {
   return bit_cast<Vector<float>::bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)));
 }
 
-// Which values are 2^55 or more, infinities included and NaNs not: a sum of 2^17 products of
-// smaller ones does not overflow.
+// Which values of several terms are 2^55 or more, infinities included and NaNs not: a sum of 2^17
+// products of smaller ones does not overflow.
+template <int terms>
 FASTLSTM_INLINE unsigned too_large(Vec<float> values) {
+  if (terms == 1) return 0;
   return _mm512_cmp_ps_mask(_mm512_abs_ps(bit_cast<__m512>(values)), _mm512_set1_ps(0x1p55f),
                             _CMP_GE_OQ);
 }
@@ -52,7 +62,10 @@ template <bool pair>
 struct Terms {
   Vec<float> first, second;
 
-  unsigned beyond() const { return too_large(first) | too_large(second); }
+  template <int terms>
+  unsigned beyond() const {
+    return too_large<terms>(first) | too_large<terms>(second);
+  }
 
   // The next term of both: 32 bfloat16 as the unit wants them.
   Vec<float> next() {
@@ -86,14 +99,14 @@ struct Terms {
 
 // The part of Tiles (operand.h) that says where Elements are: blocks of 32 columns, a row's 64
 // bytes.
-template <class Storage, int left_terms>
+template <class Storage, int left_terms, int right_terms>
 struct TermTiles {
   using S = Storage;
   using T = float;
   using Element = bf16;
   static constexpr int64_t L = lanes<float>, width = panel_width<float>;
   static constexpr int64_t block_columns = 32;
-  static constexpr int terms = left_terms, weight_terms = terms_of<S>;
+  static constexpr int terms = left_terms, weight_terms = right_terms;
   static constexpr int64_t register_size = 512;  // Elements: 16 pairs of k for 16 lanes
 
   // panel[block of 32 k][half][term][pair of k][lane][k of the pair]
@@ -104,8 +117,11 @@ struct TermTiles {
     return weights * weight_terms * int64_t(sizeof(Element));
   }
 
-  static unsigned put(bf16* place, int64_t term_stride, Vec<float> values) {
-    const unsigned beyond = too_large(values);
+  // What belongs to no column is multiplied by zeros, as part of a block: it must not be infinite.
+  static unsigned put(bf16* place, int64_t term_stride, Vec<float> values, int count) {
+    values = bit_cast<Vec<float>>(
+        _mm512_maskz_mov_ps(uint16_t((1u << count) - 1), bit_cast<__m512>(values)));
+    const unsigned beyond = too_large<terms>(values);
     for (int term = 0; term < terms; ++term) {
       const Nearest nearest(values);
       std::memcpy(place + term * term_stride, &nearest.bits, sizeof nearest.bits);
@@ -127,7 +143,7 @@ struct TermTiles {
           high = load_up_to(w + lane * ld + k + L, k_size - k - L);
         }
         Terms<false> terms{low, high};
-        beyond |= terms.beyond();
+        beyond |= terms.template beyond<weight_terms>();
         for (int term = 0; term < weight_terms; ++term) square[term][lane] = terms.next();
       }
       for (int term = 0; term < weight_terms; ++term) {
@@ -160,7 +176,7 @@ struct TermTiles {
         if (k_size > 1) odd = load_up_to(row + ld + column, count - column);
       }
       Terms<true> terms{even, odd};
-      beyond |= terms.beyond();
+      beyond |= terms.template beyond<weight_terms>();
       for (int term = 0; term < weight_terms; ++term) {
         const Vec<float> both = terms.next();
         std::memcpy(panel + term * register_size, &both, sizeof both);

@@ -27,7 +27,7 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   static int64_t panel_size(int64_t k) { return k * width; }
   static int64_t weight_bytes(int64_t weights) { return weights * int64_t(sizeof(T)); }
 
-  static unsigned put(T* place, int64_t, Vec<T> values) {
+  static unsigned put(T* place, int64_t, Vec<T> values, int) {
     store(place, values);
     return 0;
   }
