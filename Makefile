@@ -29,7 +29,7 @@ LIBRARY := fastlstm/_C.so
 NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
 SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
-.PHONY: help venv build cuda demo gates forecast tune test lint format sanitize bench gpu wheel clean
+.PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate bench gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -78,6 +78,12 @@ sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
 	LD_PRELOAD="$$runtime $$stdcxx" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 FASTLSTM_LIBRARY="$$library" \
 	$(BIN)/pytest tests/test_cpu_kernels.py $(ARGS)
+
+# The unit's instructions by tests/emulator/amx.h, on a processor with AVX-512's BF16.
+emulate: build ## run the kernel tests with an emulated matrix unit
+	library=$$(CXX="$(CXX) -include $(CURDIR)/tests/emulator/amx.h" $(BIN)/python -c \
+	"import pathlib, fastlstm.build as b; print(b.build(pathlib.Path('build/emulated')))") && \
+	FASTLSTM_LIBRARY="$$library" $(BIN)/pytest -n auto tests/test_cpu_kernels.py $(ARGS)
 
 bench: build $(VENV)/.bench ## time against nn.LSTM and others, in under 10 minutes
 	$(BIN)/python benches/run.py $(ARGS)

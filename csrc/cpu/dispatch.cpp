@@ -33,6 +33,9 @@ extern const Kernels kernels_amx;
 // The processor has the matrix unit, and the system lets this process use its registers: they are
 // so large that Linux saves them only for those who ask.
 static bool amx_permitted() {
+#  if defined(FASTLSTM_EMULATED_AMX)  // tests/emulator/amx.h
+  return has_bf16_vectors();
+#  endif
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   const bool tiles = d >> 24 & 1, bf16_tiles = d >> 22 & 1;
