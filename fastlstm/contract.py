@@ -41,7 +41,12 @@ class Weights(NamedTuple):
 
 def by_kind(weights: Sequence[Weights]) -> list[list[Tensor]]:
     """w_ih, w_hh, bias and w_hr, each of all directions, or of none where the layer has none."""
-    return [[t for t in kind if t is not None] for kind in zip(*weights, strict=True)][:4]
+    kinds: list[list[Tensor]] = [[], [], [], []]
+    for w in weights:
+        for kind, tensor in zip(kinds, w, strict=False):
+            if tensor is not None:
+                kind.append(tensor)
+    return kinds
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

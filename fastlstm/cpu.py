@@ -42,11 +42,6 @@ def unsupported(call: Call) -> str | None:
     return None
 
 
-def _present(tensor: Tensor) -> Tensor | None:
-    """The library returns what was not asked for as an empty vector."""
-    return None if tensor.dim() == 1 else tensor
-
-
 def layer_forward(
     x: Tensor,
     batch_sizes: Tensor,
@@ -68,7 +63,15 @@ def layer_forward(
         need_reserve,
         need_cells,
     )
-    return Outputs(y, _present(c_all), h_n, c_n, _present(gates), _present(m))
+    # The library returns what was not asked for as an empty vector.
+    return Outputs(
+        y,
+        c_all if need_reserve or need_cells else None,
+        h_n,
+        c_n,
+        gates if need_reserve else None,
+        m if need_reserve and weights[0].w_hr is not None else None,
+    )
 
 
 def layer_recompute(
@@ -96,8 +99,8 @@ def layer_recompute(
     c_all, gates, m = torch.ops.fastlstm_C.cpu_recompute.default(
         pre, batch_sizes, c0, reset, w.w_hr is not None
     )
-    gates = pre if _present(gates) is None else gates
-    return Reserve(y, c_all, gates.unsqueeze(1), _present(m))
+    gates = pre if state == x.dtype else gates  # the library has overwritten pre with them
+    return Reserve(y, c_all, gates.unsqueeze(1), None if w.w_hr is None else m)
 
 
 def layer_backward(

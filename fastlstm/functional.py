@@ -152,7 +152,9 @@ def lstm_padded(
         None if reset is None else reset.flatten().view(torch.uint8),
     )
 
-    return _with_form(result, lambda rows: rows.transpose(0, 1) if batch_first else rows)
+    if not batch_first:
+        return Result(*result)
+    return _with_form(result, lambda rows: rows.transpose(0, 1))
 
 
 def lstm_lengths(
@@ -270,7 +272,7 @@ def _with_form(
     output, h_n, c_n, *extra = result
     if unsort is not None:
         h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
-    cells, gates = (None if rows is None else form(rows) for rows in extra)
+    cells, gates = [rows if rows is None else form(rows) for rows in extra]
     return Result(form(output), h_n, c_n, cells, gates)
 
 
