@@ -17,27 +17,17 @@ namespace {
 
 using Dots = DotTiles<bf16>;
 
-// Whether it takes fewer pairs of columns than there are columns: two are multiplied by an
-// instruction, but in blocks of 32, and narrow layers fill only a part of them.
-bool fills_blocks(int64_t first, int64_t second) {
-  constexpr int64_t columns = Dots::block_columns;
-  return (blocks_of(first, columns) + blocks_of(second, columns)) * columns / 2 < first + second;
-}
-
 // A few steps are multiplied without packing.
 void forward(const ForwardArgs& args) {
-  const Shape& n = args.shape;
-  const bool worth = fills_blocks(n.I, n.P) && !are_few_steps(n, args.storage);
-  if (args.storage == Storage::bf16 && (worth || !spares_matrix_unit()))
+  const bool unpacked = spares_matrix_unit() && are_few_steps(args.shape, args.storage);
+  if (args.storage == Storage::bf16 && !unpacked)
     run_pass<Forward<Dots>>(args);
   else
     kernels_avx512.forward(args);
 }
 
 bool backward(const BackwardArgs& args) {
-  const bool worth = fills_blocks(args.shape.H, 0);
-  if (args.storage != Storage::bf16 || (!worth && spares_matrix_unit()))
-    return kernels_avx512.backward(args);
+  if (args.storage != Storage::bf16) return kernels_avx512.backward(args);
   run_pass<Backward<Dots>>(args);
   return false;
 }
@@ -59,6 +49,7 @@ void probe(const GateProbe& args, Storage storage) {
 void recompute(const RecomputeArgs& args) {
   kernels_avx512.recompute(args);
 }
+
 }  // namespace
 
 extern const Kernels kernels_avx512_bf16;

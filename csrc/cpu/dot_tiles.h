@@ -26,11 +26,12 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
   static constexpr int64_t max_rows = 14;
 
-  // C (rows, 32) = or += a tile times a panel, over `blocks` blocks of 32 columns. A tile of few
-  // rows has too few accumulators to fill the pipelines: it keeps `split` partial sums.
+  // C (rows, 32) = or += a tile times a panel. A segment's last block is multiplied as far as it is
+  // filled. A tile of few rows has too few accumulators to fill the pipelines: it keeps `split`
+  // partial sums.
   template <int rows, int split, bool in_advance>
-  static void multiply_rows(const bf16* a, int64_t height, const bf16* b, int64_t blocks, float* c,
-                            int64_t ldc, const Wanted* wanted, bool add) {
+  static void multiply_rows(const bf16* a, int64_t height, const bf16* b, const Segments& segments,
+                            float* c, int64_t ldc, const Wanted* wanted, bool add) {
     constexpr int64_t advance = 4 * 2 * register_size;  // how far ahead a panel is asked for
     constexpr int unrolled = split > 4 ? split : 4;
     const char* const* pair_of_lines = wanted ? wanted->pairs : nullptr;
@@ -38,26 +39,31 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
     __m512 sum[split][rows][2];
     for (auto& part : sum)
       for (auto& row : part) row[0] = row[1] = _mm512_setzero_ps();
-    for (; blocks > 0; --blocks, a += height * block_columns, b += register_size) {
-      for (int pair = 0; pair < 16; pair += unrolled) {
-        for (int p = 0; p < 2 && pair_of_lines < end; ++p) ask_for(*pair_of_lines++);
+    for (int64_t s = 0; s < segments.count; ++s)
+      for (int64_t left = segments.size[s]; left > 0; left -= block_columns) {
+        const int pairs = left < block_columns ? int(left + 1) / 2 : block_columns / 2;
+        for (int pair = 0; pair < pairs; pair += unrolled) {
+          for (int p = 0; p < 2 && pair_of_lines < end; ++p) ask_for(*pair_of_lines++);
 #pragma GCC unroll 8
-        for (int u = 0; u < unrolled; ++u, b += 32) {
-          if (in_advance) {
-            __builtin_prefetch(b + advance, 0, 2);
-            __builtin_prefetch(b + advance + register_size, 0, 2);
-          }
-          const __m512bh low = load_pairs(b), high = load_pairs(b + register_size);
+          for (int u = 0; u < unrolled; ++u) {
+            const bf16* const at = b + 32 * (pair + u);
+            if (in_advance) {
+              __builtin_prefetch(at + advance, 0, 2);
+              __builtin_prefetch(at + advance + register_size, 0, 2);
+            }
+            const __m512bh low = load_pairs(at), high = load_pairs(at + register_size);
 #pragma GCC unroll 14
-          for (int r = 0; r < rows; ++r) {
-            const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));
-            __m512* const s = sum[u % split][r];
-            s[0] = _mm512_dpbf16_ps(s[0], value, low);
-            s[1] = _mm512_dpbf16_ps(s[1], value, high);
+            for (int r = 0; r < rows; ++r) {
+              const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));
+              __m512* const sums = sum[u % split][r];
+              sums[0] = _mm512_dpbf16_ps(sums[0], value, low);
+              sums[1] = _mm512_dpbf16_ps(sums[1], value, high);
+            }
           }
         }
+        a += height * block_columns;
+        b += 2 * register_size;
       }
-    }
 #pragma GCC unroll 14
     for (int r = 0; r < rows; ++r)
       for (int half = 0; half < 2; ++half) {
@@ -75,7 +81,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
                        const Segments& segments, bool in_advance, float* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
     const auto multiply_tile = in_advance ? tile_function<true>(rows) : tile_function<false>(rows);
-    multiply_tile(tile, height, panel, Layout::blocks(segments), c, ldc, wanted, add);
+    multiply_tile(tile, height, panel, segments, c, ldc, wanted, add);
   }
 
   static constexpr bool gate_by_gate = false, asks = true;
