@@ -83,7 +83,9 @@ sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
 emulate: build ## run the kernel tests with an emulated matrix unit
 	library=$$(CXX="$(CXX) -include $(CURDIR)/tests/emulator/amx.h" $(BIN)/python -c \
 	"import pathlib, fastlstm.build as b; print(b.build(pathlib.Path('build/emulated')))") && \
-	FASTLSTM_LIBRARY="$$library" $(BIN)/pytest -n auto tests/test_cpu_kernels.py $(ARGS)
+	export FASTLSTM_LIBRARY="$$library" && $(BIN)/python -c \
+	"from fastlstm import native as n; assert not n.missing() and 'amx' in n.instruction_sets()" && \
+	$(BIN)/pytest -n auto tests/test_cpu_kernels.py $(ARGS)
 
 bench: build $(VENV)/.bench ## time against nn.LSTM and others, in under 10 minutes
 	$(BIN)/python benches/run.py $(ARGS)

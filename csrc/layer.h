@@ -97,7 +97,7 @@ struct ProductPart {
 };
 
 // C (M, N) = or += op(A) B, rows ld elements apart: one of the products that follow a walk, (eq.
-// 9), or two that share A^T.
+// 9), or two that share A^T. Where storage is bf16, A may be rounded to it first.
 struct ProductArgs {
   static constexpr int most_parts = 2;
 
@@ -106,7 +106,7 @@ struct ProductArgs {
   int threads;
   bool transposed;  // op(A) is A^T, A then being (K, M)
   bool add;
-  bool bounded;   // no value of A overflows in a product; what Kernels::backward said of it
+  bool bounded;   // no value of A is too large for its terms; what Kernels::backward said of it
   const void* a;  // (M, K), or (K, M); state
   int64_t lda;
   ProductPart parts[most_parts];  // the second one only if transposed

@@ -324,7 +324,10 @@ def test_products_are_about_as_exact_as_torch(
 
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("huge", [float("inf"), 3e38])
-def test_products_take_any_value(transposed: bool, huge: float, instruction_set: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_take_any_value(
+    transposed: bool, huge: float, dtype: torch.dtype, instruction_set: str
+) -> None:
     """Too large for the matrix unit, on either side: as torch has it, infinities and all."""
     if instruction_set == "baseline":
         return
@@ -333,9 +336,10 @@ def test_products_take_any_value(transposed: bool, huge: float, instruction_set:
         if not transposed:
             left = left.T.contiguous()
         (left if in_left else right)[7, 3] = huge
+        left, right = left.to(dtype).float(), right.to(dtype)  # exact, whoever rounds left
         out = torch.empty(50, 60)
         assert _C.cpu_product(left, right, out, transposed, False, not in_left)
-        want = (left.T if transposed else left) @ right
+        want = (left.T if transposed else left) @ right.float()
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-4)
 
 

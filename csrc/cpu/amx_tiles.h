@@ -4,8 +4,8 @@
 // The unit multiplies the terms of term_tiles.h. A product of floats, which have three, is six
 // products of terms; the three left out are below 2^-26 of it, less than half of what rounding the
 // product itself to float may cost. Where a product overflows, its lower terms may do so the other
-// way round: that too is why values too large are reported. The unit takes subnormals for zeros, so
-// results below about 1e-32 lose digits.
+// way round: that too is why values too large for several terms are reported. The unit takes
+// subnormals for zeros, so results below about 1e-32 lose digits.
 #pragma once
 
 #include <algorithm>

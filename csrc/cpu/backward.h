@@ -55,7 +55,7 @@ class Backward {
                             : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
     dbias_.clear();
-    // What no group of columns fills of a block is multiplied all the same.
+    // What no group of columns fills of a block may be multiplied all the same.
     if (Operand::columns > L) {
       da_.clear();
       dh_.clear();

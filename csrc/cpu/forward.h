@@ -68,7 +68,7 @@ class Forward {
         inputs_(n_.D * inputs_size_),
         ahead_gates_(ahead_ ? items_ * chunk_ * rows_ * 4 * L : 0),
         unprojected_(n_.D * unprojected_size_) {
-    // What no group of units fills of a block is multiplied all the same.
+    // What no group of units fills of a block may be multiplied all the same.
     if (Operand::columns > L) {
       state_.clear();
       unprojected_.clear();

@@ -1,8 +1,8 @@
 // The instructions of AMX's matrix unit in C++, for processors that have AVX-512's BF16 but no such
 // unit: `make emulate` compiles csrc with this file included first, and runs the kernels' tests.
 // Misuse (an unset shape, sizes that do not fit) aborts, as it would fault on the unit. Order and
-// rounding are the unit's: a product's even and odd pairs of K are summed apart, from zero, and
-// then added to the accumulator. Slow.
+// rounding are the unit's, but for subnormal sums, which it takes for zeros: a product's even and
+// odd pairs of K are summed apart, from zero, and then added to the accumulator. Slow.
 #pragma once
 
 #define FASTLSTM_EMULATED_AMX  // dispatch.cpp offers the kernels
@@ -35,6 +35,8 @@ inline void load_config(const void* from) {
   } config;
   memcpy(&config, from, sizeof config);
   require(config.palette == 1 && config.start_row == 0);
+  for (const uint8_t byte : config.reserved) require(byte == 0);
+  for (int k = 8; k < 16; ++k) require(config.rows[k] == 0 && config.row_bytes[k] == 0);
   for (int k = 0; k < 8; ++k) {
     require(0 < config.rows[k] && config.rows[k] <= 16);
     require(0 < config.row_bytes[k] && config.row_bytes[k] <= 64);
