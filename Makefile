@@ -27,6 +27,7 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
 NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
+CPU_TESTS := tests/test_cpu_kernels.py tests/test_cpu_products.py
 SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate bench gpu wheel clean
@@ -77,7 +78,7 @@ sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
 	stdcxx=$$($(CXX) -print-file-name=libstdc++.so) && \
 	LD_PRELOAD="$$runtime $$stdcxx" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 FASTLSTM_LIBRARY="$$library" \
-	$(BIN)/pytest tests/test_cpu_kernels.py $(ARGS)
+	$(BIN)/pytest $(CPU_TESTS) $(ARGS)
 
 # The unit's instructions by tests/emulator/amx.h, on a processor with AVX-512's BF16.
 emulate: build ## run the kernel tests with an emulated matrix unit
@@ -85,7 +86,7 @@ emulate: build ## run the kernel tests with an emulated matrix unit
 	"import pathlib, fastlstm.build as b; print(b.build(pathlib.Path('build/emulated')))") && \
 	export FASTLSTM_LIBRARY="$$library" && $(BIN)/python -c \
 	"from fastlstm import native as n; assert not n.missing() and 'amx' in n.instruction_sets()" && \
-	$(BIN)/pytest -n auto tests/test_cpu_kernels.py $(ARGS)
+	$(BIN)/pytest -n auto $(CPU_TESTS) $(ARGS)
 
 bench: build $(VENV)/.bench ## time against nn.LSTM and others, in under 10 minutes
 	$(BIN)/python benches/run.py $(ARGS)

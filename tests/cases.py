@@ -12,6 +12,7 @@ from fastlstm.cli.compare import tolerance
 from fastlstm.contract import Weights
 
 __all__ = [
+    "DTYPES",
     "LAYERS",
     "MODEL",
     "SPEED",
@@ -21,6 +22,9 @@ __all__ = [
     "make_layer",
     "tolerance",
 ]
+
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

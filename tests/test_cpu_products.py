@@ -1,0 +1,89 @@
+"""The products of eq. 9 against torch's, on every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import DTYPES
+
+_C = torch.ops.fastlstm_C
+pytest_plugins = ["cpu_fixtures"]
+pytestmark = pytest.mark.usefixtures("poison")
+
+PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (36, 200, 150), (33, 40, 300),
+            (17, 2, 3), (530, 9, 2)]  # fmt: skip
+# Of a value, and of a whole matrix beside what torch's own product makes of it, by state dtype.
+# (In float64 torch's product is what counts as exact.)
+EXACTNESS = {torch.float32: (1e-5, 6e-8), torch.float64: (1e-13, 1e-14)}
+# How many times torch's error. Vectors sum up to 512 products in one go, BLAS fewer; small
+# products are vectors' work with AMX too.
+ERRORS = {"unit": 1.5, "vectors": 2.5}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("depth", "rows", "columns"), PRODUCTS)
+def test_products_are_about_as_exact_as_torch(
+    depth: int, rows: int, columns: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    """Of dgates and inputs (transposed) and of dgates and weights, added to what is there.
+
+    Where bfloat16 is multiplied as such, dgates are rounded to it before.
+    """
+    if instruction_set == "baseline":
+        fine = torch.ones(50, 50)
+        assert not _C.cpu_product(fine, fine, fine.clone(), True, True, True)
+        return
+    state = torch.promote_types(dtype, torch.float32)
+    rtol, slack = EXACTNESS[state]
+    small = depth * rows * columns < 1 << 20
+    times = ERRORS["vectors" if small or instruction_set != "amx" else "unit"]
+    takes_bf16 = {"avx512_bf16": depth >= 32, "amx": not small}.get(instruction_set, False)
+    for transposed in (True, False):
+        shape = (depth, 2, rows) if transposed else (rows, 2, depth)
+        left = torch.randn(shape, dtype=state)[:, 1]
+        op = left.bfloat16().to(state) if takes_bf16 and dtype == torch.bfloat16 else left
+        right = torch.randn(depth, 2, columns)[:, 0].to(dtype)
+        op = op.T if transposed else op
+        wide = torch.randn(rows, columns + 5, dtype=state)
+        out, start = wide[:, 2:-3], wide.clone()
+        exact = start[:, 2:-3].double() + op.double() @ right.double()
+        assert _C.cpu_product(left, right, out, transposed, True, True)
+        error = (start[:, 2:-3] + op @ right.to(state) - exact).norm()
+        assert (out - exact).norm() < times * error + slack * exact.norm()
+        assert torch.equal(wide[:, :2], start[:, :2]) and torch.equal(wide[:, -3:], start[:, -3:])
+        assert _C.cpu_product(left, right, out, transposed, False, True)
+        exact = op.double() @ right.double()
+        torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=rtol * depth**0.5)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("huge", [float("inf"), 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_take_any_value(
+    transposed: bool, huge: float, dtype: torch.dtype, instruction_set: str
+) -> None:
+    """Too large for the matrix unit, on either side: as torch has it, infinities and all."""
+    if instruction_set == "baseline":
+        return
+    for in_left in (True, False):
+        left, right = torch.randn(40, 50), torch.randn(40, 60)
+        if not transposed:
+            left = left.T.contiguous()
+        (left if in_left else right)[7, 3] = huge
+        left, right = left.to(dtype).float(), right.to(dtype)  # exact, whoever rounds left
+        out = torch.empty(50, 60)
+        assert _C.cpu_product(left, right, out, transposed, False, not in_left)
+        want = (left.T if transposed else left) @ right.float()
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-4)
+
+
+def test_product_refuses_bad_arguments() -> None:
+    good = dict(left=torch.ones(4, 3), right=torch.ones(4, 2), out=torch.ones(3, 2))
+    changes = [
+        dict(left=torch.ones(5, 3)), dict(left=torch.ones(4, 3).double()),
+        dict(out=torch.ones(3, 3)), dict(out=torch.ones(2, 3).T), dict(right=torch.ones(4)),
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(RuntimeError, match=r"left|right|out"):
+            _C.cpu_product(*{**good, **change}.values(), True, False, True)
