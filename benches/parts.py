@@ -18,7 +18,7 @@ from model import ModelContest
 from ourselves import HalfContest, ThreadsContest
 from peers import PEERS, PeerContest, present
 from sweep import random_shapes
-from variants import CellContest, VariantContest, config
+from variants import CellContest, StepContest, VariantContest, config
 
 from cases import MODEL, SPEED
 from fastlstm.cli.arguments import Shape
@@ -26,6 +26,7 @@ from fastlstm.cli.contest import Contest, Row
 
 FEATURE = (100, 16, 128, 256)  # what variants are timed at
 STREAMING = (1, 1, 128, 128)
+DECODER = (20, 16, 512, 512)
 STEPS = (1, 4, 16, 64, 256)  # what a scaling row has instead of T, B, or both I and H
 BATCHES = (1, 4, 16, 64, 256)
 WIDTHS = (32, 64, 128, 256, 512, 1024)
@@ -123,6 +124,8 @@ def features(args: argparse.Namespace) -> Iterator[Job]:
             yield job(count, contest, work, dtype=dtype, rival="fastlstm in float32")
         contest, work = partial(CellContest, FEATURE, single), partial(cell_work, *FEATURE)
         yield job(count, contest, work, variant="cell", rival="nn.LSTMCell")
+        contest, work = partial(StepContest, DECODER, single), partial(cell_work, *DECODER)
+        yield job(count, contest, work, DECODER, variant="calls")
         contest, work = (
             partial(Contest, STREAMING, single),
             partial(plain_work, STREAMING, "float32"),

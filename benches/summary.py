@@ -18,6 +18,7 @@ TITLES = {
     "two layers, both directions": "two layers, both directions",
     "resets": "resets at 1 % of the steps",
     "cell": "`LSTMCell`, a call for each step",
+    "calls": "a call for each of 20 steps, 16 sequences, H = 512",
     "one step": "streaming: one step, one sequence, H = 128",
     "character model": "character model, end to end",
 }

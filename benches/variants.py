@@ -143,3 +143,14 @@ class CellContest(Contest):
             state = module(row, state)
             outputs.append(state[0])
         return torch.stack(outputs), *state
+
+
+class StepContest(Contest):
+    """The layer, called once a step, as a decoder calls it."""
+
+    def run(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        state, outputs = self.hx, []
+        for row in self.x:
+            output, state = module(row[None], state)
+            outputs.append(output)
+        return torch.cat(outputs), *state

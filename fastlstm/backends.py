@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, cpu, cuda, dispatch, reference, triton
+from . import aten, cpu, cuda, dispatch, native, reference, triton
 from .contract import Gradients, Outputs, Reserve, Weights
 
 
@@ -153,28 +153,32 @@ def _recorded(call: Call) -> list[Backend]:
     return [_TABLE[name] for name in names]
 
 
-# The steps that our kernels take faster than torch's matrix product does, which is good at one row
-# and at many: of so many rows, with so many multiply-adds.
-_OWN_ROWS = (4, 5)
-_LEAST_STEP = 1 << 22
-
-
 def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
     """Should a module's single step, ``input (B, I)`` or ``(I,)``, be left to torch's own cell?
 
     Its calls and their gradients cost less than any backend's: measured, it is the faster one
-    but for large float32 steps of a few rows on the CPU that save nothing for a backward pass.
+    but for large float32 steps on the CPU that save nothing for a backward pass.
     """
     if backend != "auto":
         return backend == "aten"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return True
-    if input.dim() != 2 or input.size(0) not in _OWN_ROWS:
+    if input.dim() != 2 or input.size(0) < 2:
         return True
     if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
         return True
     rows, inputs = input.shape
-    return rows * (inputs + hidden_size) * 4 * hidden_size < _LEAST_STEP
+    return not _is_large_step(rows, (inputs + hidden_size) * 4 * hidden_size)
+
+
+def _is_large_step(rows: int, weights: int) -> bool:
+    """Do our kernels take it faster than torch's matrix product?  See docs/performance.md.  On
+    processors with a matrix unit that was measured before its rows went unpacked by vectors."""
+    if not native.instruction_sets():
+        return False
+    if "amx" in native.instruction_sets():
+        return rows in (4, 5) and rows * weights >= 1 << 22
+    return weights >= 1 << 18 or rows * weights >= 1 << 23
 
 
 def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bool) -> bool:

@@ -22,9 +22,10 @@ def missing() -> str | None:
     return None
 
 
-def instruction_sets() -> list[str]:
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
     """What the library may use on this processor, the best first; none without the library."""
-    return [] if missing() else str(torch.ops.fastlstm_C.cpu_instruction_sets()).split()
+    return () if missing() else tuple(str(torch.ops.fastlstm_C.cpu_instruction_sets()).split())
 
 
 def use_instruction_set(name: str) -> str:

@@ -123,13 +123,16 @@ LAYERS = (
     Layer((2,) * 5, 6, 35, projection=18, directions=2, bias=False),
     Layer((3, 3, 0), 9, 17, projection=20, reset=0.3, batch=5),
     Layer((12,) * 7, 1, 70),  # the unit's dW_ih and dW_hh: tiles of one row, and of many
+    *(Layer((rows,), 21, 18, reset=0.3, directions=2) for rows in (6, 11, 16)),  # one step unpacked
 )
 
-# One row a step and long rows of weights, which the CPU's kernels do not pack. (In Triton's
-# interpreter they would take minutes.)
+# Steps whose weights the CPU's kernels do not pack, because they are many: one row a step, one step
+# of many rows, and a few of some. (In Triton's interpreter they would take minutes.)
 UNPACKED = (
     Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
     Layer((1,) * 17, 300, 37, projection=143, bias=False),
+    Layer((40,), 260, 333, directions=2, reset=0.3),
+    Layer((20, 20), 330, 331, projection=300, directions=2, bias=False),
 )
 
 # What the benchmarks time: (T, B, I, H).

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import fastlstm
 from cases import tolerance
+from fastlstm import backends
 
 BACKENDS = ["auto", "reference", "aten", "cpu"]
 B, IN, H = 3, 4, 6
@@ -74,8 +75,8 @@ def test_single_steps_are_the_whole_sequence(backend, dtype):
         torch.testing.assert_close(a, b, **near)
 
 
-def test_a_large_step_of_few_rows_without_gradients_runs_on_the_kernels(monkeypatch):
-    """And a small one, one of many rows, or one with gradients, on torch's own cell."""
+def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
+    """And a small one, one of a single row, or one with gradients, on torch's own cell."""
     seen = []
     real = torch._VF.lstm_cell
     monkeypatch.setattr(torch._VF, "lstm_cell", lambda *a: seen.append(a) or real(*a))
@@ -88,9 +89,19 @@ def test_a_large_step_of_few_rows_without_gradients_runs_on_the_kernels(monkeypa
         assert_same(flat(ours(x)), flat(want), x.dtype)
         assert not seen
         ours(x[:1])
-        ours(torch.cat((x, x)))
+        fastlstm.LSTMCell(40, 40)(x[:, :40])
     ours(x)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("rows", [2, 6, 40])
+def test_which_steps_are_large_depends_on_the_processor(rows, monkeypatch):
+    """With a matrix unit only steps of four or five rows are; without the library none is."""
+    x = torch.randn(rows, 400)
+    with torch.no_grad():
+        for names, own in (((), True), (("amx", "avx512"), True), (("avx2", "baseline"), False)):
+            monkeypatch.setattr(backends.native, "instruction_sets", lambda names=names: names)
+            assert backends.is_torchs_own_step("auto", x, 400) == own
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,13 @@ bool run(const Args& args, const Rule& rule, const Multiplied& multiplied) {
 template <class Unit>
 using ForwardAhead = Forward<AheadTiles<Unit>>;
 
+// Few steps of up to so many rows in all are left to vectors, which do not pack their weights.
+constexpr int64_t most_unpacked_rows = 16;
+
 void forward(const ForwardArgs& args) {
   const Shape& n = args.shape;
-  if (spares_matrix_unit() && are_few_steps(n, args.storage)) return kernels_avx512.forward(args);
+  if (spares_matrix_unit() && n.N <= most_unpacked_rows && are_few_steps(n, args.storage))
+    return kernels_avx512.forward(args);
   if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
       !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
     kernels_avx512.forward(args);

@@ -17,9 +17,12 @@ namespace {
 
 using Dots = DotTiles<bf16>;
 
-// A few steps are multiplied without packing.
+// A step of up to so many rows is multiplied without packing, by floats.
+constexpr int64_t most_unpacked_rows = 8;
+
 void forward(const ForwardArgs& args) {
-  const bool unpacked = spares_matrix_unit() && are_few_steps(args.shape, args.storage);
+  const bool unpacked = spares_matrix_unit() && args.shape.N <= most_unpacked_rows &&
+                        are_few_steps(args.shape, args.storage);
   if (args.storage == Storage::bf16 && !unpacked)
     run_pass<Forward<Dots>>(args);
   else

@@ -9,6 +9,8 @@
 // gradient of h is exchanged too and multiplied by W_hr: two barriers a step.
 #pragma once
 
+#include <algorithm>
+
 #include "backward_cells.h"
 #include "operand.h"
 #include "split.h"
@@ -37,6 +39,8 @@ class Backward {
         rows_(walk_.max_rows()),
         tiles_(rows_, Tiles::max_rows),
         projected_(args.w_hr[0] != nullptr),
+        to_initial_state_(a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr)),
+        carries_(a_.end + to_initial_state_ > std::max<int64_t>(a_.begin, 1)),
         gate_blocks_(Operand::count(n_.H)),
         output_blocks_(Operand::count(n_.P)),
         unit_panels_(blocks_of(n_.H, width)),
@@ -46,7 +50,7 @@ class Backward {
                           l2_cache_bytes() / 2),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
-        recurrent_(n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)),
+        recurrent_(carries_ ? n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H) : 0),
         projection_(projected_ ? n_.D * unit_panels_ * Tiles::panel_size(n_.P) : 0),
         da_(n_.D * 2 * da_size_),
         dh_(n_.D * dh_size_),
@@ -77,7 +81,7 @@ class Backward {
     [[maybe_unused]] const typename Tiles::Session session;
     const Range outputs = team.share(n_.D * output_panels_);
     const Range units = projected_ ? team.share(n_.D * unit_panels_) : Range{0, 0};
-    for (int64_t item = outputs.begin; item < outputs.end; ++item)
+    for (int64_t item = outputs.begin; carries_ && item < outputs.end; ++item)
       pack_panel(a_.w_hh, n_.P, {4, {n_.H, n_.H, n_.H, n_.H}}, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
       pack_panel(a_.w_hr, n_.H, {1, {n_.P}}, unit_panels_, item, projection_);
@@ -87,10 +91,8 @@ class Backward {
       receive_carry(team);
       team.barrier.wait();
     }
-    const bool to_initial_state =
-        a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr);
     Unfinished unfinished;
-    for (int64_t s = a_.begin; s < a_.end + (to_initial_state ? 1 : 0); ++s) {
+    for (int64_t s = a_.begin; s < a_.end + to_initial_state_; ++s) {
       if (gate_by_gate_)
         for (int gate = 0; gate < 3; ++gate)
           for (int64_t item = outputs.begin; item < outputs.end; ++item) {
@@ -402,6 +404,8 @@ class Backward {
   const int64_t rows_;  // of the widest step
   const RowTiles tiles_;
   const bool projected_;
+  const bool to_initial_state_;  // does this call undo all that is left?
+  const bool carries_;           // does it multiply W_hh? The step undone first is carried nothing.
   const int64_t gate_blocks_;    // of hidden units
   const int64_t output_blocks_;  // of outputs
   const int64_t unit_panels_;    // of panel_width hidden units

@@ -8,28 +8,30 @@
 #include <type_traits>
 
 #include "forward.h"
-#include "transpose.h"
+#include "row_products.h"
 
 namespace fastlstm {
 namespace {
 
-// With more rows a step, or more of them in all, packed weights are used often enough. A single row
-// waits for weights, packed or not: the longer the rows of weights, the more steps.
-constexpr int64_t most_step_rows = 8, most_rows = 16;
-inline int64_t most_rows_of(const Shape& n, int64_t step_rows) {
-  return step_rows == 1 ? std::max(most_rows, n.P / 8) : most_rows;
+// How many rows, of all steps together, at most: with more of them packing pays. It is the dearer
+// the farther away packed weights have to be written; but several steps read W_hh several times. A
+// single row a step waits for weights, packed or not.
+inline int64_t most_rows(const Shape& n, int64_t steps, Storage storage) {
+  const bool half = storage == Storage::f16 || storage == Storage::bf16, single = steps == n.N;
+  const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4;
+  const int64_t bytes = n.D * 4 * n.H * (n.P + n.I) * size;
+  const int64_t most = steps == 1 || single ? 128 : storage == Storage::f64 ? 32 : 48;
+  return std::clamp<int64_t>((single ? 64 : 16) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
 }
-// Rows that are multiplied together, so that a weight is loaded once for all of them.
-constexpr int64_t most_together = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
 
 // Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
 inline bool are_few_steps(const Shape& n, Storage storage) {
   const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
   const bool exact = storage == Storage::f32 || storage == Storage::f64;
-  if (rows == 0 || rows > most_step_rows || n.N > most_rows_of(n, rows) || n.N % rows != 0)
-    return false;
+  if (rows == 0 || n.N % rows != 0) return false;
   const int64_t steps = n.N / rows;
-  return n.batch_sizes[steps - 1] == rows && (steps == 1 || exact);
+  return n.N <= most_rows(n, steps, storage) && n.batch_sizes[steps - 1] == rows &&
+         (steps == 1 || exact);
 }
 
 template <int n>
@@ -41,6 +43,8 @@ class FewSteps {
   using T = typename Tiles::T;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
+  using Products = RowProducts<S>;
+  using Weights = typename Products::Weights;
   static constexpr int64_t L = lanes<T>;
 
  public:
@@ -100,7 +104,7 @@ class FewSteps {
   // Rows of x that stay in the L2 cache while all units pass by.
   static int64_t chunk_rows(const Shape& n) {
     const int64_t row = std::max<int64_t>(n.I, 1) * int64_t(sizeof(S));
-    return std::clamp<int64_t>(l2_cache_bytes() / 4 / row, most_together, 256);
+    return std::clamp<int64_t>(l2_cache_bytes() / 4 / row, 4, 256);
   }
 
   // Up to L units of one direction, and the how many-eth of all such groups they are.
@@ -110,95 +114,23 @@ class FewSteps {
     int64_t first;
   };
 
+  // Tiles of rows, as few as can be and of nearly equal height.
   template <class Body>
   void for_tiles(Range range, const Body& body) {
-    int64_t first = range.begin;
-    for (; first + most_together <= range.end; first += most_together)
-      body(Rows<most_together>{}, first);
-    switch (range.end - first) {
-      case 1:
-        return body(Rows<1>{}, first);
-      case 2:
-        return body(Rows<2>{}, first);
-      case 3:
-        return body(Rows<3>{}, first);
-    }
+    const RowTiles tiles(range.end - range.begin, Products::most_rows);
+    for (int64_t first = range.begin; first < range.end; first += tiles.height)
+      call_with<Products::most_rows>(std::min(tiles.height, range.end - first), first, body);
+  }
+  template <int most, class Body>
+  FASTLSTM_INLINE void call_with(int64_t rows, int64_t first, const Body& body) {
+    if constexpr (most > 1)
+      if (rows < most) return call_with<most - 1>(rows, first, body);
+    body(Rows<most>{}, first);
   }
 
   int64_t time(int d, int64_t s) const { return d == 0 ? s : steps_ - 1 - s; }
   int count_of(const Units& units) const {
     return int(n_.H - units.first < L ? n_.H - units.first : L);
-  }
-
-  // Rows of weights: of some units their `gates` rows each.
-  struct Weights {
-    const S* first;
-    int64_t gate_distance, k_size;
-    const S* row(int unit, int gate) const { return first + gate * gate_distance + unit * k_size; }
-  };
-
-  // sum[unit][r][gate] += row r of a (rows, a_distance) times a row of weights, lane by lane.
-  template <int units, int rows, int gates>
-  FASTLSTM_INLINE void add_products(const S* a, int64_t a_distance, const Weights& w,
-                                    V (&sum)[units][rows][gates]) {
-    int64_t k = 0;
-    for (; k + L <= w.k_size; k += L) {
-      V weight[units][gates];
-#pragma GCC unroll 4
-      for (int unit = 0; unit < units; ++unit)
-#pragma GCC unroll 4
-        for (int gate = 0; gate < gates; ++gate) weight[unit][gate] = load(w.row(unit, gate) + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; ++r) {
-        const V value = load(a + r * a_distance + k);
-#pragma GCC unroll 4
-        for (int unit = 0; unit < units; ++unit)
-#pragma GCC unroll 4
-          for (int gate = 0; gate < gates; ++gate) sum[unit][r][gate] += value * weight[unit][gate];
-      }
-    }
-    if (k == w.k_size) return;
-    const int left = int(w.k_size - k);
-    for (int r = 0; r < rows; ++r)
-      for (int unit = 0; unit < units; ++unit)
-        for (int gate = 0; gate < gates; ++gate)
-          sum[unit][r][gate] +=
-              load_some(a + r * a_distance + k, left) * load_some(w.row(unit, gate) + k, left);
-  }
-
-  // products[r][gate] = row r of a times the weights' rows of up to L units, in the lane of each.
-  template <int rows, int gates>
-  FASTLSTM_INLINE void multiply(const S* a, int64_t a_distance, Weights w, int count,
-                                V (&products)[rows][gates]) {
-    // With few rows there are too few sums to fill the pipelines, so two units share them.
-    constexpr int together = rows * gates <= 4 ? 2 : 1;
-    alignas(64) V lanes_of[rows][gates][L] = {};
-    const auto of_units = [&](auto units, int first) {
-      V sum[units.value][rows][gates] = {};
-      add_products<units.value, rows, gates>(a, a_distance, w, sum);
-      for (int unit = 0; unit < units.value; ++unit)
-        for (int r = 0; r < rows; ++r)
-          for (int gate = 0; gate < gates; ++gate)
-            lanes_of[r][gate][first + unit] = sum[unit][r][gate];
-      w.first += units.value * w.k_size;
-    };
-    int unit = 0;
-    for (; unit + together <= count; unit += together) of_units(Rows<together>{}, unit);
-    for (; unit < count; ++unit) of_units(Rows<1>{}, unit);
-    for (int r = 0; r < rows; ++r)
-      for (int gate = 0; gate < gates; ++gate) products[r][gate] = sums_of(lanes_of[r][gate]);
-  }
-
-  // The sum of each vector's lanes, in the lane of the vector's index: a transpose whose halves are
-  // added at once.
-  FASTLSTM_INLINE V sums_of(V (&square)[L]) {
-#pragma GCC unroll 4
-    for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int k = 0; k < half; ++k)
-        square[k] = interleave<T, 0>(square[k], square[k + half]) +
-                    interleave<T, 1>(square[k], square[k + half]);
-    return square[0];
   }
 
   // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
@@ -210,7 +142,8 @@ class FewSteps {
     T* ahead = ahead_ + units.index * chunk_ * rows_ * 4 * L;
     for_tiles({0, steps * rows_}, [&](auto rows, int64_t first) {
       V products[rows.value][4];
-      multiply<rows.value, 4>(x + first * n_.I, n_.I, w_ih, count_of(units), products);
+      Products::template multiply<rows.value, 4>(x + first * n_.I, n_.I, w_ih, count_of(units),
+                                                 products);
       for (int r = 0; r < rows.value; ++r)
         for (int gate = 0; gate < 4; ++gate)
           store(ahead + ((first + r) * 4 + gate) * L, products[r][gate]);
@@ -241,8 +174,10 @@ class FewSteps {
     const S* c_prev =
         static_cast<const S*>(s == 0 ? a_.c0 : a_.c_n) + (d * n_.B + first) * H + unit;
     V of_h[rows][4], of_x[rows][4];
-    multiply<rows, 4>(h, s == 0 ? P : D * P, weights(a_.w_hh, units, P), count, of_h);
-    if (chunk_ == 1) multiply<rows, 4>(x, I, weights(a_.w_ih, units, I), count, of_x);
+    Products::template multiply<rows, 4>(h, s == 0 ? P : D * P, weights(a_.w_hh, units, P), count,
+                                         of_h);
+    if (chunk_ == 1)
+      Products::template multiply<rows, 4>(x, I, weights(a_.w_ih, units, I), count, of_x);
     for (int r = 0; r < rows; ++r) {
       V pre[4];
       for (int gate = 0; gate < 4; ++gate) {
@@ -281,7 +216,8 @@ class FewSteps {
     const int count = int(P - output < L ? P - output : L);
     const S* w_hr = static_cast<const S*>(a_.w_hr[d]);
     V products[rows][1];
-    multiply<rows, 1>(m_ + (d * rows_ + first) * H, H, {w_hr + output * H, 0, H}, count, products);
+    Products::template multiply<rows, 1>(m_ + (d * rows_ + first) * H, H, {w_hr + output * H, 0, H},
+                                         count, products);
     for (int r = 0; r < rows; ++r) {
       const V h = products[r][0];
       store_some(static_cast<S*>(a_.y) + ((row + r) * n_.D + d) * P + output, h, count);
