@@ -7,6 +7,7 @@
 #include "backward.h"
 #include "few_steps.h"
 #include "forward.h"
+#include "outer_product.h"
 #include "product.h"
 #include "recompute.h"
 #include "vector_tiles.h"
@@ -43,31 +44,37 @@ bool backward(const BackwardArgs& args) {
 }
 
 template <class S>
-bool product_of(const ProductArgs& args) {
+void product_of(const ProductArgs& args) {
+  if (is_outer_product(args)) return run_outer_product<S>(args);
   using State = VectorTiles<typename StateOf<S>::type>;
   using Stored = VectorTiles<S>;
   args.transposed ? run_product<Stored, State, State, true>(args)
                   : run_product<State, Stored, State, false>(args);
-  return true;
 }
 
 // See docs/performance.md for where packing costs more than it gains.
 bool product(const ProductArgs& args) {
 #if defined(__AVX2__)
-  if (args.M < 2 || args.columns() < 2 || args.K < 16) return false;
+  const int64_t least_depth = is_outer_product(args) ? 2 : 16;
+  if (args.M < 2 || args.columns() < 2 || args.K < least_depth) return false;
   switch (args.storage) {
     case Storage::f32:
-      return product_of<float>(args);
+      product_of<float>(args);
+      break;
     case Storage::f64:
-      return product_of<double>(args);
+      product_of<double>(args);
+      break;
     case Storage::f16:
-      return product_of<fp16>(args);
+      product_of<fp16>(args);
+      break;
     case Storage::bf16:
-      return product_of<bf16>(args);
+      product_of<bf16>(args);
   }
-#endif
+  return true;
+#else
   (void)args;
   return false;
+#endif
 }
 
 void recompute(const RecomputeArgs& args) {
