@@ -7,9 +7,9 @@
 #include "backward.h"
 #include "few_steps.h"
 #include "forward.h"
-#include "outer_product.h"
 #include "product.h"
 #include "recompute.h"
+#include "unpacked_product.h"
 #include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x
@@ -45,7 +45,9 @@ bool backward(const BackwardArgs& args) {
 
 template <class S>
 void product_of(const ProductArgs& args) {
-  if (is_outer_product(args)) return run_outer_product<S>(args);
+  if (is_unpacked_product(args))
+    return args.transposed ? run_unpacked_product<S, true>(args)
+                           : run_unpacked_product<S, false>(args);
   using State = VectorTiles<typename StateOf<S>::type>;
   using Stored = VectorTiles<S>;
   args.transposed ? run_product<Stored, State, State, true>(args)
@@ -55,7 +57,7 @@ void product_of(const ProductArgs& args) {
 // See docs/performance.md for where packing costs more than it gains.
 bool product(const ProductArgs& args) {
 #if defined(__AVX2__)
-  const int64_t least_depth = is_outer_product(args) ? 2 : 16;
+  const int64_t least_depth = is_unpacked_product(args) ? 2 : 16;
   if (args.M < 2 || args.columns() < 2 || args.K < least_depth) return false;
   switch (args.storage) {
     case Storage::f32:

@@ -1,0 +1,121 @@
+// The products of (eq. 9) where there are few rows, as after a call of one step: C = or += op(A) B
+// with a small K for the weights, or with a small M for the inputs. B is used too seldom to be
+// packed: a tile of C is held in registers while rows of B pass by where they lie.
+#pragma once
+
+#include <algorithm>
+
+#include "../layer.h"
+#include "team.h"
+#include "tile.h"
+
+namespace fastlstm {
+namespace {
+
+// With more rows packing pays: see docs/performance.md.
+inline bool is_unpacked_product(const ProductArgs& args) {
+  return (args.transposed ? args.K : args.M) <= (FASTLSTM_VECTOR_REGISTERS == 32 ? 64 : 24);
+}
+
+template <class S, bool transposed>
+class UnpackedProduct {
+  using T = typename StateOf<S>::type;
+  using V = Vec<T>;
+  static constexpr int64_t L = lanes<T>;
+  // Of a tile: its sums, a row of B and a value of A must fit in the registers. (Of a large C fewer
+  // rows are better written at a time.)
+  static constexpr int most_rows = transposed ? 4 : 6;
+  static constexpr int most_vectors = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
+  static constexpr int64_t width = most_vectors * L;
+  static constexpr int64_t slab_rows = 128;
+  static constexpr int64_t ahead = 16;  // rows of B that are asked for before they are read
+
+ public:
+  explicit UnpackedProduct(const ProductArgs& args)
+      : p_(args),
+        row_distance_(transposed ? 1 : args.lda),
+        k_distance_(transposed ? args.lda : 1),
+        slab_(transposed ? args.K : slab_rows) {}
+
+  void run(const Team& team) const {
+    for (const ProductPart& part : p_.parts)
+      for (int64_t k = 0; k < p_.K; k += slab_)
+        add_slab(team, part, {k, std::min(k + slab_, p_.K)});
+  }
+
+ private:
+  // The larger side of C is shared, and the smaller one the inner loop.
+  void add_slab(const Team& team, const ProductPart& part, const Range& slab) const {
+    if (transposed) {
+      const Range mine = team.share(p_.M);
+      for (int64_t row = mine.begin; row < mine.end; row += most_rows)
+        for (int64_t column = 0; column < part.N; column += width)
+          for_rows<most_rows>(part, slab, row, mine.end - row, column);
+      return;
+    }
+    const Range mine = team.share(blocks_of(part.N, width));
+    const RowTiles tiles(p_.M, most_rows);
+    for (int64_t block = mine.begin; block < mine.end; ++block)
+      for (int64_t row = 0; row < p_.M; row += tiles.height)
+        for_rows<most_rows>(part, slab, row, std::min(tiles.height, p_.M - row), block * width);
+  }
+
+  template <int rows>
+  void for_rows(const ProductPart& part, const Range& slab, int64_t row, int64_t count,
+                int64_t column) const {
+    if constexpr (rows > 1)
+      if (count < rows) return for_rows<rows - 1>(part, slab, row, count, column);
+    if (column + width <= part.N) return multiply<rows, most_vectors>(part, slab, row, column, L);
+    for (; column < part.N; column += L)
+      multiply<rows, 1>(part, slab, row, column, int(std::min(L, part.N - column)));
+  }
+
+  // A tile of C (rows, vectors), of whose last vector `count` columns are there. (What is in
+  // registers has to be indexed by constants: hence the unrolled loops.)
+  template <int rows, int vectors>
+  void multiply(const ProductPart& part, const Range& slab, int64_t row, int64_t column,
+                int count) const {
+    const T* a = static_cast<const T*>(p_.a) + row * row_distance_ + slab.begin * k_distance_;
+    const S* b = static_cast<const S*>(part.b) + slab.begin * part.ldb + column;
+    T* const c = static_cast<T*>(part.c) + row * part.ldc + column;
+    V sum[rows][vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v)
+        sum[r][v] = p_.add || slab.begin > 0 ? load_some(c + r * part.ldc + v * L, count) : V{};
+    for (int64_t k = slab.begin; k < slab.end; ++k, a += k_distance_, b += part.ldb) {
+      V values[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        values[v] = load_some(b + v * L, count);
+        if (!transposed) __builtin_prefetch(b + ahead * part.ldb + v * L);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const V factor = VectorMath<T>::broadcast(a[r * row_distance_]);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) add_product<T>(sum[r][v], factor, values[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) store_some(c + r * part.ldc + v * L, sum[r][v], count);
+  }
+
+  const ProductArgs& p_;
+  const int64_t row_distance_, k_distance_;  // of A
+  const int64_t slab_;                       // rows of B that pass by all of C before the next ones
+};
+
+// A team as large as the work is worth: C, or B, takes longer to move than to multiply.
+template <class S, bool transposed>
+void run_unpacked_product(const ProductArgs& p) {
+  const int64_t moved = (transposed ? p.M : p.K) * p.columns();
+  const int64_t threads = std::min<int64_t>(moved / (int64_t(1) << 16) + 1, p.threads);
+  run_team(int(threads), [&](const Team& team) { UnpackedProduct<S, transposed>(p).run(team); });
+}
+
+}  // namespace
+}  // namespace fastlstm
