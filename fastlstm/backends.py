@@ -153,6 +153,12 @@ def _recorded(call: Call) -> list[Backend]:
     return [_TABLE[name] for name in names]
 
 
+# The steps that our kernels take faster than torch's matrix product does: of so many weights, or so
+# many multiply-adds.  See docs/performance.md.
+_LARGE_WEIGHTS = 1 << 18
+_LARGE_STEP = 1 << 23
+
+
 def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
     """Should a module's single step, ``input (B, I)`` or ``(I,)``, be left to torch's own cell?
 
@@ -163,22 +169,22 @@ def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
         return backend == "aten"
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return True
+    if torch._C._get_tracing_state() is not None:  # a trace would hold an operator of ours
+        return True
     if input.dim() != 2 or input.size(0) < 2:
         return True
     if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
         return True
     rows, inputs = input.shape
-    return not _is_large_step(rows, (inputs + hidden_size) * 4 * hidden_size)
-
-
-def _is_large_step(rows: int, weights: int) -> bool:
-    """Do our kernels take it faster than torch's matrix product?  See docs/performance.md.  On
-    processors with a matrix unit that was measured before its rows went unpacked by vectors."""
-    if not native.instruction_sets():
-        return False
-    if "amx" in native.instruction_sets():
-        return rows in (4, 5) and rows * weights >= 1 << 22
-    return weights >= 1 << 18 or rows * weights >= 1 << 23
+    weights = (inputs + hidden_size) * 4 * hidden_size
+    # The size first: asking for the instruction sets loads the library.
+    if weights < _LARGE_WEIGHTS and rows * weights < _LARGE_STEP:
+        return True
+    if torch.is_autocast_enabled("cpu") or not native.instruction_sets():
+        return True
+    # With a matrix unit this was measured before many rows went unpacked.
+    few = rows in (4, 5) and rows * weights >= _LARGE_STEP // 2
+    return "amx" in native.instruction_sets() and not few
 
 
 def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bool) -> bool:

@@ -94,6 +94,18 @@ def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
     assert len(seen) == 3
 
 
+def test_traces_and_autocast_have_torchs_own_step(monkeypatch):
+    """A trace records no operator of ours; under autocast the dtype is torch's at any size."""
+    cell, x = fastlstm.LSTMCell(300, 300), torch.randn(3, 300)
+    with torch.no_grad():
+        traced = torch.jit.trace(cell, (x,))
+        assert "fastlstm_C" not in str(traced.inlined_graph)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert [h.dtype for h in cell(x)] == [h.dtype for h in cell(x[:1])]
+        monkeypatch.setattr(backends.native, "instruction_sets", lambda: pytest.fail("asked"))
+        fastlstm.LSTMCell(4, 4)(x[:, :4])  # too small to be worth loading the library
+
+
 @pytest.mark.parametrize("rows", [2, 6, 40])
 def test_which_steps_are_large_depends_on_the_processor(rows, monkeypatch):
     """With a matrix unit only steps of four or five rows are; without the library none is."""

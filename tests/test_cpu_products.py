@@ -12,8 +12,8 @@ pytest_plugins = ["cpu_fixtures"]
 pytestmark = pytest.mark.usefixtures("poison")
 
 PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (36, 200, 150), (33, 40, 300),
-            (17, 2, 3), (530, 9, 2), (48, 90, 35), (9, 301, 67), (2, 3, 140)]  # fmt: skip
-LEAST_DEPTH = 16  # of a product of dgates and weights; torch's is the faster one below
+            (17, 2, 3), (530, 9, 2), (48, 90, 35), (9, 301, 67), (2, 3, 140),
+            (5, 11, 70)]  # fmt: skip
 # Of a value, and of a whole matrix beside what torch's own product makes of it, by state dtype.
 # (In float64 torch's product is what counts as exact.)
 EXACTNESS = {torch.float32: (1e-5, 6e-8), torch.float64: (1e-13, 1e-14)}
@@ -40,7 +40,9 @@ def test_products_are_about_as_exact_as_torch(
     small = depth * rows * columns < 1 << 20
     times = ERRORS["vectors" if small or instruction_set != "amx" else "unit"]
     takes_bf16 = {"avx512_bf16": depth >= 32, "amx": not small}.get(instruction_set, False)
-    for transposed in (True, False)[: 1 + (depth >= LEAST_DEPTH)]:
+    for transposed in (True, False):
+        if not transposed and rows > 24 and depth < 16:
+            continue  # torch's product is the faster one, but with few rows
         shape = (depth, 2, rows) if transposed else (rows, 2, depth)
         left = torch.randn(shape, dtype=state)[:, 1]
         op = left.bfloat16().to(state) if takes_bf16 and dtype == torch.bfloat16 else left

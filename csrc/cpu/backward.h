@@ -404,7 +404,7 @@ class Backward {
   const int64_t rows_;  // of the widest step
   const RowTiles tiles_;
   const bool projected_;
-  const bool to_initial_state_;  // does this call undo all that is left?
+  const bool to_initial_state_;  // does it end with a gradient of h_0 or c_0?
   const bool carries_;           // does it multiply W_hh? The step undone first is carried nothing.
   const int64_t gate_blocks_;    // of hidden units
   const int64_t output_blocks_;  // of outputs

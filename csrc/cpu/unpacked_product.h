@@ -37,6 +37,9 @@ class UnpackedProduct {
         k_distance_(transposed ? args.lda : 1),
         slab_(transposed ? args.K : slab_rows) {}
 
+  // How many threads can have a part of C.
+  int64_t shares() const { return transposed ? p_.M : blocks_of(p_.parts[0].N, width); }
+
   void run(const Team& team) const {
     for (const ProductPart& part : p_.parts)
       for (int64_t k = 0; k < p_.K; k += slab_)
@@ -113,8 +116,9 @@ class UnpackedProduct {
 template <class S, bool transposed>
 void run_unpacked_product(const ProductArgs& p) {
   const int64_t moved = (transposed ? p.M : p.K) * p.columns();
-  const int64_t threads = std::min<int64_t>(moved / (int64_t(1) << 16) + 1, p.threads);
-  run_team(int(threads), [&](const Team& team) { UnpackedProduct<S, transposed>(p).run(team); });
+  const UnpackedProduct<S, transposed> product(p);
+  const int64_t most = std::min<int64_t>(moved / (int64_t(1) << 16) + 1, product.shares());
+  run_team(int(std::min<int64_t>(most, p.threads)), [&](const Team& team) { product.run(team); });
 }
 
 }  // namespace
