@@ -75,7 +75,7 @@ def describe(args: argparse.Namespace) -> Result:
         },
         "instruction_sets": {
             "fastlstm": args.instruction_set,
-            "available": native.instruction_sets(),
+            "available": list(native.instruction_sets()),  # as JSON has it
             "torch": torch.backends.cpu.get_cpu_capability(),
         },
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
