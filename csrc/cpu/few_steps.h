@@ -1,7 +1,7 @@
-// The forward pass of a few steps of few rows, what a program calls that has its input one step at
-// a time, or of a short sequence with long rows of weights. Packing the weights, as forward.h does,
-// would take longer than all of the steps. Here each unit's rows of W_ih and W_hh are multiplied
-// where they lie: those of W_ih by a chunk of steps, those of W_hh once a step.
+// The forward pass of a few steps, what a program calls that has its input one step at a time, or
+// of a short sequence with long rows of weights. Packing the weights, as forward.h does, would take
+// longer than all of the steps. Here each unit's rows of W_ih and W_hh are multiplied where they
+// lie: those of W_ih by a chunk of steps, those of W_hh once a step.
 #pragma once
 
 #include <algorithm>
@@ -104,7 +104,7 @@ class FewSteps {
   // Rows of x that stay in the L2 cache while all units pass by.
   static int64_t chunk_rows(const Shape& n) {
     const int64_t row = std::max<int64_t>(n.I, 1) * int64_t(sizeof(S));
-    return std::clamp<int64_t>(l2_cache_bytes() / 4 / row, 4, 256);
+    return std::clamp<int64_t>(l2_cache_bytes() / 4 / row, Products::most_rows, 256);
   }
 
   // Up to L units of one direction, and the how many-eth of all such groups they are.

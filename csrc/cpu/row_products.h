@@ -41,9 +41,9 @@ class RowProducts {
     for (int unit = 0; unit < L; unit += together) {
       V sum[together][rows][gates] = {};
       if (together == 2 && unit + 1 < count)
-        add_products(a, a_distance, w.row(unit), w, sum);
+        add_products<together>(a, a_distance, w.row(unit), w, sum);
       else if (unit < count)
-        add_products(a, a_distance, w.row(unit), w, first_of(sum));
+        add_products<1>(a, a_distance, w.row(unit), w, sum);
       int level = 0;
       if constexpr (together == 2) merge(sum[0], sum[1]), ++level;
       auto& merged = sum[together - 1];
@@ -55,20 +55,20 @@ class RowProducts {
   }
 
  private:
-  // sum[unit][r][gate] += row r of a (rows, a_distance) times a unit's row of weights, lane by
-  // lane.
+  // sum[unit][r][gate] += row r of a (rows, a_distance) times the rows of weights of some units,
+  // lane by lane.
   template <int units, int rows, int gates>
   FASTLSTM_INLINE void add_products(const S* a, int64_t a_distance, const S* row, const Weights& w,
-                                    V (&sum)[units][rows][gates]) {
+                                    V (*sum)[rows][gates]) {
     int64_t k = 0;
-    for (; k + L <= w.k_size; k += L) add_columns(a + k, a_distance, row + k, w, L, sum);
-    if (k < w.k_size) add_columns(a + k, a_distance, row + k, w, int(w.k_size - k), sum);
+    for (; k + L <= w.k_size; k += L) add_columns<units>(a + k, a_distance, row + k, w, L, sum);
+    if (k < w.k_size) add_columns<units>(a + k, a_distance, row + k, w, int(w.k_size - k), sum);
   }
 
   // The same for up to L columns. Registers are indexed by constants: hence the unrolled loops.
   template <int units, int rows, int gates>
   FASTLSTM_INLINE void add_columns(const S* a, int64_t a_distance, const S* row, const Weights& w,
-                                   int count, V (&sum)[units][rows][gates]) {
+                                   int count, V (*sum)[rows][gates]) {
     V weight[units][gates];
 #pragma GCC unroll 2
     for (int unit = 0; unit < units; ++unit)
@@ -101,11 +101,6 @@ class RowProducts {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int gate = 0; gate < gates; ++gate) to[r][gate] = from[r][gate];
-  }
-
-  template <int units, int rows, int gates>
-  FASTLSTM_INLINE auto first_of(V (&sum)[units][rows][gates]) -> V (&)[1][rows][gates] {
-    return reinterpret_cast<V(&)[1][rows][gates]>(sum);
   }
 
   // Merging leaves each unit in the lane of its index's bits in reverse order.
