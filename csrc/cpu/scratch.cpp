@@ -19,7 +19,7 @@ void poison_scratch(bool on) {
 }
 
 static constexpr size_t huge_page = size_t(2) << 20;
-static constexpr size_t most_held = size_t(64) << 20;  // of each store, without a way back
+static constexpr size_t most_held = size_t(128) << 20;  // of each store, without a way back
 
 #if defined(__linux__)
 // A hint about the whole pages of a block.

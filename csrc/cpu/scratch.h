@@ -19,7 +19,7 @@ void free_scratch(void* memory, size_t bytes);
 void advise_huge_pages(void* memory, size_t bytes);
 void poison_scratch(bool on);
 
-// What a training step makes, kept for the next step; of what is kept beyond 64 MiB the system may
+// What a training step makes, kept for the next step; of what is kept beyond 128 MiB the system may
 // have the pages. Throws std::bad_alloc; `bytes` of the block may be a quarter more than asked for.
 struct Block {
   void* memory;
