@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "split.h"
 #include "term_tiles.h"
@@ -33,7 +34,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   static void multiply_rows(const bf16* a, int64_t height, const bf16* b, const Segments& segments,
                             float* c, int64_t ldc, const Wanted* wanted, bool add) {
     constexpr int64_t advance = 4 * 2 * register_size;  // how far ahead a panel is asked for
-    constexpr int unrolled = split > 4 ? split : 4;
+    constexpr int unrolled = 4;
     const char* const* pair_of_lines = wanted ? wanted->pairs : nullptr;
     const char* const* const end = wanted ? pair_of_lines + wanted->count : nullptr;
     __m512 sum[split][rows][2];
@@ -42,6 +43,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
     for (int64_t s = 0; s < segments.count; ++s)
       for (int64_t left = segments.size[s]; left > 0; left -= block_columns) {
         const int pairs = left < block_columns ? int(left + 1) / 2 : block_columns / 2;
+#pragma GCC unroll 1  // see unrolled_columns (tile.h)
         for (int pair = 0; pair < pairs; pair += unrolled) {
           for (int p = 0; p < 2 && pair_of_lines < end; ++p) ask_for(*pair_of_lines++);
 #pragma GCC unroll 8
@@ -51,7 +53,8 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
               __builtin_prefetch(at + advance, 0, 2);
               __builtin_prefetch(at + advance + register_size, 0, 2);
             }
-            const __m512bh low = load_pairs(at), high = load_pairs(at + register_size);
+            __m512bh low = load_pairs(at), high = load_pairs(at + register_size);
+            if (rows > 1) asm("" : "+v"(low), "+v"(high));  // see multiply_column (tile.h)
 #pragma GCC unroll 14
             for (int r = 0; r < rows; ++r) {
               const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));
@@ -80,7 +83,9 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
                        const Segments& segments, bool in_advance, float* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
-    const auto multiply_tile = in_advance ? tile_function<true>(rows) : tile_function<false>(rows);
+    constexpr std::make_integer_sequence<int, max_rows> all{};
+    const auto multiply_tile =
+        in_advance ? tile_function<true>(rows, all) : tile_function<false>(rows, all);
     multiply_tile(tile, height, panel, segments, c, ldc, wanted, add);
   }
 
@@ -97,17 +102,13 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
     return bit_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
 
-  template <bool in_advance>
-  static auto tile_function(int64_t rows) {
-    static constexpr decltype(&multiply_rows<1, 1, in_advance>) table[max_rows] = {
-        multiply_rows<1, 8, in_advance>,  multiply_rows<2, 4, in_advance>,
-        multiply_rows<3, 2, in_advance>,  multiply_rows<4, 2, in_advance>,
-        multiply_rows<5, 1, in_advance>,  multiply_rows<6, 1, in_advance>,
-        multiply_rows<7, 1, in_advance>,  multiply_rows<8, 1, in_advance>,
-        multiply_rows<9, 1, in_advance>,  multiply_rows<10, 1, in_advance>,
-        multiply_rows<11, 1, in_advance>, multiply_rows<12, 1, in_advance>,
-        multiply_rows<13, 1, in_advance>, multiply_rows<14, 1, in_advance>,
-    };
+  // A dot product takes five or six cycles, and a processor begins two in each.
+  static constexpr int split_of(int rows) { return rows <= 3 ? 4 : rows <= 7 ? 2 : 1; }
+
+  template <bool in_advance, int... less>
+  static auto tile_function(int64_t rows, std::integer_sequence<int, less...>) {
+    static constexpr decltype(&multiply_rows<1, 1, in_advance>) table[] = {
+        multiply_rows<less + 1, split_of(less + 1), in_advance>...};
     return table[rows - 1];
   }
 };

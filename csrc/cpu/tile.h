@@ -6,6 +6,8 @@
 // K may consist of several segments (the inputs and the hidden state, or the four gates).
 #pragma once
 
+#include <utility>
+
 #include "operand.h"
 
 namespace fastlstm {
@@ -29,6 +31,16 @@ FASTLSTM_INLINE void ask_for(const char* pair) {
   __builtin_prefetch(pair + 64, 0, 2);
 }
 
+// So many columns of A and rows of B are multiplied in one piece of code. A processor's L1
+// prefetcher follows an instruction that loads half a KiB after its last load, but not one that
+// skips more: with one row, which waits for B alone, that is half of the speed. (Hence loops that
+// the compiler must not unroll.)
+template <class T>
+constexpr int unrolled_columns = lanes<T> < 4 ? lanes<T> : 4;
+
+template <class T>
+using LaneIndex = typename Vector<T>::mask;
+
 // sum += a * b. Where a tile takes all 16 registers, GCC left to itself forms products in place of
 // their factors, which costs copies and a sum kept in memory: here they are added to the sum.
 template <class T>
@@ -47,6 +59,10 @@ FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
 template <class T, int rows>
 FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows][panel_vectors]) {
   Vec<T> b0 = load(b), b1 = load(b + lanes<T>);
+#if defined(__AVX512F__)
+  // Left to itself, GCC loads them again for each of a few rows.
+  asm("" : "+v"(b0), "+v"(b1));
+#endif
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     Vec<T> value = VectorMath<T>::broadcast(a[r * lanes<T>]);
@@ -56,20 +72,27 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows]
 }
 
 // The same for `lanes` columns of a single row: a load for every two of B's is one too many for the
-// L1 cache, so values are spread from a register where that is possible.
+// L1 cache, so values are spread from a register where that is possible. `lane` counts round and
+// round: of its numbers only the last bits are read.
 template <class T, int split, bool in_advance>
-FASTLSTM_INLINE void multiply_row(const T* a, const T* b, Vec<T> (&sum)[split][1][panel_vectors]) {
+FASTLSTM_INLINE void multiply_row(const T* a, const T* b,
+                                  [[maybe_unused]] LaneIndex<T> (&lane)[unrolled_columns<T>],
+                                  Vec<T> (&sum)[split][1][panel_vectors]) {
   [[maybe_unused]] const Vec<T> values = load(a);
-#pragma GCC unroll 16
-  for (int k = 0; k < lanes<T>; ++k, b += panel_width<T>) {
-    if (in_advance) prefetch_row<T>(b + advance<T>);
+#pragma GCC unroll 1
+  for (int k = 0; k < lanes<T>; k += unrolled_columns<T>) {
+#pragma GCC unroll 8
+    for (int u = 0; u < unrolled_columns<T>; ++u, b += panel_width<T>) {
+      if (in_advance) prefetch_row<T>(b + advance<T>);
 #if defined(__AVX512F__)
-    const Vec<T> value = lane_of(values, k);
+      const Vec<T> value = lane_of(values, lane[u]);
+      lane[u] += unrolled_columns<T>;
 #else
-    const Vec<T> value = VectorMath<T>::broadcast(a[k]);
+      const Vec<T> value = VectorMath<T>::broadcast(a[k + u]);
 #endif
-    sum[k % split][0][0] += value * load(b);
-    sum[k % split][0][1] += value * load(b + lanes<T>);
+      sum[u % split][0][0] += value * load(b);
+      sum[u % split][0][1] += value * load(b + lanes<T>);
+    }
   }
 }
 
@@ -82,20 +105,22 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
                    int64_t ldc, const Wanted* wanted, bool add) {
   const char* const* pair = wanted ? wanted->pairs : nullptr;
   const char* const* const end = wanted ? pair + wanted->count : nullptr;
-  constexpr int unrolled = lanes<T> < 4 ? lanes<T> : 4;
   Vec<T> sum[split][rows][panel_vectors] = {};
+  [[maybe_unused]] LaneIndex<T> lane[unrolled_columns<T>];
+  for (int u = 0; u < unrolled_columns<T>; ++u) lane[u] = LaneIndex<T>{} + u;
   for (int64_t s = 0; s < segments.count; ++s) {
     int64_t left = segments.size[s];
     for (; left >= lanes<T>; left -= lanes<T>, a += height * lanes<T>) {
       if constexpr (rows == 1) {
         for (int p = 0; p < lanes<T> / 2 && pair < end; ++p, ++pair) ask_for(*pair);
-        multiply_row<T, split, in_advance>(a, b, sum);
+        multiply_row<T, split, in_advance>(a, b, lane, sum);
         b += lanes<T> * panel_width<T>;
       } else {
-        for (int k = 0; k < lanes<T>; k += unrolled) {
+#pragma GCC unroll 1
+        for (int k = 0; k < lanes<T>; k += unrolled_columns<T>) {
           for (int p = 0; p < 2 && pair < end; ++p, ++pair) ask_for(*pair);
 #pragma GCC unroll 4
-          for (int u = 0; u < unrolled; ++u, b += panel_width<T>) {
+          for (int u = 0; u < unrolled_columns<T>; ++u, b += panel_width<T>) {
             if (in_advance) prefetch_row<T>(b + advance<T>);
             multiply_column<T, rows>(a + k + u, b, sum[u % split]);
           }
@@ -122,29 +147,27 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
   }
 }
 
+// Multiply-adds take four cycles, and a processor begins two in each.
+constexpr int split_of(int rows) {
+  if (FASTLSTM_VECTOR_REGISTERS == 32) return rows <= 2 ? 4 : rows <= 5 ? 2 : 1;
+  return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+}
+
 template <class T>
 using TileFunction = void (*)(const T*, int64_t, const T*, const Segments&, T*, int64_t,
                               const Wanted*, bool);
 
-template <class T, bool in_advance>
-TileFunction<T> tile_function(int64_t rows) {
-  static constexpr TileFunction<T> table[max_tile_rows] = {
-      multiply_tile<T, 1, 4, in_advance>,  multiply_tile<T, 2, 2, in_advance>,
-      multiply_tile<T, 3, 2, in_advance>,  multiply_tile<T, 4, 1, in_advance>,
-      multiply_tile<T, 5, 1, in_advance>,  multiply_tile<T, 6, 1, in_advance>,
-#if FASTLSTM_VECTOR_REGISTERS == 32
-      multiply_tile<T, 7, 1, in_advance>,  multiply_tile<T, 8, 1, in_advance>,
-      multiply_tile<T, 9, 1, in_advance>,  multiply_tile<T, 10, 1, in_advance>,
-      multiply_tile<T, 11, 1, in_advance>, multiply_tile<T, 12, 1, in_advance>,
-      multiply_tile<T, 13, 1, in_advance>, multiply_tile<T, 14, 1, in_advance>,
-#endif
-  };
+template <class T, bool in_advance, int... less>
+TileFunction<T> tile_function(int64_t rows, std::integer_sequence<int, less...>) {
+  static constexpr TileFunction<T> table[] = {
+      multiply_tile<T, less + 1, split_of(less + 1), in_advance>...};
   return table[rows - 1];
 }
 
 template <class T>
 TileFunction<T> tile_function(int64_t rows, bool in_advance) {
-  return in_advance ? tile_function<T, true>(rows) : tile_function<T, false>(rows);
+  constexpr std::make_integer_sequence<int, max_tile_rows> all{};
+  return in_advance ? tile_function<T, true>(rows, all) : tile_function<T, false>(rows, all);
 }
 
 }  // namespace

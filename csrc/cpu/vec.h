@@ -146,12 +146,13 @@ inline Vec<float> load(const fp16* p) {
 }
 
 #if defined(__AVX512F__)
-// Lane k of a vector in all lanes.
-FASTLSTM_INLINE Vec<float> lane_of(Vec<float> v, int k) {
-  return bit_cast<Vec<float>>(_mm512_permutexvar_ps(_mm512_set1_epi32(k), bit_cast<__m512>(v)));
+// The lanes of v that `lane` names, each in its place.
+FASTLSTM_INLINE Vec<float> lane_of(Vec<float> v, Vector<float>::mask lane) {
+  return bit_cast<Vec<float>>(_mm512_permutexvar_ps(bit_cast<__m512i>(lane), bit_cast<__m512>(v)));
 }
-FASTLSTM_INLINE Vec<double> lane_of(Vec<double> v, int k) {
-  return bit_cast<Vec<double>>(_mm512_permutexvar_pd(_mm512_set1_epi64(k), bit_cast<__m512d>(v)));
+FASTLSTM_INLINE Vec<double> lane_of(Vec<double> v, Vector<double>::mask lane) {
+  return bit_cast<Vec<double>>(
+      _mm512_permutexvar_pd(bit_cast<__m512i>(lane), bit_cast<__m512d>(v)));
 }
 #endif
 
