@@ -54,7 +54,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
               __builtin_prefetch(at + advance + register_size, 0, 2);
             }
             __m512bh low = load_pairs(at), high = load_pairs(at + register_size);
-            if (rows > 1) asm("" : "+v"(low), "+v"(high));  // see multiply_column (tile.h)
+            if (rows > 1) low = in_register(low), high = in_register(high);
 #pragma GCC unroll 14
             for (int r = 0; r < rows; ++r) {
               const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));

@@ -35,8 +35,9 @@ class RowProducts {
   template <int rows, int gates>
   FASTLSTM_INLINE void multiply(const S* a, int64_t a_distance, const Weights& w, int count,
                                 V (&products)[rows][gates]) {
-    // With few rows there are too few sums to fill the pipelines, so two units share them.
-    constexpr int together = rows * gates <= 4 ? 2 : 1;
+    // With fewer than four sums the pipelines are not filled, so two units share them. (A single
+    // row waits for weights, and four rows of them in one run each come faster than eight.)
+    constexpr int together = rows * gates < 4 ? 2 : 1;
     V waiting[levels][rows][gates];
     for (int unit = 0; unit < L; unit += together) {
       V sum[together][rows][gates] = {};
@@ -73,8 +74,10 @@ class RowProducts {
 #pragma GCC unroll 2
     for (int unit = 0; unit < units; ++unit)
 #pragma GCC unroll 4
-      for (int gate = 0; gate < gates; ++gate)
-        weight[unit][gate] = load_some(row + unit * w.k_size + gate * w.gate_distance, count);
+      for (int gate = 0; gate < gates; ++gate) {
+        const V values = load_some(row + unit * w.k_size + gate * w.gate_distance, count);
+        weight[unit][gate] = rows == 2 || rows == 3 ? in_register(values) : values;
+      }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V value = load_some(a + r * a_distance, count);

@@ -91,7 +91,8 @@ class UnpackedProduct {
       V values[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        values[v] = load_some(b + v * L, count);
+        const V value = load_some(b + v * L, count);
+        values[v] = rows == 2 || rows == 3 ? in_register(value) : value;
         if (!transposed) __builtin_prefetch(b + ahead * part.ldb + v * L);
       }
 #pragma GCC unroll 8
