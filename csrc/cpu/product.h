@@ -213,7 +213,7 @@ class Product {
                                       depth_ - k_);
         row_at_ += block * ld_;
       } else {
-        if (Tiles::has_pauses) prefetch(row_at_ + ld_, block);
+        prefetch(row_at_ + 2 * ld_, block);
         LeftTiles::pack_block_row(place_, operand_.height, row_at_, depth_ - k_);
         row_at_ += block;
       }
