@@ -153,9 +153,10 @@ def _recorded(call: Call) -> list[Backend]:
     return [_TABLE[name] for name in names]
 
 
-# The steps that our kernels take faster than torch's matrix product does: of so many weights, or so
-# many multiply-adds.  See docs/performance.md.
+# The steps that our kernels take faster than torch's matrix product does: of so many weights, of
+# so many if there is one row only, or of so many multiply-adds.  See docs/performance.md.
 _LARGE_WEIGHTS = 1 << 18
+_LARGE_WEIGHTS_OF_A_ROW = 1 << 21
 _LARGE_STEP = 1 << 23
 
 
@@ -171,14 +172,15 @@ def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
         return True
     if torch._C._get_tracing_state() is not None:  # a trace would hold an operator of ours
         return True
-    if input.dim() != 2 or input.size(0) < 2:
+    if input.dim() != 2 or input.size(0) == 0:
         return True
     if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
         return True
     rows, inputs = input.shape
     weights = (inputs + hidden_size) * 4 * hidden_size
     # The size first: asking for the instruction sets loads the library.
-    if weights < _LARGE_WEIGHTS and rows * weights < _LARGE_STEP:
+    least = _LARGE_WEIGHTS if rows > 1 else _LARGE_WEIGHTS_OF_A_ROW
+    if weights < least and rows * weights < _LARGE_STEP:
         return True
     if torch.is_autocast_enabled("cpu") or not native.instruction_sets():
         return True

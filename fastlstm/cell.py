@@ -19,7 +19,7 @@ class LSTMCell(Stock):
 
     It is an ``isinstance`` of ``nn.LSTMCell``, which torch.compile does not mind.  Where all
     steps of the input are known at once, ``fastlstm.LSTM`` is much faster: for a single step
-    ``backend="auto"`` is torch's own cell but in large steps of several rows without gradients.
+    ``backend="auto"`` is torch's own cell but in large steps without gradients.
 
     Args:
         input_size: features of the input, I.

@@ -76,7 +76,7 @@ def test_single_steps_are_the_whole_sequence(backend, dtype):
 
 
 def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
-    """And a small one, one of a single row, or one with gradients, on torch's own cell."""
+    """And a small one, one of a single row of this size, or one with gradients, on torch's own."""
     seen = []
     real = torch._VF.lstm_cell
     monkeypatch.setattr(torch._VF, "lstm_cell", lambda *a: seen.append(a) or real(*a))
@@ -92,6 +92,16 @@ def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
         fastlstm.LSTMCell(40, 40)(x[:, :40])
     ours(x)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("hidden_size", [400, 512])
+def test_one_row_is_a_large_step_from_so_many_weights_on(hidden_size, monkeypatch):
+    """More than several rows need; no rows at all are torch's own at any size."""
+    monkeypatch.setattr(backends.native, "instruction_sets", lambda: ("avx2", "baseline"))
+    x = torch.randn(1, hidden_size)
+    with torch.no_grad():
+        assert backends.is_torchs_own_step("auto", x, hidden_size) == (hidden_size == 400)
+        assert backends.is_torchs_own_step("auto", x[:0], hidden_size)
 
 
 def test_traces_and_autocast_have_torchs_own_step(monkeypatch):
