@@ -15,15 +15,13 @@ namespace {
 
 // How many rows, of all steps together, at most: with more of them packing pays. It is the dearer
 // the farther away packed weights have to be written; but several steps read W_hh several times. A
-// single row a step waits for W_hh, which comes from the L2 cache faster if it is packed, and from
-// beyond it no faster.
+// single row a step waits for weights, packed or not.
 inline int64_t most_rows(const Shape& n, int64_t steps, Storage storage) {
   const bool half = storage == Storage::f16 || storage == Storage::bf16, single = steps == n.N;
-  const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4, l2 = l2_cache_bytes();
-  const int64_t gates = n.D * 4 * n.H * size, bytes = gates * (n.P + n.I);
+  const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4;
+  const int64_t bytes = n.D * 4 * n.H * (n.P + n.I) * size;
   const int64_t most = steps == 1 || single ? 128 : storage == Storage::f64 ? 32 : 48;
-  const bool waits = single && (steps == 1 || gates * n.P > l2);
-  return std::clamp<int64_t>((waits ? 64 : 16) * bytes / l2, half ? 8 : 16, most);
+  return std::clamp<int64_t>((single ? 64 : 16) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
 }
 
 // Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
