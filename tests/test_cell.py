@@ -102,6 +102,17 @@ def test_one_row_is_a_large_step_from_so_many_weights_on(hidden_size, monkeypatc
     with torch.no_grad():
         assert backends.is_torchs_own_step("auto", x, hidden_size) == (hidden_size == 400)
         assert backends.is_torchs_own_step("auto", x[:0], hidden_size)
+        assert backends.is_torchs_own_step("auto", x[0], hidden_size)
+        monkeypatch.setattr(backends.native, "instruction_sets", lambda: ("amx", "avx512"))
+        assert backends.is_torchs_own_step("auto", x, hidden_size)
+
+
+def test_one_row_of_a_large_cell_is_as_the_stock_one():
+    stock, ours = nn.LSTMCell(512, 512), fastlstm.LSTMCell(512, 512)
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(1, 512)
+    with torch.no_grad():
+        assert_same(flat(ours(x)), flat(stock(x)), x.dtype)
 
 
 def test_traces_and_autocast_have_torchs_own_step(monkeypatch):

@@ -53,8 +53,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
               __builtin_prefetch(at + advance, 0, 2);
               __builtin_prefetch(at + advance + register_size, 0, 2);
             }
-            __m512bh low = load_pairs(at), high = load_pairs(at + register_size);
-            if (rows > 1) low = in_register(low), high = in_register(high);
+            const __m512bh low = load_pairs<rows>(at), high = load_pairs<rows>(at + register_size);
 #pragma GCC unroll 14
             for (int r = 0; r < rows; ++r) {
               const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));
@@ -92,8 +91,10 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   static constexpr bool gate_by_gate = false, asks = true;
 
  private:
+  template <int rows>
   static __m512bh load_pairs(const bf16* from) {
-    return bit_cast<__m512bh>(_mm512_loadu_si512(from));
+    const __m512i pairs = _mm512_loadu_si512(from);
+    return bit_cast<__m512bh>(rows > 1 ? in_register(pairs) : pairs);
   }
   // A pair of columns, for every lane.
   static __m512bh spread(const bf16* from) {
@@ -102,7 +103,8 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
     return bit_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
 
-  // A dot product takes five or six cycles, and a processor begins two in each.
+  // A dot product takes five or six cycles, and some processors begin two in each. (A single row
+  // waits for the panel.)
   static constexpr int split_of(int rows) { return rows <= 3 ? 4 : rows <= 7 ? 2 : 1; }
 
   template <bool in_advance, int... less>

@@ -213,7 +213,7 @@ class Product {
                                       depth_ - k_);
         row_at_ += block * ld_;
       } else {
-        prefetch(row_at_ + 2 * ld_, block);
+        prefetch(row_at_ + (Tiles::has_pauses ? 1 : 2) * ld_, block);
         LeftTiles::pack_block_row(place_, operand_.height, row_at_, depth_ - k_);
         row_at_ += block;
       }
@@ -246,6 +246,7 @@ class Product {
     }
 
     // What will be packed in some microseconds: a piece that waits for memory stops the unit too.
+    // (Without pauses a group is packed in one go, and asks a row earlier.)
     template <class S>
     static void prefetch(const S* from, int64_t count) {
       const char* const bytes = reinterpret_cast<const char*>(from);

@@ -35,9 +35,9 @@ class RowProducts {
   template <int rows, int gates>
   FASTLSTM_INLINE void multiply(const S* a, int64_t a_distance, const Weights& w, int count,
                                 V (&products)[rows][gates]) {
-    // With fewer than four sums the pipelines are not filled, so two units share them. (A single
-    // row waits for weights, and four rows of them in one run each come faster than eight.)
-    constexpr int together = rows * gates < 4 ? 2 : 1;
+    // One gate of a few rows has too few sums to fill the pipelines, so two units share them. (With
+    // four gates a single row waits for weights, and four runs of them come faster than eight.)
+    constexpr int together = gates == 1 && rows <= 4 ? 2 : 1;
     V waiting[levels][rows][gates];
     for (int unit = 0; unit < L; unit += together) {
       V sum[together][rows][gates] = {};

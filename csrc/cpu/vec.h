@@ -157,7 +157,8 @@ FASTLSTM_INLINE Vec<double> lane_of(Vec<double> v, Vector<double>::mask lane) {
 #endif
 
 // A value that several rows are multiplied by is to stay in a register: for two or three of them
-// GCC would load it again each time. (With 16 registers add_product in tile.h sees to it.)
+// GCC makes it an operand in memory each time. (Only where there are registers to spare, and such
+// operands.)
 template <class V>
 FASTLSTM_INLINE V in_register(V value) {
 #if defined(__AVX512F__)
