@@ -93,8 +93,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
  private:
   template <int rows>
   static __m512bh load_pairs(const bf16* from) {
-    const __m512i pairs = _mm512_loadu_si512(from);
-    return bit_cast<__m512bh>(rows > 1 ? in_register(pairs) : pairs);
+    return bit_cast<__m512bh>(in_register<rows>(_mm512_loadu_si512(from)));
   }
   // A pair of columns, for every lane.
   static __m512bh spread(const bf16* from) {

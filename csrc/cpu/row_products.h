@@ -74,10 +74,9 @@ class RowProducts {
 #pragma GCC unroll 2
     for (int unit = 0; unit < units; ++unit)
 #pragma GCC unroll 4
-      for (int gate = 0; gate < gates; ++gate) {
-        const V values = load_some(row + unit * w.k_size + gate * w.gate_distance, count);
-        weight[unit][gate] = rows == 2 || rows == 3 ? in_register(values) : values;
-      }
+      for (int gate = 0; gate < gates; ++gate)
+        weight[unit][gate] =
+            in_register<rows>(load_some(row + unit * w.k_size + gate * w.gate_distance, count));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V value = load_some(a + r * a_distance, count);

@@ -58,7 +58,7 @@ FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
 // sum (rows, panel_vectors) += one column of A times one row of B.
 template <class T, int rows>
 FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows][panel_vectors]) {
-  const Vec<T> b0 = in_register(load(b)), b1 = in_register(load(b + lanes<T>));
+  const Vec<T> b0 = in_register<rows>(load(b)), b1 = in_register<rows>(load(b + lanes<T>));
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
     Vec<T> value = VectorMath<T>::broadcast(a[r * lanes<T>]);

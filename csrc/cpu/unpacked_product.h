@@ -91,8 +91,7 @@ class UnpackedProduct {
       V values[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        const V value = load_some(b + v * L, count);
-        values[v] = rows == 2 || rows == 3 ? in_register(value) : value;
+        values[v] = in_register<rows>(load_some(b + v * L, count));
         if (!transposed) __builtin_prefetch(b + ahead * part.ldb + v * L);
       }
 #pragma GCC unroll 8

@@ -156,13 +156,13 @@ FASTLSTM_INLINE Vec<double> lane_of(Vec<double> v, Vector<double>::mask lane) {
 }
 #endif
 
-// A value that several rows are multiplied by is to stay in a register: for two or three of them
-// GCC makes it an operand in memory each time. (Only where there are registers to spare, and such
-// operands.)
-template <class V>
+// A value that so many rows are multiplied by is to stay in a register. GCC makes it an operand in
+// memory of each row where there are two or three; more are left to it. (Only where there are
+// registers to spare, and such operands.)
+template <int rows, class V>
 FASTLSTM_INLINE V in_register(V value) {
 #if defined(__AVX512F__)
-  asm("" : "+v"(value));
+  if (rows == 2 || rows == 3) asm("" : "+v"(value));
 #endif
   return value;
 }
