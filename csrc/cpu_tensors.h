@@ -14,12 +14,19 @@ torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* s
 
 namespace {
 
+int threads() {
+  return int(torch::stable::get_num_threads());
+}
+
 // The inputs of one call, as pointers: each is checked, and copied where it is not contiguous.
 class Inputs {
  public:
   // Null for an absent optional tensor.
   const void* operator()(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
     check(name, tensor, sizes, dtype);
+    return checked(tensor);
+  }
+  const void* checked(const Tensor& tensor) {
     if (tensor.is_contiguous()) return tensor.const_data_ptr();
     copies_.push_back(torch::stable::contiguous(tensor));
     return copies_.back().const_data_ptr();

@@ -21,7 +21,7 @@ from . import backends, ops, reference
 from .contract import Borders, OutputGradients, Requested, Reserve, Weights
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """What a layer call consists of besides tensors."""
 
     need_cells: bool
@@ -85,7 +85,7 @@ def lstm_layer(
     if train and not composite and (chosen is None or chosen.layer_backward is not None):
         # An opaque operator's backward pass can't be torch's own but by running forward again.
         checkpoint |= traced and backends.lacks_backward(backend, x, reset, need_cells)
-        run = _Run(need_cells, backend, checkpoint, chosen)
+        run = Run(need_cells, backend, checkpoint, chosen)
         if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
             x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
         y, h_n, c_n, *rest = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
@@ -146,7 +146,7 @@ def _needs_composite() -> bool:
     )
 
 
-def _is_batched(grad: Tensor | None) -> bool:
+def is_batched(grad: Tensor | None) -> bool:
     """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
     return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
@@ -179,7 +179,7 @@ class LSTMLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: _Run,
+        run: Run,
         batch_sizes: Tensor,
         reset: Tensor | None,
         x: Tensor,
@@ -221,26 +221,38 @@ class LSTMLayer(torch.autograd.Function):
         kept: type[Borders] | type[Reserve] = Borders if ctx.run.checkpoint else Reserve
         count = len(kept._fields)
         reserve, (batch_sizes, reset, *inputs) = kept(*saved[:count]), saved[count:]
-        need = _requested(ctx.needs_input_grad[3:])
-        gradients: Sequence[Tensor | None]
-        grads = (dy, dc_all, dh_n, dc_n)
-        compiling = torch.compiler.is_compiling()
-        with without_autocast(inputs[0].device):
-            if _needs_composite() or (not compiling and any(map(_is_batched, grads))):
-                gradients = _batched_gradients(
-                    ctx.run, batch_sizes, reset, grads, inputs, ctx.needs_input_grad[3:]
-                )
-            elif torch.is_grad_enabled() or compiling:
-                gradients = LSTMLayerBackward.apply(
-                    ctx.run, need, reserve, batch_sizes, reset, *grads, *inputs
-                )
-            else:  # nobody asks for a graph of it, which would cost time
-                gradients = _first_order(ctx.run, need, reserve, batch_sizes, reset, grads, inputs)
-        return None, None, None, *gradients
+        grads, asked = (dy, dc_all, dh_n, dc_n), ctx.needs_input_grad[3:]
+        return (
+            None,
+            None,
+            None,
+            *gradients(ctx.run, asked, reserve, batch_sizes, reset, grads, inputs),
+        )
+
+
+def gradients(
+    run: Run,
+    asked: Sequence[bool],
+    reserve: Reserve | Borders,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+) -> Sequence[Tensor | None]:
+    """Gradients of ``inputs``, (x, h0, c0, *flat weights), from ``grads`` of y, c_all, h_n and c_n:
+    with a graph, or batched, as they are wanted.  None where not ``asked`` for."""
+    need, compiling = _requested(asked), torch.compiler.is_compiling()
+    with without_autocast(inputs[0].device):
+        if _needs_composite() or (not compiling and any(map(is_batched, grads))):
+            return _batched_gradients(run, batch_sizes, reset, grads, inputs, asked)
+        if torch.is_grad_enabled() or compiling:
+            return LSTMLayerBackward.apply(run, need, reserve, batch_sizes, reset, *grads, *inputs)
+        # Nobody asks for a graph of it, which would cost time.
+        return _first_order(run, need, reserve, batch_sizes, reset, grads, inputs)
 
 
 def _first_order(
-    run: _Run,
+    run: Run,
     need: Requested,
     reserve: Reserve | Borders,
     batch_sizes: Tensor,
@@ -271,7 +283,7 @@ def _first_order(
 
 
 def _batched_gradients(
-    run: _Run,
+    run: Run,
     batch_sizes: Tensor,
     reset: Tensor | None,
     grads: Sequence[Tensor | None],
@@ -304,7 +316,7 @@ class LSTMLayerBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        run: _Run,
+        run: Run,
         need: Requested,
         reserve: Reserve | Borders,
         batch_sizes: Tensor,
@@ -340,7 +352,7 @@ class LSTMLayerBackward(torch.autograd.Function):
 
 
 def _composite_gradients(
-    run: _Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any]
+    run: Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any]
 ) -> list[Tensor | None]:
     """Gradients of (x, h0, c0, *flat weights) through the reference, with a graph."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]

@@ -56,6 +56,9 @@ class Backend:
     # The reserve of a forward direction whose y is known (see reference.layer_recompute); None:
     # its layer_forward makes it again.
     layer_recompute: Callable[..., Reserve] | None = None
+    # Of plain calls on the CPU: see plain.py, and cpu.py for what they take and return.
+    plain_forward: Callable[..., list[Tensor]] | None = None
+    plain_backward: Callable[..., list[Tensor]] | None = None
     automatic: bool = True  # may "auto" take it, without a record that says it is the fastest?
     compiled: bool = False  # is it the library of csrc/, with its instruction sets?
     padded: bool = False  # does it also take (T, B, ...) for packed rows?
@@ -80,6 +83,8 @@ _TABLE = {
             compiled=True,
             padded=True,
             layer_recompute=cpu.layer_recompute,
+            plain_forward=cpu.plain_forward,
+            plain_backward=cpu.plain_backward,
         ),
         Backend("aten", aten.layer_forward, None, lambda: None, aten.unsupported),
         Backend(
@@ -140,6 +145,12 @@ def pick(backend: str, call: Call) -> Backend:
     if reason is not None:
         raise Refusal(backend, reason)
     return _TABLE[backend]
+
+
+def plain_backend(backend: str) -> Backend | None:
+    """What runs plain calls, if ``backend`` has such a way and it is there."""
+    entry = _AUTOMATIC[0] if backend == "auto" else _TABLE.get(backend)
+    return None if entry is None or entry.plain_forward is None or entry.missing() else entry
 
 
 def _recorded(call: Call) -> list[Backend]:

@@ -31,6 +31,14 @@ class Weights(NamedTuple):
     w_hr: Tensor | None  # (P, H)
     b_hh: Tensor | None = None  # (4H); a backend gets None here
 
+    @classmethod
+    def of_module(cls, held: Sequence[Tensor], biased: bool) -> Weights:
+        """From one direction's weights in nn.LSTM's order: w_ih, w_hh, then b_ih and b_hh if
+        ``biased``, then w_hr if there is one."""
+        w_ih, w_hh, *rest = held
+        b_ih, b_hh, *w_hr = rest if biased else (None, None, *rest)
+        return cls(w_ih, w_hh, b_ih, w_hr[0] if w_hr else None, b_hh)
+
     def summed(self) -> Weights:
         """As backends take them, with one bias."""
         if self.b_hh is None:

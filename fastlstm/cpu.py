@@ -74,6 +74,57 @@ def layer_forward(
     )
 
 
+def plain_forward(
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    biased: bool,
+    need_reserve: bool,
+) -> list[Tensor]:
+    """All layers of a plain call: y (T, B, D*P), h_n (L*D, B, P), c_n (L*D, B, H).
+
+    ``x (T, B, I)``; ``h0`` and ``c0`` shaped as h_n and c_n, or None for zeros; ``weights`` as
+    ``nn.LSTM`` holds them, layer by layer and direction by direction.  With ``need_reserve``, for a
+    single layer, also c_all, gates and, with a projection, m.  Empty where anything does not fit.
+    """
+    return torch.ops.fastlstm_C.cpu_plain_forward.default(
+        x, h0, c0, weights, directions, biased, need_reserve
+    )
+
+
+def plain_backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    reserve: Sequence[Tensor],
+    directions: int,
+    biased: bool,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x, h0, c0 and each of ``weights``, from those of y, h_n and c_n.
+
+    The other arguments as of ``plain_forward``; ``reserve`` is what it added, after y; ``need`` as
+    ``Requested``.  What is not asked for comes as an empty vector.
+    """
+    c_all = reserve[1]
+    return torch.ops.fastlstm_C.cpu_plain_backward.default(
+        *grads,
+        x,
+        h0,
+        c0,
+        weights,
+        reserve,
+        directions,
+        biased,
+        need,
+        _chunk_rows(4 * c_all.size(-1) * c_all.element_size()),
+    )
+
+
 def layer_recompute(
     x: Tensor,
     batch_sizes: Tensor,
@@ -133,7 +184,7 @@ def layer_backward(
         reset,
         *saved,
         need,
-        max(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes),
+        _chunk_rows(row_bytes),
     )
     return Gradients(
         dx if need.x else None,
@@ -149,3 +200,7 @@ def layer_backward(
 # A chunk's dgates are about this large, if that is rows enough for the products to be efficient.
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1024
+
+
+def _chunk_rows(row_bytes: int) -> int:
+    return max(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, checks, functional, per_sample, tracers
+from . import backends, checks, functional, per_sample, plain, tracers
 from .contract import Weights
 
 State = tuple[Tensor, Tensor]
@@ -139,6 +139,10 @@ class LSTM(nn.RNNBase):
                 names it, what it got and what was expected; where ``nn.LSTM`` raises on
                 purpose, the type is its.
         """
+        if lengths is None and reset is None and return_cells is False:
+            result = plain.run(self, input, hx)
+            if result is not None:
+                return result
         if tracers.is_fx(input) or tracers.is_jit():
             options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
             if tracers.is_fx(input):
@@ -148,13 +152,13 @@ class LSTM(nn.RNNBase):
         if watcher is not None:
             options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
             per_sample.check_call(watcher, self, input, hx, options)
-        result = self._run(input, hx, lengths, reset, self._stack(return_cells))
+        run = self._run(input, hx, lengths, reset, self._stack(return_cells))
         if watcher is not None:
-            guarded = {name: per_sample.guard(getattr(result, name)) for name in ("h_n", "c_n")}
-            result = result._replace(**guarded)
+            guarded = {name: per_sample.guard(getattr(run, name)) for name in ("h_n", "c_n")}
+            run = run._replace(**guarded)
         if return_cells:
-            return result.output, (result.h_n, result.c_n), result.cells
-        return result.output, (result.h_n, result.c_n)
+            return run.output, (run.h_n, run.c_n), run.cells
+        return run.output, (run.h_n, run.c_n)
 
     def _run(
         self,
@@ -304,10 +308,8 @@ class LSTM(nn.RNNBase):
 
 
 def weights_of(module: nn.RNNBase | nn.RNNCellBase, names: Sequence[str]) -> Weights:
-    """One direction's weights as they are now, by their names: weight_ih, weight_hh, then biases
-    and weight_hr where it has them."""
+    """One direction's weights as they are now, by their names in nn.LSTM's order."""
     # nn.Module's own __getattr__ takes longer than all of a small step's arithmetic.
     plain: dict[str, Any] = module._parameters
-    w_ih, w_hh, *rest = [plain[n] if n in plain else getattr(module, n) for n in names]
-    b_ih, b_hh, *rest = rest if module.bias else (None, None, *rest)
-    return Weights(w_ih, w_hh, b_ih, rest[0] if rest else None, b_hh)
+    held = [plain[n] if n in plain else getattr(module, n) for n in names]
+    return Weights.of_module(held, module.bias)

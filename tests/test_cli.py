@@ -9,12 +9,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastlstm
-from fastlstm import backends, native
+from fastlstm import backends, cpu, native
 from fastlstm.cli import check, main
 from fastlstm.cli.arguments import DTYPES
 
@@ -41,8 +42,8 @@ def test_info_says_what_a_bug_report_needs() -> None:
 
 
 def test_info_without_the_library_says_why(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    cpu = backends._TABLE["cpu"]
-    broken = dataclasses.replace(cpu, missing=lambda: "no C++ compiler")
+    entry = backends._TABLE["cpu"]
+    broken = dataclasses.replace(entry, missing=lambda: "no C++ compiler")
     monkeypatch.setitem(backends._TABLE, "cpu", broken)
     monkeypatch.setattr(native, "missing", broken.missing)
     assert main(["info"]) == 0
@@ -83,20 +84,38 @@ def broken_output(*args):
     raise IndexError("list index out of range")
 
 
+def wrong_plain_output(*args):
+    y, *rest = cpu.plain_forward(*args)
+    y.view(-1)[-1:].add_(0.1)
+    return [y, *rest]
+
+
+def wrong_plain_gradient(*args):
+    dx, *rest = cpu.plain_backward(*args)
+    dx.view(-1)[-1:].add_(0.5)
+    return [dx, *rest]
+
+
+# A backend that has the long way alone: what is wrong is the reference, which takes packed rows.
+LONG: dict[str, Any] = {"padded": False, "plain_forward": None, "plain_backward": None}
+
+
 @pytest.mark.parametrize(
     ("function", "wrong", "says"),
     [
         ("layer_backward", wrong_gradient, "gradient of weight_hh_l0"),
         ("layer_forward", wrong_output, "output differs by up to 0.1"),
         ("layer_forward", broken_output, "IndexError: list index out of range"),
+        ("plain_forward", wrong_plain_output, "output differs by up to 0.1"),
+        ("plain_backward", wrong_plain_gradient, "gradient of input"),
     ],
 )
 def test_check_finds_a_backend_that_is_wrong(
     function, wrong, says, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
-    # What is wrong here is the reference, which takes packed rows alone.
-    cpu = dataclasses.replace(backends._TABLE["cpu"], padded=False, **{function: wrong})
-    monkeypatch.setitem(backends._TABLE, "cpu", cpu)
+    ways = {} if function.startswith("plain") else LONG
+    entry = dataclasses.replace(backends._TABLE["cpu"], **{**ways, function: wrong})
+    monkeypatch.setitem(backends._TABLE, "cpu", entry)
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
     before = native.use_instruction_set(native.instruction_sets()[-1])
     assert main(["check", "--backend", "cpu"]) == 1
@@ -107,14 +126,18 @@ def test_check_finds_a_backend_that_is_wrong(
 
 
 def test_check_finds_results_that_change(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    cpu = backends._TABLE["cpu"]
+    entry = backends._TABLE["cpu"]
 
     def unsteady(*args):
         out = cpu.layer_forward(*args)
         out.h_n.add_(torch.rand(()) * 1e-6)
         return out
 
-    monkeypatch.setitem(backends._TABLE, "cpu", dataclasses.replace(cpu, layer_forward=unsteady))
+    monkeypatch.setitem(
+        backends._TABLE,
+        "cpu",
+        dataclasses.replace(entry, layer_forward=unsteady, plain_forward=None),
+    )
     monkeypatch.setattr(check, "CASES", check.CASES[:1])
     assert main(["check", "--backend", "cpu"]) == 1
     assert "float32: h_n is another in the second call" in capsys.readouterr().out
@@ -158,8 +181,8 @@ def test_bench_does_one_mode(mode: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_bench_does_not_time_what_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    cpu = dataclasses.replace(backends._TABLE["cpu"], padded=False, layer_forward=wrong_output)
-    monkeypatch.setitem(backends._TABLE, "cpu", cpu)
+    entry = dataclasses.replace(backends._TABLE["cpu"], **LONG, layer_forward=wrong_output)
+    monkeypatch.setitem(backends._TABLE, "cpu", entry)
     assert main(["bench", "--shape", "2,1,3,4", "--backend", "cpu"]) == 1
     assert capsys.readouterr().out.count("not timed: output differs by up to 0.1") == 2
 

@@ -21,7 +21,7 @@ LAYERS = (
     *("contract", "build", "native", "products", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
     *("backends", "checkpoint", "ops", "packing", "autograd", "functional", "tracers"),
-    *("per_sample", "checks", "module", "cell", "inspect", "compat", "surgery", "opacus"),
+    *("per_sample", "checks", "plain", "module", "cell", "inspect", "compat", "surgery", "opacus"),
     *("cli", "__init__", "__main__"),
 )
 # Who may name the compiled library: what builds it, what loads it, what calls it.

@@ -1,0 +1,166 @@
+// One layer's passes as operators: fastlstm/cpu.py calls them. What is not asked for is returned as
+// an empty vector.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "cpu/dispatch.h"
+#include "cpu/layer_backward.h"
+#include "cpu_tensors.h"
+
+namespace {
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tensor& h0,
+                          const Tensor& c0, const Tensors& w_ih, const Tensors& w_hh,
+                          const Tensors& bias, const Tensors& w_hr, const Optional& reset,
+                          bool need_reserve, bool need_cells) {
+  Rows rows(x);
+  Inputs input;
+  const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
+  fastlstm::ForwardArgs args{};
+  args.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  args.shape.I = x.size(x.dim() - 1);
+  args.storage = storage_of(dtype);
+  args.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
+  args.x = input("x", x, rows.of(I), dtype);
+  args.h0 = input("h0", h0, {D, B, P}, dtype);
+  args.c0 = input("c0", c0, {D, B, H}, dtype);
+  input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
+  input.each("bias", bias, D, {4 * H}, dtype, args.bias);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, args.w_hr);
+  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
+  args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+
+  const auto make = need_reserve ? reserved : output;
+  Tensor y = make(rows.of(D * P), dtype), h_n = output({D, B, P}, dtype);
+  Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
+  args.y = y.mutable_data_ptr();
+  args.h_n = h_n.mutable_data_ptr();
+  args.c_n = c_n.mutable_data_ptr();
+  if (need_reserve || need_cells) {
+    c_all = make(rows.of(D * H), state);
+    args.c_all = c_all.mutable_data_ptr();
+  }
+  if (need_reserve) {
+    gates = make({N, D, 4 * H}, dtype);
+    args.gates = gates.mutable_data_ptr();
+  }
+  if (need_reserve && !w_hr.empty()) {
+    m = make({N, D * H}, dtype);
+    args.m = m.mutable_data_ptr();
+  }
+  fastlstm::kernels().forward(args);
+  return {y, c_all, h_n, c_n, gates, m};
+}
+
+Tensor in_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// C += a dense matrix.
+template <class T>
+void add_matrix(const T* matrix, int64_t rows, const fastlstm::ProductPart& part) {
+  T* c = static_cast<T*>(part.c);
+  for (int64_t row = 0; row < rows; ++row, c += part.ldc, matrix += part.N)
+    for (int64_t k = 0; k < part.N; ++k) c[k] += matrix[k];
+}
+
+// C = or += op(A) B by torch, for what the kernels leave to it.
+void torch_product(const fastlstm::ProductArgs& p, const fastlstm::ProductPart& part) {
+  const ScalarType storage = dtype_of(p.storage), state = state_of(storage);
+  const auto matrix = [](const void* data, Sizes sizes, Sizes strides, ScalarType dtype) {
+    return torch::stable::from_blob(const_cast<void*>(data), sizes, strides,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    dtype);
+  };
+  const Tensor left = p.transposed ? matrix(p.a, {p.M, p.K}, {1, p.lda}, state)
+                                   : matrix(p.a, {p.M, p.K}, {p.lda, 1}, state);
+  const Tensor right = in_dtype(matrix(part.b, {p.K, part.N}, {part.ldb, 1}, storage), state);
+  const Tensor out = matrix(part.c, {p.M, part.N}, {part.ldc, 1}, state);
+  Tensor product = p.add ? empty({p.M, part.N}, state) : out;
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(left),
+                                    torch::stable::detail::from(right),
+                                    torch::stable::detail::from(product)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // it is ours to release
+  if (!p.add) return;
+  if (state == ScalarType::Double)
+    add_matrix(static_cast<const double*>(product.const_data_ptr()), p.M, part);
+  else
+    add_matrix(static_cast<const float*>(product.const_data_ptr()), p.M, part);
+}
+
+void torch_products(const fastlstm::ProductArgs& p) {
+  for (const fastlstm::ProductPart& part : p.parts)
+    if (part.N > 0) torch_product(p, part);
+}
+
+using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors>;
+
+// need: of x, h0, c0, w_ih, w_hh, bias, w_hr. A list that is not asked for is empty.
+BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                            const Optional& dc_n, const Tensor& x, const Tensor& batch_sizes,
+                            const Tensor& h0, const Tensor& c0, const Tensors& w_ih,
+                            const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                            const Tensor& y, const Tensor& c_all, const Tensor& gates,
+                            const Optional& m, const std::vector<bool>& need, int64_t chunk_rows) {
+  Rows rows(x);
+  Inputs input;
+  if (need.size() != 7) fail("need: expected seven flags");
+  const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
+  fastlstm::LayerBackwardArgs args{};
+  fastlstm::BackwardArgs& walk = args.walk;
+  walk.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  walk.shape.I = x.size(x.dim() - 1);
+  walk.storage = storage_of(dtype);
+  walk.threads = threads();
+  args.chunk_rows = chunk_rows;
+  const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
+  walk.dy = input("dy", dy, rows.of(D * P), dtype);
+  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
+  walk.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
+  walk.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
+  args.x = input("x", x, rows.of(I), dtype);
+  args.h0 = input("h0", h0, {D, B, P}, dtype);
+  walk.c0 = input("c0", c0, {D, B, H}, dtype);
+  input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
+  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
+  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  args.y = input("y", y, rows.of(D * P), dtype);
+  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
+  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  args.m = input("m", m, {N, D * H}, dtype);
+  if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
+
+  Tensor dx = need[0] ? reserved(rows.of(I), state) : absent();
+  Tensor dh0 = need[1] ? output({D, B, P}, dtype) : absent();
+  Tensor dc0 = need[2] ? output({D, B, H}, dtype) : absent();
+  if (need[0]) args.dx = dx.mutable_data_ptr();
+  if (need[1]) walk.dh0 = dh0.mutable_data_ptr();
+  if (need[2]) walk.dc0 = dc0.mutable_data_ptr();
+  const auto each = [&, D = D](bool needed, Sizes sizes, void*(&out)[max_directions]) {
+    Tensors made;
+    for (int64_t d = 0; needed && d < D; ++d) {
+      made.push_back(reserved(sizes, state));
+      out[d] = made.back().mutable_data_ptr();
+    }
+    return made;
+  };
+  Tensors dw_ih = each(need[3], {4 * H, I}, args.dw_ih);
+  Tensors dw_hh = each(need[4], {4 * H, P}, args.dw_hh);
+  Tensors dbias = each(need[5], {4 * H}, args.dbias);
+  Tensors dw_hr = each(need[6], {P, H}, args.dw_hr);
+  fastlstm::layer_backward(args, torch_products);
+  for (Tensors* list : {&dw_ih, &dw_hh, &dbias, &dw_hr})
+    for (Tensor& tensor : *list) tensor = in_dtype(tensor, dtype);
+  return {in_dtype(dx, dtype), dh0, dc0, dw_ih, dw_hh, dbias, dw_hr};
+}
+
+}  // namespace

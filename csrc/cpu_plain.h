@@ -1,0 +1,196 @@
+// Plain calls (fastlstm/plain.py): padded rows, weights and biases as nn.LSTM holds them, a state
+// of zeros left out. Of a small call the operators and Python around a layer take longer than its
+// arithmetic, so one operator does all that a call needs.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu_layer.h"
+
+namespace {
+
+// The sum of two vectors of n values, rounded as torch's own.
+template <class T>
+void add_vectors(const void* left, const void* right, void* sum, int64_t n) {
+  const T *a = static_cast<const T*>(left), *b = static_cast<const T*>(right);
+  for (int64_t k = 0; k < n; ++k) static_cast<T*>(sum)[k] = a[k] + b[k];
+}
+
+void add_vectors(fastlstm::Storage storage, const void* left, const void* right, void* sum,
+                 int64_t n) {
+  switch (storage) {
+    case fastlstm::Storage::f32:
+      return add_vectors<float>(left, right, sum, n);
+    case fastlstm::Storage::f64:
+      return add_vectors<double>(left, right, sum, n);
+    case fastlstm::Storage::f16:
+      return add_vectors<torch::headeronly::Half>(left, right, sum, n);
+    case fastlstm::Storage::bf16:
+      return add_vectors<torch::headeronly::BFloat16>(left, right, sum, n);
+  }
+}
+
+// The call's arguments, and what they say of its shape. `weights` are, of each layer's each
+// direction, w_ih, w_hh, both biases if there are any, and w_hr if P is not H.
+struct PlainCall {
+  const Tensor &x, *const h0, *const c0;
+  const Tensors& weights;
+  const int64_t D;
+  const bool biased;
+  // By fits():
+  ScalarType dtype = ScalarType::Undefined;
+  int64_t T = 0, B = 0, I = 0, H = 0, P = 0, layers = 0;
+  int64_t each = 0;  // weights of one direction
+
+  // Does everything fit together? What does not, whoever calls finds errors for.
+  bool fits() {
+    if (x.dim() != 3 || x.numel() == 0 || weights.size() < 2 || weights[1].dim() != 2) return false;
+    dtype = x.scalar_type();
+    if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::Half &&
+        dtype != ScalarType::BFloat16)
+      return false;
+    T = x.size(0), B = x.size(1), I = x.size(2);
+    H = weights[1].size(0) / 4, P = weights[1].size(1);
+    if (D < 1 || D > max_directions || H < 1 || P < 1 || P > H) return false;
+    each = 2 + 2 * biased + (P != H);
+    layers = int64_t(weights.size()) / (each * D);
+    if (int64_t(weights.size()) != layers * each * D) return false;
+    if (!is(x, {T, B, I}) || (h0 && !is(*h0, {layers * D, B, P})) ||
+        (c0 && !is(*c0, {layers * D, B, H})))
+      return false;
+    for (int64_t layer = 0; layer < layers; ++layer)
+      for (int64_t d = 0; d < D; ++d)
+        if (!weights_fit(weight(layer, d), layer == 0 ? I : D * P)) return false;
+    return true;
+  }
+
+  const Tensor* weight(int64_t layer, int64_t d) const {
+    return weights.data() + (layer * D + d) * each;
+  }
+
+ private:
+  bool is(const Tensor& tensor, Sizes sizes) const {
+    const auto got = tensor.sizes();
+    return tensor.is_cpu() && tensor.scalar_type() == dtype && got.size() == sizes.size() &&
+           std::equal(got.begin(), got.end(), sizes.begin());
+  }
+  bool weights_fit(const Tensor* w, int64_t inputs) const {
+    return is(w[0], {4 * H, inputs}) && is(w[1], {4 * H, P}) &&
+           (!biased || (is(w[2], {4 * H}) && is(w[3], {4 * H}))) &&
+           (P == H || is(w[each - 1], {P, H}));
+  }
+};
+
+// One layer of a call, given all of its arguments but weights: those as the kernels take them.
+void run_plain_layer(fastlstm::ForwardArgs& args, const PlainCall& call, int64_t layer,
+                     Inputs& input) {
+  const int64_t D = args.shape.D, H = args.shape.H;
+  const size_t bias_bytes = 4 * size_t(H) * call.x.element_size();
+  std::vector<char> biases(call.biased ? size_t(D) * bias_bytes : 0);
+  for (int64_t d = 0; d < D; ++d) {
+    const Tensor* w = call.weight(layer, d);
+    args.w_ih[d] = input.checked(w[0]);
+    args.w_hh[d] = input.checked(w[1]);
+    if (call.biased) {
+      char* const bias = biases.data() + size_t(d) * bias_bytes;
+      add_vectors(args.storage, input.checked(w[2]), input.checked(w[3]), bias, 4 * H);
+      args.bias[d] = bias;
+    }
+    if (call.P != H) args.w_hr[d] = input.checked(w[call.each - 1]);
+  }
+  fastlstm::kernels().forward(args);
+}
+
+// y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H); or nothing, if anything does not fit.
+// need_reserve is for single layers, and adds c_all, gates and, with a projection, m.
+Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c0,
+                          const Tensors& weights, int64_t directions, bool biased,
+                          bool need_reserve) {
+  PlainCall call{x, h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions, biased};
+  if (!call.fits() || (need_reserve && call.layers != 1)) return {};
+  const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P, L = call.layers;
+  const ScalarType dtype = call.dtype, state = state_of(dtype);
+  const int64_t h_bytes = D * B * P * x.element_size(), c_bytes = D * B * H * x.element_size();
+  const std::vector<int64_t> batch_sizes(size_t(T), B);
+  const std::vector<char> zeros(h0 && c0 ? 0 : size_t(c_bytes));  // P is at most H
+  Inputs input;
+  const char* const h_first = h0 ? static_cast<const char*>(input.checked(*h0)) : nullptr;
+  const char* const c_first = c0 ? static_cast<const char*>(input.checked(*c0)) : nullptr;
+  const auto make = need_reserve ? reserved : output;
+  Tensors results{x, output({L * D, B, P}, dtype), output({L * D, B, H}, dtype)};
+  for (int64_t layer = 0; layer < L; ++layer) {
+    fastlstm::ForwardArgs args{};
+    args.shape = {T, T * B, B, D, results[0].size(2), H, P, batch_sizes.data()};
+    args.storage = storage_of(dtype);
+    args.threads = threads();
+    args.x = input.checked(results[0]);
+    args.h0 = h_first ? h_first + layer * h_bytes : zeros.data();
+    args.c0 = c_first ? c_first + layer * c_bytes : zeros.data();
+    args.h_n = static_cast<char*>(results[1].mutable_data_ptr()) + layer * h_bytes;
+    args.c_n = static_cast<char*>(results[2].mutable_data_ptr()) + layer * c_bytes;
+    Tensor y = make({T, B, D * P}, dtype);
+    args.y = y.mutable_data_ptr();
+    if (need_reserve) {
+      results.push_back(make({T, B, D * H}, state));
+      args.c_all = results.back().mutable_data_ptr();
+      results.push_back(make({T * B, D, 4 * H}, dtype));
+      args.gates = results.back().mutable_data_ptr();
+      if (P != H) {
+        results.push_back(make({T * B, D * H}, dtype));
+        args.m = results.back().mutable_data_ptr();
+      }
+    }
+    run_plain_layer(args, call, layer, input);
+    results[0] = y;
+  }
+  return results;
+}
+
+Tensor filled_with_zeros(Sizes sizes, ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype);
+  std::memset(tensor.mutable_data_ptr(), 0, size_t(tensor.numel()) * tensor.element_size());
+  return tensor;
+}
+
+// Gradients of x, h0, c0 and the weights, in the order of a single layer's plain call, whose
+// reserve is y, c_all, gates and, with a projection, m. need: as cpu_backward's. What is not asked
+// for, or was not given, is an empty vector.
+Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
+                           const Tensor& x, const Optional& h0, const Optional& c0,
+                           const Tensors& weights, const Tensors& reserve, int64_t directions,
+                           bool biased, const std::vector<bool>& need, int64_t chunk_rows) {
+  PlainCall call{x, h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions, biased};
+  if (!call.fits() || call.layers != 1) fail("weights: they do not make a layer for x, h0 and c0");
+  const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P;
+  if (reserve.size() != (P == H ? 3 : 4)) fail("reserve: expected y, c_all, gates[, m]");
+  Tensor batch_sizes = empty({T}, ScalarType::Long);
+  std::fill_n(static_cast<int64_t*>(batch_sizes.mutable_data_ptr()), T, B);
+  Tensors w_ih, w_hh, w_hr;
+  for (int64_t d = 0; d < D; ++d) {
+    const Tensor* w = call.weight(0, d);
+    w_ih.push_back(w[0]);
+    w_hh.push_back(w[1]);
+    if (P != H) w_hr.push_back(w[call.each - 1]);
+  }
+  const auto [dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr] =
+      cpu_backward(dy, std::nullopt, dh_n, dc_n, x, batch_sizes,
+                   h0 ? *h0 : filled_with_zeros({D, B, P}, call.dtype),
+                   c0 ? *c0 : filled_with_zeros({D, B, H}, call.dtype), w_ih, w_hh, w_hr,
+                   std::nullopt, reserve[0], reserve[1], reserve[2],
+                   P == H ? std::nullopt : Optional(reserve[3]), need, chunk_rows);
+  Tensors gradients{dx, dh0, dc0};
+  const Tensor nothing = absent();
+  const auto add = [&](const Tensors& of, int64_t d) {
+    gradients.push_back(of.empty() ? nothing : of[size_t(d)]);
+  };
+  for (int64_t d = 0; d < D; ++d) {
+    add(dw_ih, d);
+    add(dw_hh, d);
+    for (int k = 0; biased && k < 2; ++k) add(dbias, d);
+    if (P != H) add(dw_hr, d);
+  }
+  return gradients;
+}
+
+}  // namespace

@@ -1,0 +1,246 @@
+"""The short way of plain calls: padded input on the CPU, and nobody watching.
+
+Most calls are such, and of a small one Python takes longer than the arithmetic.  Here one operator
+does all that a call needs.  Whatever is not plain goes the long way of ``functional.py``, which has
+the same results, and the errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from . import autograd, backends
+from .contract import Reserve, Weights
+
+_WEIGHTS = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
+_requires_grad, _is_cpu, _dtype = map(attrgetter, ("requires_grad", "is_cpu", "dtype"))
+
+
+class _MisfitError(Exception):
+    """The library found weights that do not fit; the long way names them."""
+
+
+class Call(NamedTuple):
+    """What a plain call of one layer or several consists of besides tensors."""
+
+    backend: backends.Backend
+    directions: int
+    biased: bool
+
+    def forward(
+        self,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        weights: Sequence[Tensor],
+        need_reserve: bool,
+    ) -> list[Tensor]:
+        assert self.backend.plain_forward is not None
+        return self.backend.plain_forward(
+            x, h0, c0, weights, self.directions, self.biased, need_reserve
+        )
+
+
+def run(module: Any, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """What a module returns for ``input`` and ``hx``, or None where that goes the long way."""
+    if torch.compiler.is_compiling() or not _is_plain(input) or input.dim() != 3:
+        return None
+    if module._forward_hooks or (module.dropout and module.training) or _is_watched():
+        return None
+    if hx is None:
+        hx = ()
+    elif type(hx) not in (tuple, list) or len(hx) != 2 or not all(map(_is_plain, hx)):
+        return None
+    held: dict[str, Any] = module._parameters  # not so what is parametrized or pruned
+    weights: list[Any] = [held.get(name) for names in module._all_weights for name in names]
+    backend = backends.plain_backend(module.backend)
+    if backend is None or not _WEIGHTS.issuperset(map(type, weights)):
+        return None
+    rows = input.transpose(0, 1) if module.batch_first else input
+    call = Call(backend, 2 if module.bidirectional else 1, module.bias)
+    if torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights))):
+        if not _fits(module, rows, hx, weights):
+            return None
+        results: Sequence[Tensor]
+        try:
+            results = _train(call, rows, hx, weights, len(module._all_weights) // call.directions)
+        except _MisfitError:
+            return None
+    else:
+        h0, c0 = hx or (None, None)
+        results = call.forward(rows, h0, c0, weights, need_reserve=False)
+        if not results:  # something does not fit
+            return None
+    y, h_n, c_n = results
+    return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n)
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Dense floats on the CPU, without a way of their own with operators?"""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.dtype.is_floating_point
+        and not tensor.is_nested
+    )
+
+
+def _is_watched() -> bool:
+    """Does torch want to see more of this call than an operator's results, or other dtypes?"""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _fits(module: Any, rows: Tensor, hx: tuple[Tensor, ...], weights: list[Any]) -> bool:
+    """May ``_train`` have these?  (The operators look at the shapes of weights.)"""
+    if rows.size(2) != module.input_size or rows.numel() == 0 or module.checkpoint:
+        return False
+    if hx:
+        states, batch = len(module._all_weights), rows.size(1)
+        output_size = module.proj_size or module.hidden_size
+        sizes = ((states, batch, output_size), (states, batch, module.hidden_size))
+        if (hx[0].shape, hx[1].shape) != sizes:
+            return False
+    return all(map(_is_cpu, weights)) and len(set(map(_dtype, (rows, *hx, *weights)))) == 1
+
+
+def _train(
+    call: Call, rows: Tensor, hx: tuple[Tensor, ...], weights: list[Any], layers: int
+) -> Sequence[Tensor]:
+    """y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), differentiably."""
+    if layers == 1:
+        return PlainLayer.apply(call, rows, *(hx or (None, None)), *weights)
+    h_in, c_in = (state.split(call.directions) for state in hx) if hx else ([None] * layers,) * 2
+    each = len(weights) // layers
+    h_out, c_out = [], []
+    for k in range(layers):
+        here = weights[k * each : (k + 1) * each]
+        rows, h_n, c_n = PlainLayer.apply(call, rows, h_in[k], c_in[k], *here)
+        h_out.append(h_n)
+        c_out.append(c_n)
+    return rows, torch.cat(h_out), torch.cat(c_out)
+
+
+class PlainLayer(torch.autograd.Function):
+    """(call, x, h0, c0, *weights as nn.LSTM holds them) -> y, h_n, c_n; states may be None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        results = call.forward(x, h0, c0, weights, need_reserve=True)
+        if not results:
+            raise _MisfitError
+        y, h_n, c_n, *rest = results
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        # Saved this way, a tensor that is changed in place before the backward pass is noticed.
+        ctx.save_for_backward(x, h0, c0, *weights, y, *rest)
+        return y, h_n, c_n
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        call, asked = ctx.call, ctx.needs_input_grad[1:]
+        saved, count = ctx.saved_tensors, len(asked)
+        (x, h0, c0, *weights), reserve = saved[:count], saved[count:]
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or _is_watched()
+            or any(map(autograd.is_batched, (dy, dh_n, dc_n)))
+        ):
+            grads = (dy, None, dh_n, dc_n)
+            return None, *_long_gradients(call, asked, reserve, grads, x, h0, c0, weights)
+        assert call.backend.plain_backward is not None
+        got = call.backend.plain_backward(
+            (dy, dh_n, dc_n),
+            x,
+            h0,
+            c0,
+            weights,
+            reserve,
+            call.directions,
+            call.biased,
+            _requested(asked, call),
+        )
+        return None, *(grad if ask else None for grad, ask in zip(got, asked, strict=True))
+
+
+def _requested(asked: tuple[bool, ...], call: Call) -> list[bool]:
+    """Of x, h0, c0 and the weights one by one, as ``Requested``."""
+    weights = asked[3:]
+    each = len(weights) // call.directions
+    kinds = [any(weights[k::each]) for k in range(each)]
+    bias = call.biased and (kinds[2] or kinds[3])
+    projected = each > (4 if call.biased else 2)
+    return [*asked[:3], kinds[0], kinds[1], bias, projected and kinds[-1]]
+
+
+def _by_direction(call: Call, values: Any) -> list[Weights]:
+    """Weights as nn.LSTM holds them, or what else there is one of for each, as ``Weights``."""
+    each = len(values) // call.directions
+    return [
+        Weights.of_module(values[k : k + each], call.biased) for k in range(0, len(values), each)
+    ]
+
+
+def _long_arguments(
+    call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Weights]]:
+    """x, batch_sizes, h0, c0 and weights as ``autograd.lstm_layer`` takes them."""
+    layer = _by_direction(call, weights)
+    steps, batch, _ = x.shape
+    gates, output_size = layer[0].w_hh.shape
+    batch_sizes = torch.full((steps,), batch, dtype=torch.int64, device="cpu")
+    if h0 is None:
+        h0 = x.new_zeros(call.directions, batch, output_size)
+    if c0 is None:
+        c0 = x.new_zeros(call.directions, batch, gates // 4)
+    return x, batch_sizes, h0, c0, layer
+
+
+def _long_gradients(
+    call: Call,
+    asked: tuple[bool, ...],
+    reserve: Any,
+    grads: tuple[Tensor | None, ...],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Any,
+) -> list[Tensor | None]:
+    """The gradients that ``PlainLayer.backward`` returns, with a graph, or batched."""
+    x, batch_sizes, h0, c0, layer = _long_arguments(call, x, h0, c0, weights)
+    flags = _by_direction(call, asked[3:])
+    run = autograd.Run(False, call.backend.name, checkpoint=False, chosen=call.backend)
+    got = autograd.gradients(
+        run,
+        (*asked[:3], *(bool(flag) for direction in flags for flag in direction)),
+        Reserve(*reserve, *([None] * (4 - len(reserve)))),
+        batch_sizes,
+        None,
+        grads,
+        (x, h0, c0, *(t for w in layer for t in w)),
+    )
+    size = len(Weights._fields)
+    by_direction = [Weights(*got[k : k + size]) for k in range(3, len(got), size)]  # type: ignore[arg-type]
+    ordered: list[Tensor | None] = list(got[:3])
+    for grad, weight in zip(by_direction, layer, strict=True):
+        ordered += (grad.w_ih, grad.w_hh)
+        ordered += (grad.bias, grad.b_hh) if call.biased else ()
+        ordered += (grad.w_hr,) if weight.w_hr is not None else ()
+    return ordered

@@ -1,0 +1,333 @@
+"""Plain calls (plain.py): the same as the long way, bit by bit, and taken where they should be."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlstm
+from cases import DTYPES, tolerance
+from fastlstm import backends, plain
+
+T, B, IN, H = 5, 3, 4, 6
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no_bias": {"bias": False},
+    "projection": {"proj_size": 2},
+    "both_directions": {"bidirectional": True},
+    "three_layers": {"num_layers": 3},
+    "all_of_it": {"num_layers": 2, "bidirectional": True, "proj_size": 2, "bias": False},
+}
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call of a module: was it the short way?"""
+    taken: list[bool] = []
+    run = plain.run
+
+    def spy(*args: Any) -> Any:
+        result = run(*args)
+        taken.append(result is not None)
+        return result
+
+    monkeypatch.setattr(plain, "run", spy)
+    return taken
+
+
+@contextlib.contextmanager
+def long_way() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "run", lambda *_: None)
+        yield
+
+
+def make_state(module: fastlstm.LSTM, batch: int = B) -> tuple[Tensor, Tensor]:
+    states, dtype = len(module._all_weights), module.weight_ih_l0.dtype
+    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
+    h0, c0 = (torch.randn(states, batch, size).to(dtype) for size in sizes)
+    return h0, c0
+
+
+def everything(module: fastlstm.LSTM, x: Tensor, hx: Any, create_graph: bool = False) -> Any:
+    """Outputs, and all gradients of a weighting of them."""
+    leaves = [x, *(hx or ())]
+    y, (h_n, c_n) = module(x, hx)
+    generator = torch.Generator().manual_seed(1)
+    weighting = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (y, h_n, c_n)]
+    gradients = torch.autograd.grad(
+        (y, h_n, c_n),
+        [*leaves, *module.parameters()],
+        weighting,
+        create_graph=create_graph,
+    )
+    return [y, h_n, c_n, *gradients]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
+@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_both_ways_give_the_same_bits(config, with_hx, batch_first, dtype, ways):
+    module = fastlstm.LSTM(IN, H, batch_first=batch_first, dtype=dtype, **config)
+    hx = make_state(module) if with_hx else None
+    x = torch.randn((B, T, IN) if batch_first else (T, B, IN)).to(dtype)
+    for leaf in (x, *(hx or ())):
+        leaf.requires_grad_()
+    short = everything(module, x, hx)
+    with torch.no_grad():
+        inferred = module(x, hx)
+    assert ways == [True, True]
+    with long_way():
+        long = everything(module, x, hx)
+        with torch.no_grad():
+            long_inferred = module(x, hx)
+    for a, b in zip(short, long, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    for a, b in zip(
+        (inferred[0], *inferred[1]), (long_inferred[0], *long_inferred[1]), strict=True
+    ):
+        assert a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("frozen", [("x",), ("w_ih",), ("w_hh", "b_hh"), ("h0", "b_ih", "b_hh")])
+@pytest.mark.parametrize("config", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
+def test_gradients_are_made_of_what_asks_for_them(config, frozen, ways):
+    module = fastlstm.LSTM(IN, H, dtype=torch.float64, **config)
+    x, (h0, c0) = torch.randn(T, B, IN, dtype=torch.float64), make_state(module)
+    given = {"x": x, "h0": h0, "c0": c0}
+    for name, p in module.named_parameters():
+        given[name.replace("weight", "w").replace("bias", "b").replace("_l0", "")] = p
+    wanted = [name for name in given if name.removesuffix("_reverse") not in frozen]
+    for name, tensor in given.items():
+        tensor.requires_grad_(name in wanted)
+
+    def gradients() -> tuple[Tensor, ...]:
+        y, (h_n, c_n) = module(x, (h0, c0))
+        return torch.autograd.grad(
+            y.sum() + 2 * h_n.sum() + 3 * c_n.sum(), [given[n] for n in wanted]
+        )
+
+    short = gradients()
+    assert ways == [True]
+    with long_way():
+        long = gradients()
+    assert all(map(torch.equal, short, long))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 2)], ids=str)
+def test_outputs_without_a_gradient(used, ways):
+    module = fastlstm.LSTM(IN, H, num_layers=2, dtype=torch.float64)
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        y, (h_n, c_n) = module(x)
+        loss = sum((y, h_n, c_n)[k].square().sum() for k in used)
+        return torch.autograd.grad(loss, [x, *module.parameters()], allow_unused=True)
+
+    short = gradients()
+    assert ways == [True]
+    with long_way():
+        long = gradients()
+    for a, b in zip(short, long, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+def test_second_order(config, with_hx, ways):
+    module = fastlstm.LSTM(IN, H, dtype=torch.float64, **config)
+    stock = nn.LSTM(IN, H, dtype=torch.float64, **config)
+    stock.load_state_dict(module.state_dict())
+    hx = make_state(module) if with_hx else None
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+
+    def second(m: nn.Module) -> tuple[Tensor, ...]:
+        penalty = sum(t.square().sum() for t in everything(m, x, hx, create_graph=True)[3:])  # type: ignore[arg-type]
+        return torch.autograd.grad(penalty, [x, *m.parameters()])
+
+    for leaf in hx or ():
+        leaf.requires_grad_()
+    ours = second(module)
+    assert ways == [True]
+    for a, b in zip(ours, second(stock), strict=True):
+        torch.testing.assert_close(a, b, **tolerance(torch.float64))
+
+
+def test_batched_gradients(ways):
+    module = fastlstm.LSTM(IN, H, dtype=torch.float64)
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    y, _ = module(x)
+    several = torch.randn(4, *y.shape, dtype=torch.float64)
+    leaves = [x, *module.parameters()]
+    batched = torch.autograd.grad(y, leaves, several, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(y, leaves, one, retain_graph=True) for one in several]
+    assert ways == [True]
+    for k, got in enumerate(batched):
+        expected = torch.stack([one[k] for one in singly])
+        torch.testing.assert_close(got, expected, **tolerance(torch.float64))
+
+
+def test_changes_in_place_are_noticed(ways):
+    module = fastlstm.LSTM(IN, H)
+    y, _ = module(torch.randn(T, B, IN))
+    assert ways == [True]
+    with torch.no_grad():
+        module.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_non_contiguous_arguments(ways):
+    module = fastlstm.LSTM(IN, H, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(T, IN, B, dtype=torch.float64).transpose(1, 2)
+    h0, c0 = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in make_state(module))
+    with torch.no_grad():
+        module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.t().contiguous().t())
+        y, (h_n, c_n) = module(x, (h0, c0))
+        y_2, (h_2, c_2) = module(x.contiguous(), (h0.contiguous(), c0.contiguous()))
+    assert ways == [True, True]
+    assert torch.equal(y, y_2) and torch.equal(h_n, h_2) and torch.equal(c_n, c_2)
+    short = everything(module, x.requires_grad_(), (h0.requires_grad_(), c0.requires_grad_()))
+    with long_way():
+        assert all(map(torch.equal, short, everything(module, x, (h0, c0))))
+
+
+class Subclass(Tensor):
+    pass
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def hooked(module: nn.Module) -> Iterator[None]:
+    handle = module.register_forward_hook(lambda *_: None)
+    yield
+    handle.remove()
+
+
+WATCHED: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager[Any]]] = {
+    "a_dispatch_mode": lambda _: Mode(),
+    "autocast": lambda _: torch.autocast("cpu", dtype=torch.bfloat16),
+    "forward_mode": lambda _: forward_ad.dual_level(),
+    "a_hook": hooked,
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("watch", WATCHED.values(), ids=WATCHED.keys())
+def test_watched_calls_go_the_long_way(watch, grad, ways):
+    module, x = fastlstm.LSTM(IN, H), torch.randn(T, B, IN)
+    with torch.set_grad_enabled(grad), watch(module):
+        module(x)
+    assert ways == [False]
+
+
+def changed(change: Callable[[fastlstm.LSTM], Any], **config: Any) -> fastlstm.LSTM:
+    module = fastlstm.LSTM(IN, H, **config)
+    change(module)
+    return module
+
+
+X = torch.zeros(T, B, IN)
+LONG: dict[str, Callable[[], tuple[fastlstm.LSTM, Tensor]]] = {
+    "unbatched": lambda: (fastlstm.LSTM(IN, H), X[:, 0]),
+    "a_subclass": lambda: (fastlstm.LSTM(IN, H), X.as_subclass(Subclass)),
+    "another_backend": lambda: (fastlstm.LSTM(IN, H, backend="reference"), X),
+    "dropout": lambda: (fastlstm.LSTM(IN, H, num_layers=2, dropout=0.5), X),
+    "pruned": lambda: (changed(lambda m: prune.random_unstructured(m, "weight_hh_l0", 0.5)), X),
+    "parametrized": lambda: (
+        changed(lambda m: parametrizations.weight_norm(m, "weight_hh_l0")),
+        X,
+    ),
+    "no_sequences": lambda: (fastlstm.LSTM(IN, H), torch.zeros(T, 0, IN)),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("make", LONG.values(), ids=LONG.keys())
+def test_what_is_not_plain_goes_the_long_way(make, grad, ways):
+    module, x = make()
+    with torch.set_grad_enabled(grad):
+        module(x)
+    assert ways == [False]
+
+
+def test_only_training_with_checkpoints_is_not_plain(ways):
+    module = fastlstm.LSTM(IN, H, checkpoint=True)
+    module(X)
+    with torch.no_grad():
+        module(X)
+    assert ways == [False, True]
+
+
+def test_nothing_is_saved_where_nothing_asks_for_a_gradient(ways):
+    module = fastlstm.LSTM(IN, H).requires_grad_(False)
+    y, (h_n, c_n) = module(X)
+    assert ways == [True]
+    assert not (y.requires_grad or h_n.requires_grad or c_n.requires_grad)
+    y, _ = module(X.clone().requires_grad_())
+    assert y.requires_grad
+
+
+MISFITS: dict[str, tuple[type[Exception], Callable[[], tuple[Any, ...]]]] = {
+    "features": (RuntimeError, lambda: (torch.randn(T, B, IN + 1),)),
+    "dtype": (ValueError, lambda: (torch.randn(T, B, IN, dtype=torch.float64),)),
+    "meta": (RuntimeError, lambda: (torch.randn(T, B, IN, device="meta"),)),
+    "sparse": (TypeError, lambda: (torch.randn(T, B, IN).to_sparse(),)),
+    "no_steps": (RuntimeError, lambda: (torch.randn(0, B, IN),)),
+    "integers": (ValueError, lambda: (torch.zeros(T, B, IN, dtype=torch.int64),)),
+    "hx_shape": (RuntimeError, lambda: (X, (torch.zeros(1, B + 1, H), torch.zeros(1, B + 1, H)))),
+    "hx_dtype": (RuntimeError, lambda: (X, (torch.zeros(1, B, H).double(), torch.zeros(1, B, H)))),
+    "hx_device": (
+        RuntimeError,
+        lambda: (X, (torch.zeros(1, B, H, device="meta"), torch.zeros(1, B, H))),
+    ),
+    "hx_single": (TypeError, lambda: (X, torch.zeros(2, 1, B, H))),
+    "hx_of_three": (RuntimeError, lambda: (X, (torch.zeros(1, B, H),) * 3)),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(("error", "make"), MISFITS.values(), ids=MISFITS.keys())
+def test_errors_are_those_of_the_long_way(error, make, grad):
+    module, args = fastlstm.LSTM(IN, H), make()
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(error) as short:
+            module(*args)
+        with long_way(), pytest.raises(error) as long:
+            module(*args)
+    assert str(short.value) == str(long.value) and short.type is long.type
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    "bad",
+    [torch.zeros(4 * H, H + 1), torch.zeros(4 * H - 4, H), torch.zeros(4 * H), torch.zeros(0, H)],
+    ids=lambda t: str(tuple(t.shape)),
+)
+def test_weights_of_other_shapes_have_the_long_way_s_error(bad, grad):
+    module = fastlstm.LSTM(IN, H)
+    module.weight_hh_l0 = nn.Parameter(bad)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(ValueError, match="got shape") as short:
+            module(X)
+        with long_way(), pytest.raises(ValueError, match="got shape") as long:
+            module(X)
+    assert str(short.value) == str(long.value)
+
+
+def test_only_the_library_has_plain_calls():
+    entries = backends._TABLE.values()
+    assert [entry.name for entry in entries if entry.plain_forward is not None] == ["cpu"]
