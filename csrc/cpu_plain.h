@@ -32,7 +32,8 @@ void add_vectors(fastlstm::Storage storage, const void* left, const void* right,
 }
 
 // The call's arguments, and what they say of its shape. `weights` are, of each layer's each
-// direction, w_ih, w_hh, both biases if there are any, and w_hr if P is not H.
+// direction, w_ih, w_hh, both biases if there are any, and w_hr if P is not H. A single step may
+// come without T, its states without layers.
 struct PlainCall {
   const Tensor &x, *const h0, *const c0;
   const Tensors& weights;
@@ -40,24 +41,26 @@ struct PlainCall {
   const bool biased;
   // By fits():
   ScalarType dtype = ScalarType::Undefined;
+  bool step = false;
   int64_t T = 0, B = 0, I = 0, H = 0, P = 0, layers = 0;
   int64_t each = 0;  // weights of one direction
 
   // Does everything fit together? What does not, whoever calls finds errors for.
   bool fits() {
-    if (x.dim() != 3 || x.numel() == 0 || weights.size() < 2 || weights[1].dim() != 2) return false;
+    step = x.dim() == 2;
+    if (!(step || x.dim() == 3) || x.numel() == 0 || weights.size() < 2 || weights[1].dim() != 2)
+      return false;
     dtype = x.scalar_type();
     if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::Half &&
         dtype != ScalarType::BFloat16)
       return false;
-    T = x.size(0), B = x.size(1), I = x.size(2);
+    T = step ? 1 : x.size(0), B = x.size(x.dim() - 2), I = x.size(x.dim() - 1);
     H = weights[1].size(0) / 4, P = weights[1].size(1);
     if (D < 1 || D > max_directions || H < 1 || P < 1 || P > H) return false;
     each = 2 + 2 * biased + (P != H);
     layers = int64_t(weights.size()) / (each * D);
-    if (int64_t(weights.size()) != layers * each * D) return false;
-    if (!is(x, {T, B, I}) || (h0 && !is(*h0, {layers * D, B, P})) ||
-        (c0 && !is(*c0, {layers * D, B, H})))
+    if (int64_t(weights.size()) != layers * each * D || (step && layers * D != 1)) return false;
+    if (!x.is_cpu() || (h0 && !is(*h0, state_sizes(P))) || (c0 && !is(*c0, state_sizes(H))))
       return false;
     for (int64_t layer = 0; layer < layers; ++layer)
       for (int64_t d = 0; d < D; ++d)
@@ -67,6 +70,9 @@ struct PlainCall {
 
   const Tensor* weight(int64_t layer, int64_t d) const {
     return weights.data() + (layer * D + d) * each;
+  }
+  std::vector<int64_t> state_sizes(int64_t size) const {
+    return step ? std::vector<int64_t>{B, size} : std::vector<int64_t>{layers * D, B, size};
   }
 
  private:
@@ -102,13 +108,14 @@ void run_plain_layer(fastlstm::ForwardArgs& args, const PlainCall& call, int64_t
   fastlstm::kernels().forward(args);
 }
 
-// y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H); or nothing, if anything does not fit.
-// need_reserve is for single layers, and adds c_all, gates and, with a projection, m.
+// y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), or of a single step without T (B, P) and
+// (B, H); or nothing, if anything does not fit. need_reserve is for single layers, and adds c_all,
+// gates and, with a projection, m.
 Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c0,
                           const Tensors& weights, int64_t directions, bool biased,
                           bool need_reserve) {
   PlainCall call{x, h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions, biased};
-  if (!call.fits() || (need_reserve && call.layers != 1)) return {};
+  if (!call.fits() || (need_reserve && (call.layers != 1 || call.step))) return {};
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P, L = call.layers;
   const ScalarType dtype = call.dtype, state = state_of(dtype);
   const int64_t h_bytes = D * B * P * x.element_size(), c_bytes = D * B * H * x.element_size();
@@ -118,10 +125,10 @@ Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c
   const char* const h_first = h0 ? static_cast<const char*>(input.checked(*h0)) : nullptr;
   const char* const c_first = c0 ? static_cast<const char*>(input.checked(*c0)) : nullptr;
   const auto make = need_reserve ? reserved : output;
-  Tensors results{x, output({L * D, B, P}, dtype), output({L * D, B, H}, dtype)};
+  Tensors results{x, output(call.state_sizes(P), dtype), output(call.state_sizes(H), dtype)};
   for (int64_t layer = 0; layer < L; ++layer) {
     fastlstm::ForwardArgs args{};
-    args.shape = {T, T * B, B, D, results[0].size(2), H, P, batch_sizes.data()};
+    args.shape = {T, T * B, B, D, layer == 0 ? call.I : D * P, H, P, batch_sizes.data()};
     args.storage = storage_of(dtype);
     args.threads = threads();
     args.x = input.checked(results[0]);
@@ -161,7 +168,8 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
                            const Tensors& weights, const Tensors& reserve, int64_t directions,
                            bool biased, const std::vector<bool>& need, int64_t chunk_rows) {
   PlainCall call{x, h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions, biased};
-  if (!call.fits() || call.layers != 1) fail("weights: they do not make a layer for x, h0 and c0");
+  if (!call.fits() || call.layers != 1 || call.step)
+    fail("weights: they do not make a layer for x, h0 and c0");
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P;
   if (reserve.size() != (P == H ? 3 : 4)) fail("reserve: expected y, c_all, gates[, m]");
   Tensor batch_sizes = empty({T}, ScalarType::Long);

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, cpu, cuda, dispatch, native, reference, triton
+from . import aten, cpu, cuda, dispatch, reference, triton
 from .contract import Gradients, Outputs, Reserve, Weights
 
 
@@ -164,40 +164,18 @@ def _recorded(call: Call) -> list[Backend]:
     return [_TABLE[name] for name in names]
 
 
-# The steps that our kernels take faster than torch's matrix product does: of so many weights, of
-# so many if there is one row only, or of so many multiply-adds.  See docs/performance.md.
-_LARGE_WEIGHTS = 1 << 18
-_LARGE_WEIGHTS_OF_A_ROW = 1 << 21
-_LARGE_STEP = 1 << 23
+def is_torchs_own_step(input: Tensor, hidden_size: int) -> bool:
+    """Does ``backend="auto"`` leave a plain call of an LSTMCell, ``input (B, I)``, to torch's own?
 
-
-def is_torchs_own_step(backend: str, input: Tensor, hidden_size: int) -> bool:
-    """Should a module's single step, ``input (B, I)`` or ``(I,)``, be left to torch's own cell?
-
-    Its calls and their gradients cost less than any backend's: measured, it is the faster one
-    but for large float32 steps on the CPU that save nothing for a backward pass.
+    With gradients it always does, see cell.py.  Without, our kernels are the faster ones but for
+    many rows by weights that are neither few nor many, and in half precision for several rows by
+    many weights: see docs/performance.md.
     """
-    if backend != "auto":
-        return backend == "aten"
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(input, Tensor):
-        return True
-    if torch._C._get_tracing_state() is not None:  # a trace would hold an operator of ours
-        return True
-    if input.dim() != 2 or input.size(0) == 0:
-        return True
-    if not input.is_cpu or input.dtype != torch.float32 or input.layout != torch.strided:
-        return True
     rows, inputs = input.shape
     weights = (inputs + hidden_size) * 4 * hidden_size
-    # The size first: asking for the instruction sets loads the library.
-    least = _LARGE_WEIGHTS if rows > 1 else _LARGE_WEIGHTS_OF_A_ROW
-    if weights < least and rows * weights < _LARGE_STEP:
-        return True
-    if torch.is_autocast_enabled("cpu") or not native.instruction_sets():
-        return True
-    # With a matrix unit this was measured before many rows went unpacked.
-    few = rows in (4, 5) and rows * weights >= _LARGE_STEP // 2
-    return "amx" in native.instruction_sets() and not few
+    if input.dtype in (torch.float16, torch.bfloat16):
+        return rows > 4 and weights > 1 << 19
+    return rows > 16 and 1 << 16 <= weights < 1 << 18 and rows * weights < 1 << 23
 
 
 def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bool) -> bool:

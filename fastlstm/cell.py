@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, functional
+from . import backends, checks, functional, plain
 from .module import State, weights_of
 
 # fastlstm itself imports this file, so this is torch's own class and never patch()'s.
@@ -18,8 +18,8 @@ class LSTMCell(Stock):
     """A drop-in for ``torch.nn.LSTMCell``: same equations, parameters, arguments and errors.
 
     It is an ``isinstance`` of ``nn.LSTMCell``, which torch.compile does not mind.  Where all
-    steps of the input are known at once, ``fastlstm.LSTM`` is much faster: for a single step
-    ``backend="auto"`` is torch's own cell but in large steps without gradients.
+    steps of the input are known at once, ``fastlstm.LSTM`` is much faster: with gradients
+    ``backend="auto"`` is torch's own cell, without them in few sizes only.
 
     Args:
         input_size: features of the input, I.
@@ -68,9 +68,13 @@ class LSTMCell(Stock):
                 what it got and what was expected; where ``nn.LSTMCell`` raises on purpose, the
                 type is its.
         """
-        if backends.is_torchs_own_step(self.backend, input, self.hidden_size):
+        names = _NAMES if self.bias else _NAMES[:2]
+        result = plain.step(self, names, input, hx)
+        if result is not None:
+            return result
+        if self.backend in ("auto", "aten"):
             return self._torchs_own_step(input, hx)
-        weights = weights_of(self, _NAMES if self.bias else _NAMES[:2])
+        weights = weights_of(self, names)
         batched = checks.check_step(input, self.input_size, weights.w_ih)
         if not batched:  # one sequence is a batch of one
             input = input.unsqueeze(0)
@@ -91,16 +95,16 @@ class LSTMCell(Stock):
     def _torchs_own_step(self, input: Tensor, hx: State | None) -> State:
         """nn.LSTMCell's, by a shorter way than nn.Module's __getattr__ for each weight: what it
         saves is what asking for the backend has cost."""
-        plain: dict[str, Any] = self._parameters
+        held: dict[str, Any] = self._parameters
         if (
             torch.compiler.is_compiling()
             or not isinstance(hx, tuple)
             or len(hx) != 2
-            or not plain.keys() >= _ALL_NAMES
+            or not held.keys() >= _ALL_NAMES
             or not input.dim() == hx[0].dim() == hx[1].dim() == 2
         ):
             return super().forward(input, hx)
-        w_ih, w_hh, b_ih, b_hh = [plain[name] for name in _NAMES]
+        w_ih, w_hh, b_ih, b_hh = [held[name] for name in _NAMES]
         return torch._VF.lstm_cell(input, hx, w_ih, w_hh, b_ih, b_hh)
 
 

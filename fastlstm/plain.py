@@ -81,6 +81,29 @@ def run(module: Any, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n)
 
 
+def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
+    """What an LSTMCell, whose weights have these ``names``, returns for a step without gradients;
+    or None, as ``run``."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(input):
+        return None
+    if input.dim() != 2 or module._forward_hooks or _is_watched():
+        return None
+    if hx is None:
+        hx = (None, None)
+    elif type(hx) is not tuple or len(hx) != 2 or not all(map(_is_plain, hx)):
+        return None
+    if module.backend == "auto" and backends.is_torchs_own_step(input, module.hidden_size):
+        return None
+    held: dict[str, Any] = module._parameters
+    weights: list[Any] = [held.get(name) for name in names]
+    backend = backends.plain_backend(module.backend)
+    if backend is None or not _WEIGHTS.issuperset(map(type, weights)):
+        return None
+    h0, c0 = hx
+    results = Call(backend, 1, module.bias).forward(input, h0, c0, weights, need_reserve=False)
+    return (results[1], results[2]) if results else None
+
+
 def _is_plain(tensor: Any) -> bool:
     """Dense floats on the CPU, without a way of their own with operators?"""
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import statistics
 import time
@@ -87,24 +88,24 @@ def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
     del seen[:]
     with torch.no_grad():
         assert_same(flat(ours(x)), flat(want), x.dtype)
-        assert not seen
-        ours(x[:1])
         fastlstm.LSTMCell(40, 40)(x[:, :40])
+        assert not seen
+        ours(x[:0])
+        ours(x[0])
+        fastlstm.LSTMCell(128, 128)(torch.randn(17, 128))
     ours(x)
-    assert len(seen) == 3
+    assert len(seen) == 4
 
 
-@pytest.mark.parametrize("hidden_size", [400, 512])
-def test_one_row_is_a_large_step_from_so_many_weights_on(hidden_size, monkeypatch):
-    """More than several rows need; no rows at all are torch's own at any size."""
-    monkeypatch.setattr(backends.native, "instruction_sets", lambda: ("avx2", "baseline"))
-    x = torch.randn(1, hidden_size)
-    with torch.no_grad():
-        assert backends.is_torchs_own_step("auto", x, hidden_size) == (hidden_size == 400)
-        assert backends.is_torchs_own_step("auto", x[:0], hidden_size)
-        assert backends.is_torchs_own_step("auto", x[0], hidden_size)
-        monkeypatch.setattr(backends.native, "instruction_sets", lambda: ("amx", "avx512"))
-        assert backends.is_torchs_own_step("auto", x, hidden_size)
+@pytest.mark.parametrize(("rows", "hidden_size"), [(16, 128), (17, 64), (17, 256), (64, 128)])
+def test_few_rows_and_few_or_many_weights_are_ours(rows, hidden_size):
+    assert not backends.is_torchs_own_step(torch.randn(rows, hidden_size), hidden_size)
+    assert backends.is_torchs_own_step(torch.randn(17, 128), 128)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = torch.zeros(rows, hidden_size, dtype=dtype)
+        assert not backends.is_torchs_own_step(half, hidden_size)
+        assert not backends.is_torchs_own_step(half[:4], 512)
+        assert backends.is_torchs_own_step(half[:5], 512)
 
 
 def test_one_row_of_a_large_cell_is_as_the_stock_one():
@@ -115,7 +116,7 @@ def test_one_row_of_a_large_cell_is_as_the_stock_one():
         assert_same(flat(ours(x)), flat(stock(x)), x.dtype)
 
 
-def test_traces_and_autocast_have_torchs_own_step(monkeypatch):
+def test_traces_and_autocast_have_torchs_own_step():
     """A trace records no operator of ours; under autocast the dtype is torch's at any size."""
     cell, x = fastlstm.LSTMCell(300, 300), torch.randn(3, 300)
     with torch.no_grad():
@@ -123,18 +124,17 @@ def test_traces_and_autocast_have_torchs_own_step(monkeypatch):
         assert "fastlstm_C" not in str(traced.inlined_graph)
         with torch.autocast("cpu", torch.bfloat16):
             assert [h.dtype for h in cell(x)] == [h.dtype for h in cell(x[:1])]
-        monkeypatch.setattr(backends.native, "instruction_sets", lambda: pytest.fail("asked"))
-        fastlstm.LSTMCell(4, 4)(x[:, :4])  # too small to be worth loading the library
 
 
-@pytest.mark.parametrize("rows", [2, 6, 40])
-def test_which_steps_are_large_depends_on_the_processor(rows, monkeypatch):
-    """With a matrix unit only steps of four or five rows are; without the library none is."""
-    x = torch.randn(rows, 400)
+def test_without_the_library_all_steps_are_torchs_own(monkeypatch):
+    seen = []
+    real = torch._VF.lstm_cell
+    monkeypatch.setattr(torch._VF, "lstm_cell", lambda *a: seen.append(a) or real(*a))
+    gone = dataclasses.replace(backends._TABLE["cpu"], missing=lambda: "no C++ compiler")
+    monkeypatch.setattr(backends, "_AUTOMATIC", (gone, *backends._AUTOMATIC[1:]))
     with torch.no_grad():
-        for names, own in (((), True), (("amx", "avx512"), True), (("avx2", "baseline"), False)):
-            monkeypatch.setattr(backends.native, "instruction_sets", lambda names=names: names)
-            assert backends.is_torchs_own_step("auto", x, 400) == own
+        fastlstm.LSTMCell(IN, H)(torch.randn(B, IN), (torch.randn(B, H), torch.randn(B, H)))
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize(

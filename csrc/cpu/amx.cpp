@@ -69,15 +69,15 @@ bool run(const Args& args, const Rule& rule, const Multiplied& multiplied) {
 template <class Unit>
 using ForwardAhead = Forward<AheadTiles<Unit>>;
 
-// Few steps of up to so many rows in all are left to vectors, which do not pack their weights,
-// before the unit is asked; of a single row, more of them.
-int64_t most_unpacked_rows(const Shape& n) {
-  return n.N == n.T ? std::max<int64_t>(16, n.P / 8) : 16;
+// Of few steps, are there so few rows that vectors, which do not pack their weights, take them
+// before the unit is asked? A single step always; of one row a step, more of them.
+bool go_unpacked(const Shape& n) {
+  return n.T == 1 || n.N <= (n.N == n.T ? std::max<int64_t>(16, n.P / 8) : 16);
 }
 
 void forward(const ForwardArgs& args) {
   const Shape& n = args.shape;
-  if (spares_matrix_unit() && n.N <= most_unpacked_rows(n) && are_few_steps(n, args.storage))
+  if (spares_matrix_unit() && go_unpacked(n) && are_few_steps(n, args.storage))
     return kernels_avx512.forward(args);
   if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
       !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
