@@ -151,7 +151,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
 
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
-                       const Segments& segments, bool, float* c, int64_t ldc, const Wanted*,
+                       const Segments& segments, Advance, float* c, int64_t ldc, const Wanted*,
                        bool add = false, Other&& meanwhile = {}) {
     const int64_t blocks = Layout::blocks(segments);
     const int64_t upper = rows > 16 ? (rows + 1) / 2 : rows, lower = rows - upper;
@@ -199,7 +199,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
   static constexpr bool gate_by_gate = true, asks = false, has_pauses = true;
 
   // Panels are asked for wherever they come from.
-  static bool worth_prefetching(int64_t, int64_t) { return false; }
+  static Advance advance(int64_t, int64_t) { return Advance::none; }
 
   struct Session {
     ~Session() { TileShape::release(); }

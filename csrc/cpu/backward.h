@@ -85,8 +85,8 @@ class Backward {
       pack_panel(a_.w_hh, n_.P, {4, {n_.H, n_.H, n_.H, n_.H}}, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
       pack_panel(a_.w_hr, n_.H, {1, {n_.P}}, unit_panels_, item, projection_);
-    const bool in_advance = Tiles::worth_prefetching(
-        rows_, (outputs.end - outputs.begin) * 4 * Tiles::panel_size(n_.H));
+    const Advance advance =
+        Tiles::advance(rows_, (outputs.end - outputs.begin) * 4 * Tiles::panel_size(n_.H));
     if (a_.begin > 0) {
       receive_carry(team);
       team.barrier.wait();
@@ -103,7 +103,7 @@ class Backward {
           }
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
-        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, in_advance, unfinished);
+        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, advance, unfinished);
       unfinished.cells.rest();
       team.barrier.wait();
       if (!projected_) continue;
@@ -246,7 +246,7 @@ class Backward {
 
   // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
   // tile by tile, and then for the sequences that end at this step.
-  void carry(int64_t item, int64_t s, bool in_advance, Unfinished& unfinished) {
+  void carry(int64_t item, int64_t s, Advance advance, Unfinished& unfinished) {
     const Step step = this->step(int(item / output_panels_), s);
     const int64_t column = item % output_panels_ * width;
     const Segments segments =
@@ -261,7 +261,7 @@ class Backward {
         add_gate(item, step, 3, tile, &wanted, meanwhile);
       else
         Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
-                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, in_advance, sums,
+                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, advance, sums,
                         width, &wanted, false, meanwhile);
       finish_tile(step, first, last, column, sums, unfinished);
     }
@@ -283,8 +283,8 @@ class Backward {
       const Operand operand = da(step.d, step.index - 1);
       Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
                       tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
-                      recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}}, false,
-                      sums_of(item, tile), width, wanted, gate > 0, meanwhile);
+                      recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}},
+                      Advance::none, sums_of(item, tile), width, wanted, gate > 0, meanwhile);
     }
   }
 
@@ -369,8 +369,8 @@ class Backward {
       T* const sums = unfinished.next();
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
       Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
-                      projection_ + item * Tiles::panel_size(n_.P), segments, false, sums, width,
-                      nullptr, false, meanwhile);
+                      projection_ + item * Tiles::panel_size(n_.P), segments, Advance::none, sums,
+                      width, nullptr, false, meanwhile);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried

@@ -33,7 +33,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   template <int rows, int split, bool in_advance>
   static void multiply_rows(const bf16* a, int64_t height, const bf16* b, const Segments& segments,
                             float* c, int64_t ldc, const Wanted* wanted, bool add) {
-    constexpr int64_t advance = 4 * 2 * register_size;  // how far ahead a panel is asked for
+    constexpr int64_t ahead = 4 * 2 * register_size;  // how far a panel is asked for in advance
     constexpr int unrolled = 4;
     const char* const* pair_of_lines = wanted ? wanted->pairs : nullptr;
     const char* const* const end = wanted ? pair_of_lines + wanted->count : nullptr;
@@ -50,8 +50,8 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
           for (int u = 0; u < unrolled; ++u) {
             const bf16* const at = b + 32 * (pair + u);
             if (in_advance) {
-              __builtin_prefetch(at + advance, 0, 2);
-              __builtin_prefetch(at + advance + register_size, 0, 2);
+              __builtin_prefetch(at + ahead, 0, 2);
+              __builtin_prefetch(at + ahead + register_size, 0, 2);
             }
             const __m512bh low = load_pairs<rows>(at), high = load_pairs<rows>(at + register_size);
 #pragma GCC unroll 14
@@ -80,11 +80,11 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
 
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
-                       const Segments& segments, bool in_advance, float* c, int64_t ldc,
+                       const Segments& segments, Advance advance, float* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
     constexpr std::make_integer_sequence<int, max_rows> all{};
     const auto multiply_tile =
-        in_advance ? tile_function<true>(rows, all) : tile_function<false>(rows, all);
+        advance != Advance::none ? tile_function<true>(rows, all) : tile_function<false>(rows, all);
     multiply_tile(tile, height, panel, segments, c, ldc, wanted, add);
   }
 

@@ -87,8 +87,7 @@ class Forward {
   void walk(const Team& team) {
     [[maybe_unused]] const typename Inputs::Session session;
     const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
-    const bool in_advance =
-        Tiles::worth_prefetching(rows_, (mine.end - mine.begin) * 2 * panel_size_);
+    const Advance advance = Tiles::advance(rows_, (mine.end - mine.begin) * 2 * panel_size_);
     for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);
@@ -98,7 +97,7 @@ class Forward {
       if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t k = 0; k < mine.end - mine.begin; ++k)
-        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, in_advance, unfinished);
+        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, advance, unfinished);
       unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
@@ -272,7 +271,7 @@ class Forward {
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
         multiply<Inputs>(input_panels_ + k * 2 * input_panel_size_, input_panel_size_, segments,
-                         inputs(d), tile, chunk_tiles_.end(tile, rows) - first, false,
+                         inputs(d), tile, chunk_tiles_.end(tile, rows) - first, Advance::none,
                          ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
     }
@@ -282,11 +281,10 @@ class Forward {
   template <class Multiplier, class Other>
   static void multiply(const typename Multiplier::Element* panels, int64_t panel_size,
                        const Segments& segments, const Blocked<Multiplier>& blocked, int64_t tile,
-                       int64_t rows, bool in_advance, T* pre, Other& meanwhile) {
+                       int64_t rows, Advance advance, T* pre, Other& meanwhile) {
     for (int half = 0; half < 2; ++half)
       Multiplier::multiply(blocked.tile(tile), blocked.height, rows, panels + half * panel_size,
-                           segments, in_advance, pre + half * width, 4 * L, nullptr, false,
-                           meanwhile);
+                           segments, advance, pre + half * width, 4 * L, nullptr, false, meanwhile);
   }
 
   void note(unsigned beyond) {
@@ -295,7 +293,7 @@ class Forward {
 
   // ---- one step ----------------------------------------------------------------------------
 
-  void step_item(const Item& item, int64_t s, bool in_advance, Unfinished& unfinished) {
+  void step_item(const Item& item, int64_t s, Advance advance, Unfinished& unfinished) {
     const Step step = this->step(item.d, s);
     const Segments segments = ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}};
     const T* ahead = nullptr;
@@ -310,7 +308,7 @@ class Forward {
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
                               2 * Tiles::pauses(segments));
       multiply<Tiles>(panels_ + item.index * 2 * panel_size_, panel_size_, segments, step.reads,
-                      tile, last - first, in_advance, pre, meanwhile);
+                      tile, last - first, advance, pre, meanwhile);
       unfinished.cells.rest();
       Cells cells(*this, item, step, {first, last}, pre, ahead ? ahead + first * 4 * L : nullptr);
       if (Tiles::overlaps(last - first))
@@ -329,8 +327,8 @@ class Forward {
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       Tiles::multiply(unprojected(d).tile(tile), tiles_.height, last - first,
-                      out_weights_ + panel * Tiles::panel_size(n_.H), segments, false, sums, width,
-                      nullptr);
+                      out_weights_ + panel * Tiles::panel_size(n_.H), segments, Advance::none, sums,
+                      width, nullptr);
       for (int64_t r = first; r < last; ++r) {
         const bool final = r >= step.next_rows;
         const bool cut = !final && walk_.cut_before(d, step.next, r);

@@ -49,6 +49,10 @@ struct Segments {
   int64_t size[4];
 };
 
+// What a multiplication does about a panel that is not in the L2 cache: nothing, or ask for its
+// rows in advance: so few ahead that they come just in time, or more of them, into the L2 cache.
+enum class Advance { none, near, far };
+
 // Pairs of cache lines to ask for, a few at a time, while a tile is multiplied: all at once they
 // would keep the multiplication's own loads waiting.
 struct Wanted {

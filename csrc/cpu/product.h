@@ -295,8 +295,8 @@ class Product {
         Wanted rows;
         if (kept && group.k > 0) ask_for(rows, values);
         if (!Tiles::has_pauses && (last || !kept)) add_rows(rows, wanted);
-        Tiles::multiply(left, tiles_[part].height, count, right, segments, false, values, width,
-                        &rows, kept && group.k > 0, meanwhile);
+        Tiles::multiply(left, tiles_[part].height, count, right, segments, Advance::none, values,
+                        width, &rows, kept && group.k > 0, meanwhile);
         write_rest(sums);
         if (kept && !last) continue;
         sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;

@@ -5,6 +5,9 @@
 #include <mutex>
 #include <new>
 
+#if defined(__x86_64__)
+#  include <cpuid.h>
+#endif
 #if defined(__linux__)
 #  include <sys/mman.h>
 #  include <unistd.h>
@@ -53,6 +56,19 @@ int64_t l2_cache_bytes() {
   if (bytes > 0) return bytes;
 #endif
   return int64_t(1) << 20;
+}
+
+bool is_intel() {
+#if defined(__x86_64__)
+  static const bool intel = [] {
+    unsigned highest, name[3];  // "Genu" "ntel" "ineI"
+    return __get_cpuid(0, &highest, &name[0], &name[1], &name[2]) &&
+           std::memcmp(&name[0], "Genu", 4) == 0 && std::memcmp(&name[1], "ntel", 4) == 0;
+  }();
+  return intel;
+#else
+  return false;
+#endif
 }
 
 // Large blocks that were freed and wait for the next call of the same shape: fresh pages cost a

@@ -1,4 +1,5 @@
-// The machine's memory: scratch for one call, pages, and the cache that weights should stay in.
+// The machine's memory: scratch for one call, pages, the cache that weights should stay in, and
+// whose caches they are.
 #pragma once
 
 #include <cstddef>
@@ -30,6 +31,8 @@ void free_reserve(Block block);
 
 // Bytes of a core's own L2 cache; 1 MiB where the system does not say.
 int64_t l2_cache_bytes();
+// Is this one of Intel's processors? See Advance (operand.h).
+bool is_intel();
 
 namespace {
 

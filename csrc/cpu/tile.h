@@ -16,14 +16,14 @@ namespace {
 // Two accumulators per row, two vectors of B and one value of A must fit in the registers.
 constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 14 : 6;
 
-// How far ahead in a panel what is not in the L2 cache is asked for.
-template <class T>
-constexpr int64_t advance = 64 * panel_width<T>;
-
-template <class T>
-FASTLSTM_INLINE void prefetch_row(const T* b) {
+// Asks for the row of a panel that comes so many after b.
+template <Advance advance, class T>
+FASTLSTM_INLINE void prefetch_row([[maybe_unused]] const T* b) {
   constexpr int per_line = 64 / int(sizeof(T));
-  for (int k = 0; k < panel_width<T>; k += per_line) __builtin_prefetch(b + k, 0, 2);
+  for (int k = 0; k < panel_width<T>; k += per_line) {
+    if constexpr (advance == Advance::near) __builtin_prefetch(b + 16 * panel_width<T> + k, 0, 3);
+    if constexpr (advance == Advance::far) __builtin_prefetch(b + 64 * panel_width<T> + k, 0, 2);
+  }
 }
 
 FASTLSTM_INLINE void ask_for(const char* pair) {
@@ -70,7 +70,7 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, Vec<T> (&sum)[rows]
 // The same for `lanes` columns of a single row: a load for every two of B's is one too many for the
 // L1 cache, so values are spread from a register where that is possible. `lane` counts round and
 // round: of its numbers only the last bits are read.
-template <class T, int split, bool in_advance>
+template <class T, int split, Advance advance>
 FASTLSTM_INLINE void multiply_row(const T* a, const T* b,
                                   [[maybe_unused]] LaneIndex<T> (&lane)[unrolled_columns<T>],
                                   Vec<T> (&sum)[split][1][panel_vectors]) {
@@ -79,7 +79,7 @@ FASTLSTM_INLINE void multiply_row(const T* a, const T* b,
   for (int k = 0; k < lanes<T>; k += unrolled_columns<T>) {
 #pragma GCC unroll 8
     for (int u = 0; u < unrolled_columns<T>; ++u, b += panel_width<T>) {
-      if (in_advance) prefetch_row<T>(b + advance<T>);
+      prefetch_row<advance>(b);
 #if defined(__AVX512F__)
       const Vec<T> value = lane_of(values, lane[u]);
       lane[u] += unrolled_columns<T>;
@@ -95,8 +95,8 @@ FASTLSTM_INLINE void multiply_row(const T* a, const T* b,
 // C (rows, ldc) = or += A (rows, K) B (K, panel_width), A being one tile of a Blocked of that
 // `height`.
 // A tile of few rows has too few accumulators to fill the pipelines: it keeps `split` partial
-// sums, for k modulo split. A panel that is not in the L2 cache is worth asking for in advance.
-template <class T, int rows, int split, bool in_advance>
+// sums, for k modulo split.
+template <class T, int rows, int split, Advance advance>
 void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segments, T* c,
                    int64_t ldc, const Wanted* wanted, bool add) {
   const char* const* pair = wanted ? wanted->pairs : nullptr;
@@ -109,7 +109,7 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
     for (; left >= lanes<T>; left -= lanes<T>, a += height * lanes<T>) {
       if constexpr (rows == 1) {
         for (int p = 0; p < lanes<T> / 2 && pair < end; ++p, ++pair) ask_for(*pair);
-        multiply_row<T, split, in_advance>(a, b, lane, sum);
+        multiply_row<T, split, advance>(a, b, lane, sum);
         b += lanes<T> * panel_width<T>;
       } else {
 #pragma GCC unroll 1
@@ -117,7 +117,7 @@ void multiply_tile(const T* a, int64_t height, const T* b, const Segments& segme
           for (int p = 0; p < 2 && pair < end; ++p, ++pair) ask_for(*pair);
 #pragma GCC unroll 4
           for (int u = 0; u < unrolled_columns<T>; ++u, b += panel_width<T>) {
-            if (in_advance) prefetch_row<T>(b + advance<T>);
+            prefetch_row<advance>(b);
             multiply_column<T, rows>(a + k + u, b, sum[u % split]);
           }
         }
@@ -156,17 +156,25 @@ template <class T>
 using TileFunction = void (*)(const T*, int64_t, const T*, const Segments&, T*, int64_t,
                               const Wanted*, bool);
 
-template <class T, bool in_advance, int... less>
+template <class T, Advance advance, int... less>
 TileFunction<T> tile_function(int64_t rows, std::integer_sequence<int, less...>) {
   static constexpr TileFunction<T> table[] = {
-      multiply_tile<T, less + 1, split_of<T>(less + 1), in_advance>...};
+      multiply_tile<T, less + 1, split_of<T>(less + 1), advance>...};
   return table[rows - 1];
 }
 
 template <class T>
-TileFunction<T> tile_function(int64_t rows, bool in_advance) {
+TileFunction<T> tile_function(int64_t rows, Advance advance) {
   constexpr std::make_integer_sequence<int, max_tile_rows> all{};
-  return in_advance ? tile_function<T, true>(rows, all) : tile_function<T, false>(rows, all);
+  switch (advance) {
+    case Advance::near:
+      return tile_function<T, Advance::near>(rows, all);
+    case Advance::far:
+      return tile_function<T, Advance::far>(rows, all);
+    case Advance::none:
+      break;
+  }
+  return tile_function<T, Advance::none>(rows, all);
 }
 
 }  // namespace

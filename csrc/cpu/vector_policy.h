@@ -19,11 +19,13 @@ struct VectorPolicy {
   static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
   static constexpr int64_t ahead_rows(int64_t) { return 96; }
 
-  // Does a thread do well to ask in advance for the weights that it multiplies at each step? They
-  // do not stay in its L2 cache if they are many; with few rows the arithmetic is too short to
-  // hide it.
-  static bool worth_prefetching(int64_t rows, int64_t elements) {
-    return rows > 4 && elements * int64_t(sizeof(Element)) > l2_cache_bytes() / 2;
+  // How does a thread do well to ask for the weights that it multiplies at each step? They do not
+  // stay in its L2 cache if they are many; with few rows the arithmetic is too short to hide it.
+  // Processors differ, see docs/performance.md.
+  static Advance advance(int64_t rows, int64_t elements) {
+    if (elements * int64_t(sizeof(Element)) <= l2_cache_bytes() / 2) return Advance::none;
+    if (is_intel()) return rows > 2 ? Advance::near : Advance::none;
+    return rows > 4 ? Advance::far : Advance::none;
   }
 
   struct Session {};

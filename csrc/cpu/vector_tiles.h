@@ -86,9 +86,9 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   // C (rows, ldc) = or += the first rows of a tile of that height, times a panel.
   template <class Other = Idle>
   static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
-                       const Segments& segments, bool in_advance, T* c, int64_t ldc,
+                       const Segments& segments, Advance advance, T* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
-    tile_function<T>(rows, in_advance)(tile, height, panel, segments, c, ldc, wanted, add);
+    tile_function<T>(rows, advance)(tile, height, panel, segments, c, ldc, wanted, add);
   }
 
   static constexpr bool gate_by_gate = short_vectors, asks = true;
