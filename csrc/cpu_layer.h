@@ -2,6 +2,7 @@
 // an empty vector.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 
@@ -10,6 +11,20 @@
 #include "cpu_tensors.h"
 
 namespace {
+
+// What a backward pass needs of a forward pass besides y: c_all, gates and, with a projection, m.
+// Made, and given to the kernel.
+Tensors make_reserve(fastlstm::ForwardArgs& args, Rows& rows, ScalarType dtype) {
+  const auto [T, N, B, D, I, H, P, sizes] = args.shape;
+  Tensors made{reserved(rows.of(D * H), state_of(dtype)), reserved({N, D, 4 * H}, dtype)};
+  args.c_all = made[0].mutable_data_ptr();
+  args.gates = made[1].mutable_data_ptr();
+  if (args.w_hr[0] != nullptr) {
+    made.push_back(reserved({N, D * H}, dtype));
+    args.m = made[2].mutable_data_ptr();
+  }
+  return made;
+}
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -36,23 +51,20 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
-  const auto make = need_reserve ? reserved : output;
-  Tensor y = make(rows.of(D * P), dtype), h_n = output({D, B, P}, dtype);
-  Tensor c_n = output({D, B, H}, dtype), c_all = absent(), gates = absent(), m = absent();
+  Tensor y = (need_reserve ? reserved : output)(rows.of(D * P), dtype);
+  Tensor h_n = output({D, B, P}, dtype), c_n = output({D, B, H}, dtype);
+  Tensor c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = c_n.mutable_data_ptr();
-  if (need_reserve || need_cells) {
-    c_all = make(rows.of(D * H), state);
-    args.c_all = c_all.mutable_data_ptr();
-  }
   if (need_reserve) {
-    gates = make({N, D, 4 * H}, dtype);
-    args.gates = gates.mutable_data_ptr();
-  }
-  if (need_reserve && !w_hr.empty()) {
-    m = make({N, D * H}, dtype);
-    args.m = m.mutable_data_ptr();
+    const Tensors reserve = make_reserve(args, rows, dtype);
+    c_all = reserve[0];
+    gates = reserve[1];
+    if (reserve.size() > 2) m = reserve[2];
+  } else if (need_cells) {
+    c_all = output(rows.of(D * H), state);
+    args.c_all = c_all.mutable_data_ptr();
   }
   fastlstm::kernels().forward(args);
   return {y, c_all, h_n, c_n, gates, m};
@@ -102,13 +114,15 @@ void torch_products(const fastlstm::ProductArgs& p) {
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors>;
 
-// need: of x, h0, c0, w_ih, w_hh, bias, w_hr. A list that is not asked for is empty.
+// need: of x, h0, c0, w_ih, w_hh, bias, w_hr. A list that is not asked for is empty. The walk stops
+// for the products every `chunk_bytes` of da, but not before `chunk_rows`.
 BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
                             const Optional& dc_n, const Tensor& x, const Tensor& batch_sizes,
                             const Tensor& h0, const Tensor& c0, const Tensors& w_ih,
                             const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
                             const Tensor& y, const Tensor& c_all, const Tensor& gates,
-                            const Optional& m, const std::vector<bool>& need, int64_t chunk_rows) {
+                            const Optional& m, const std::vector<bool>& need, int64_t chunk_rows,
+                            int64_t chunk_bytes) {
   Rows rows(x);
   Inputs input;
   if (need.size() != 7) fail("need: expected seven flags");
@@ -119,8 +133,9 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   walk.shape.I = x.size(x.dim() - 1);
   walk.storage = storage_of(dtype);
   walk.threads = threads();
-  args.chunk_rows = chunk_rows;
   const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
+  const int64_t row_bytes = D * 4 * H * (state == ScalarType::Double ? 8 : 4);
+  args.chunk_rows = std::max(chunk_rows, chunk_bytes / row_bytes);
   walk.dy = input("dy", dy, rows.of(D * P), dtype);
   walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
   walk.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);

@@ -35,33 +35,34 @@ void add_vectors(fastlstm::Storage storage, const void* left, const void* right,
 // direction, w_ih, w_hh, both biases if there are any, and w_hr if P is not H. A single step may
 // come without T, its states without layers.
 struct PlainCall {
-  const Tensor &x, *const h0, *const c0;
+  const Tensor& x;
+  const Tensor* const h0;  // or null
+  const Tensor* const c0;  // or null
   const Tensors& weights;
   const int64_t D;
   const bool biased;
+  const int64_t H, P;
   // By fits():
   ScalarType dtype = ScalarType::Undefined;
   bool step = false;
-  int64_t T = 0, B = 0, I = 0, H = 0, P = 0, layers = 0;
-  int64_t each = 0;  // weights of one direction
+  int64_t T = 0, B = 0, I = 0, layers = 0;
+  int64_t weights_per_direction = 0;
 
   // Does everything fit together? What does not, whoever calls finds errors for.
   bool fits() {
     step = x.dim() == 2;
-    if (!(step || x.dim() == 3) || x.numel() == 0 || weights.size() < 2 || weights[1].dim() != 2)
-      return false;
+    if (!(step || x.dim() == 3) || !x.is_cpu() || x.numel() == 0) return false;
     dtype = x.scalar_type();
     if (dtype != ScalarType::Float && dtype != ScalarType::Double && dtype != ScalarType::Half &&
         dtype != ScalarType::BFloat16)
       return false;
     T = step ? 1 : x.size(0), B = x.size(x.dim() - 2), I = x.size(x.dim() - 1);
-    H = weights[1].size(0) / 4, P = weights[1].size(1);
-    if (D < 1 || D > max_directions || H < 1 || P < 1 || P > H) return false;
-    each = 2 + 2 * biased + (P != H);
-    layers = int64_t(weights.size()) / (each * D);
-    if (int64_t(weights.size()) != layers * each * D || (step && layers * D != 1)) return false;
-    if (!x.is_cpu() || (h0 && !is(*h0, state_sizes(P))) || (c0 && !is(*c0, state_sizes(H))))
-      return false;
+    if (D < 1 || D > max_directions || P < 1 || P > H) return false;
+    weights_per_direction = 2 + 2 * biased + (P != H);
+    layers = int64_t(weights.size()) / (weights_per_direction * D);
+    if (layers < 1 || int64_t(weights.size()) != layers * weights_per_direction * D) return false;
+    if (step && layers * D != 1) return false;
+    if ((h0 && !is(*h0, state_sizes(P))) || (c0 && !is(*c0, state_sizes(H)))) return false;
     for (int64_t layer = 0; layer < layers; ++layer)
       for (int64_t d = 0; d < D; ++d)
         if (!weights_fit(weight(layer, d), layer == 0 ? I : D * P)) return false;
@@ -69,7 +70,7 @@ struct PlainCall {
   }
 
   const Tensor* weight(int64_t layer, int64_t d) const {
-    return weights.data() + (layer * D + d) * each;
+    return weights.data() + (layer * D + d) * weights_per_direction;
   }
   std::vector<int64_t> state_sizes(int64_t size) const {
     return step ? std::vector<int64_t>{B, size} : std::vector<int64_t>{layers * D, B, size};
@@ -84,14 +85,14 @@ struct PlainCall {
   bool weights_fit(const Tensor* w, int64_t inputs) const {
     return is(w[0], {4 * H, inputs}) && is(w[1], {4 * H, P}) &&
            (!biased || (is(w[2], {4 * H}) && is(w[3], {4 * H}))) &&
-           (P == H || is(w[each - 1], {P, H}));
+           (P == H || is(w[weights_per_direction - 1], {P, H}));
   }
 };
 
-// One layer of a call, given all of its arguments but weights: those as the kernels take them.
-void run_plain_layer(fastlstm::ForwardArgs& args, const PlainCall& call, int64_t layer,
-                     Inputs& input) {
-  const int64_t D = args.shape.D, H = args.shape.H;
+// A layer's weights as the kernels take them; returns the memory of the sums of its biases.
+std::vector<char> set_weights(fastlstm::ForwardArgs& args, const PlainCall& call, int64_t layer,
+                              Inputs& input) {
+  const int64_t D = call.D, H = call.H;
   const size_t bias_bytes = 4 * size_t(H) * call.x.element_size();
   std::vector<char> biases(call.biased ? size_t(D) * bias_bytes : 0);
   for (int64_t d = 0; d < D; ++d) {
@@ -103,9 +104,9 @@ void run_plain_layer(fastlstm::ForwardArgs& args, const PlainCall& call, int64_t
       add_vectors(args.storage, input.checked(w[2]), input.checked(w[3]), bias, 4 * H);
       args.bias[d] = bias;
     }
-    if (call.P != H) args.w_hr[d] = input.checked(w[call.each - 1]);
+    if (call.P != H) args.w_hr[d] = input.checked(w[call.weights_per_direction - 1]);
   }
-  fastlstm::kernels().forward(args);
+  return biases;
 }
 
 // y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), or of a single step without T (B, P) and
@@ -113,44 +114,41 @@ void run_plain_layer(fastlstm::ForwardArgs& args, const PlainCall& call, int64_t
 // gates and, with a projection, m.
 Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c0,
                           const Tensors& weights, int64_t directions, bool biased,
-                          bool need_reserve) {
-  PlainCall call{x, h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions, biased};
+                          int64_t hidden_size, int64_t output_size, bool need_reserve) {
+  PlainCall call{x,      h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions,
+                 biased, hidden_size,         output_size};
   if (!call.fits() || (need_reserve && (call.layers != 1 || call.step))) return {};
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P, L = call.layers;
-  const ScalarType dtype = call.dtype, state = state_of(dtype);
   const int64_t h_bytes = D * B * P * x.element_size(), c_bytes = D * B * H * x.element_size();
   const std::vector<int64_t> batch_sizes(size_t(T), B);
   const std::vector<char> zeros(h0 && c0 ? 0 : size_t(c_bytes));  // P is at most H
   Inputs input;
   const char* const h_first = h0 ? static_cast<const char*>(input.checked(*h0)) : nullptr;
   const char* const c_first = c0 ? static_cast<const char*>(input.checked(*c0)) : nullptr;
-  const auto make = need_reserve ? reserved : output;
-  Tensors results{x, output(call.state_sizes(P), dtype), output(call.state_sizes(H), dtype)};
+  Tensor h_n = output(call.state_sizes(P), call.dtype);
+  Tensor c_n = output(call.state_sizes(H), call.dtype);
+  Tensor values = x;  // of the layer below
+  Tensors reserve;
   for (int64_t layer = 0; layer < L; ++layer) {
+    Rows rows(values);
     fastlstm::ForwardArgs args{};
     args.shape = {T, T * B, B, D, layer == 0 ? call.I : D * P, H, P, batch_sizes.data()};
-    args.storage = storage_of(dtype);
+    args.storage = storage_of(call.dtype);
     args.threads = threads();
-    args.x = input.checked(results[0]);
+    args.x = input.checked(values);
     args.h0 = h_first ? h_first + layer * h_bytes : zeros.data();
     args.c0 = c_first ? c_first + layer * c_bytes : zeros.data();
-    args.h_n = static_cast<char*>(results[1].mutable_data_ptr()) + layer * h_bytes;
-    args.c_n = static_cast<char*>(results[2].mutable_data_ptr()) + layer * c_bytes;
-    Tensor y = make({T, B, D * P}, dtype);
+    args.h_n = static_cast<char*>(h_n.mutable_data_ptr()) + layer * h_bytes;
+    args.c_n = static_cast<char*>(c_n.mutable_data_ptr()) + layer * c_bytes;
+    Tensor y = (need_reserve ? reserved : output)(rows.of(D * P), call.dtype);
     args.y = y.mutable_data_ptr();
-    if (need_reserve) {
-      results.push_back(make({T, B, D * H}, state));
-      args.c_all = results.back().mutable_data_ptr();
-      results.push_back(make({T * B, D, 4 * H}, dtype));
-      args.gates = results.back().mutable_data_ptr();
-      if (P != H) {
-        results.push_back(make({T * B, D * H}, dtype));
-        args.m = results.back().mutable_data_ptr();
-      }
-    }
-    run_plain_layer(args, call, layer, input);
-    results[0] = y;
+    const std::vector<char> biases = set_weights(args, call, layer, input);
+    if (need_reserve) reserve = make_reserve(args, rows, call.dtype);
+    fastlstm::kernels().forward(args);
+    values = y;
   }
+  Tensors results{values, h_n, c_n};
+  results.insert(results.end(), reserve.begin(), reserve.end());
   return results;
 }
 
@@ -160,14 +158,23 @@ Tensor filled_with_zeros(Sizes sizes, ScalarType dtype) {
   return tensor;
 }
 
+Tensor copy_of(const Tensor& vector) {
+  Tensor copy = empty({vector.size(0)}, vector.scalar_type());
+  std::memcpy(copy.mutable_data_ptr(), vector.const_data_ptr(),
+              size_t(vector.numel()) * vector.element_size());
+  return copy;
+}
+
 // Gradients of x, h0, c0 and the weights, in the order of a single layer's plain call, whose
 // reserve is y, c_all, gates and, with a projection, m. need: as cpu_backward's. What is not asked
 // for, or was not given, is an empty vector.
 Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
                            const Tensor& x, const Optional& h0, const Optional& c0,
                            const Tensors& weights, const Tensors& reserve, int64_t directions,
-                           bool biased, const std::vector<bool>& need, int64_t chunk_rows) {
-  PlainCall call{x, h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions, biased};
+                           bool biased, int64_t hidden_size, int64_t output_size,
+                           const std::vector<bool>& need, int64_t chunk_rows, int64_t chunk_bytes) {
+  PlainCall call{x,      h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions,
+                 biased, hidden_size,         output_size};
   if (!call.fits() || call.layers != 1 || call.step)
     fail("weights: they do not make a layer for x, h0 and c0");
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P;
@@ -179,14 +186,14 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
     const Tensor* w = call.weight(0, d);
     w_ih.push_back(w[0]);
     w_hh.push_back(w[1]);
-    if (P != H) w_hr.push_back(w[call.each - 1]);
+    if (P != H) w_hr.push_back(w[call.weights_per_direction - 1]);
   }
   const auto [dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr] =
       cpu_backward(dy, std::nullopt, dh_n, dc_n, x, batch_sizes,
                    h0 ? *h0 : filled_with_zeros({D, B, P}, call.dtype),
                    c0 ? *c0 : filled_with_zeros({D, B, H}, call.dtype), w_ih, w_hh, w_hr,
                    std::nullopt, reserve[0], reserve[1], reserve[2],
-                   P == H ? std::nullopt : Optional(reserve[3]), need, chunk_rows);
+                   P == H ? std::nullopt : Optional(reserve[3]), need, chunk_rows, chunk_bytes);
   Tensors gradients{dx, dh0, dc0};
   const Tensor nothing = absent();
   const auto add = [&](const Tensors& of, int64_t d) {
@@ -195,7 +202,10 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
   for (int64_t d = 0; d < D; ++d) {
     add(dw_ih, d);
     add(dw_hh, d);
-    for (int k = 0; biased && k < 2; ++k) add(dbias, d);
+    if (biased) {
+      add(dbias, d);
+      gradients.push_back(copy_of(gradients.back()));  // whoever changes one has not changed both
+    }
     if (P != H) add(dw_hr, d);
   }
   return gradients;

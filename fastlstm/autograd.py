@@ -273,7 +273,10 @@ def _first_order(
             output_grads, x, batch_sizes, h0, c0, weights, reset, reserve, need,
             run.backend, run.chosen,
         )  # fmt: skip
-    kinds = (got.w_ih, got.w_hh, got.bias, got.w_hr, got.bias)
+    # Two biases have a gradient each: whoever changes one has not changed both.
+    two = got.bias is not None and weights[0].b_hh is not None
+    b_hh = [bias.clone() for bias in got.bias or ()] if two else None
+    kinds = (got.w_ih, got.w_hh, got.bias, got.w_hr, b_hh)
     by_direction = [
         None if kind is None or weight is None else kind[d]
         for d, w in enumerate(weights)

@@ -149,7 +149,9 @@ def pick(backend: str, call: Call) -> Backend:
 
 def plain_backend(backend: str) -> Backend | None:
     """What runs plain calls, if ``backend`` has such a way and it is there."""
-    entry = _AUTOMATIC[0] if backend == "auto" else _TABLE.get(backend)
+    if backend == "auto":
+        return next((e for e in _AUTOMATIC if e.plain_forward and not e.missing()), None)
+    entry = _TABLE.get(backend)
     return None if entry is None or entry.plain_forward is None or entry.missing() else entry
 
 

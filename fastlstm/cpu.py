@@ -81,16 +81,19 @@ def plain_forward(
     weights: Sequence[Tensor],
     directions: int,
     biased: bool,
+    hidden_size: int,
+    output_size: int,
     need_reserve: bool,
 ) -> list[Tensor]:
     """All layers of a plain call: y (T, B, D*P), h_n (L*D, B, P), c_n (L*D, B, H).
 
     ``x (T, B, I)``; ``h0`` and ``c0`` shaped as h_n and c_n, or None for zeros; ``weights`` as
-    ``nn.LSTM`` holds them, layer by layer and direction by direction.  With ``need_reserve``, for a
+    ``nn.LSTM`` holds them, layer by layer and direction by direction; a step of ``LSTMCell`` comes
+    without T, its states as (B, P) and (B, H).  With ``need_reserve``, for a
     single layer, also c_all, gates and, with a projection, m.  Empty where anything does not fit.
     """
     return torch.ops.fastlstm_C.cpu_plain_forward.default(
-        x, h0, c0, weights, directions, biased, need_reserve
+        x, h0, c0, weights, directions, biased, hidden_size, output_size, need_reserve
     )
 
 
@@ -103,6 +106,8 @@ def plain_backward(
     reserve: Sequence[Tensor],
     directions: int,
     biased: bool,
+    hidden_size: int,
+    output_size: int,
     need: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x, h0, c0 and each of ``weights``, from those of y, h_n and c_n.
@@ -110,7 +115,6 @@ def plain_backward(
     The other arguments as of ``plain_forward``; ``reserve`` is what it added, after y; ``need`` as
     ``Requested``.  What is not asked for comes as an empty vector.
     """
-    c_all = reserve[1]
     return torch.ops.fastlstm_C.cpu_plain_backward.default(
         *grads,
         x,
@@ -120,8 +124,11 @@ def plain_backward(
         reserve,
         directions,
         biased,
+        hidden_size,
+        output_size,
         need,
-        _chunk_rows(4 * c_all.size(-1) * c_all.element_size()),
+        _CHUNK_ROWS,
+        _CHUNK_BYTES,
     )
 
 
@@ -170,7 +177,6 @@ def layer_backward(
     The walk and the products take turns, chunk by chunk: dgates are as large as all that the
     forward pass saved, and a chunk of them is still in the cache when it is multiplied.
     """
-    row_bytes = c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
     w_ih, w_hh, _, w_hr = by_kind(weights)
     dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr = torch.ops.fastlstm_C.cpu_backward.default(
         *grads,
@@ -184,7 +190,8 @@ def layer_backward(
         reset,
         *saved,
         need,
-        _chunk_rows(row_bytes),
+        _CHUNK_ROWS,
+        _CHUNK_BYTES,
     )
     return Gradients(
         dx if need.x else None,
@@ -200,7 +207,3 @@ def layer_backward(
 # A chunk's dgates are about this large, if that is rows enough for the products to be efficient.
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1024
-
-
-def _chunk_rows(row_bytes: int) -> int:
-    return max(_CHUNK_ROWS, _CHUNK_BYTES // row_bytes)

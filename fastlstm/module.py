@@ -140,9 +140,9 @@ class LSTM(nn.RNNBase):
                 purpose, the type is its.
         """
         if lengths is None and reset is None and return_cells is False:
-            result = plain.run(self, input, hx)
-            if result is not None:
-                return result
+            short = plain.run(self, input, hx)
+            if short is not None:
+                return short
         if tracers.is_fx(input) or tracers.is_jit():
             options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
             if tracers.is_fx(input):
@@ -152,13 +152,13 @@ class LSTM(nn.RNNBase):
         if watcher is not None:
             options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
             per_sample.check_call(watcher, self, input, hx, options)
-        run = self._run(input, hx, lengths, reset, self._stack(return_cells))
+        result = self._run(input, hx, lengths, reset, self._stack(return_cells))
         if watcher is not None:
-            guarded = {name: per_sample.guard(getattr(run, name)) for name in ("h_n", "c_n")}
-            run = run._replace(**guarded)
+            guarded = {name: per_sample.guard(getattr(result, name)) for name in ("h_n", "c_n")}
+            result = result._replace(**guarded)
         if return_cells:
-            return run.output, (run.h_n, run.c_n), run.cells
-        return run.output, (run.h_n, run.c_n)
+            return result.output, (result.h_n, result.c_n), result.cells
+        return result.output, (result.h_n, result.c_n)
 
     def _run(
         self,
@@ -310,6 +310,6 @@ class LSTM(nn.RNNBase):
 def weights_of(module: nn.RNNBase | nn.RNNCellBase, names: Sequence[str]) -> Weights:
     """One direction's weights as they are now, by their names in nn.LSTM's order."""
     # nn.Module's own __getattr__ takes longer than all of a small step's arithmetic.
-    plain: dict[str, Any] = module._parameters
-    held = [plain[n] if n in plain else getattr(module, n) for n in names]
-    return Weights.of_module(held, module.bias)
+    held: dict[str, Any] = module._parameters
+    tensors = [held[n] if n in held else getattr(module, n) for n in names]
+    return Weights.of_module(tensors, module.bias)

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import autograd, backends
+from . import autograd, backends, per_sample
 from .contract import Reserve, Weights
 
-_WEIGHTS = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
-_requires_grad, _is_cpu, _dtype = map(attrgetter, ("requires_grad", "is_cpu", "dtype"))
+_PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
+_DENSE = frozenset((torch.strided,))
+_requires_grad, _layout, _dtype = map(attrgetter, ("requires_grad", "layout", "dtype"))
 
 
 class _MisfitError(Exception):
-    """The library found weights that do not fit; the long way names them."""
+    """The library found arguments that do not fit; the long way names them."""
 
 
 class Call(NamedTuple):
@@ -32,6 +33,8 @@ class Call(NamedTuple):
     backend: backends.Backend
     directions: int
     biased: bool
+    hidden_size: int
+    output_size: int
 
     def forward(
         self,
@@ -41,73 +44,79 @@ class Call(NamedTuple):
         weights: Sequence[Tensor],
         need_reserve: bool,
     ) -> list[Tensor]:
+        """``cpu.plain_forward``'s results, which are some."""
         assert self.backend.plain_forward is not None
-        return self.backend.plain_forward(
-            x, h0, c0, weights, self.directions, self.biased, need_reserve
-        )
+        results = self.backend.plain_forward(x, h0, c0, weights, *self[1:], need_reserve)
+        if not results:
+            raise _MisfitError
+        return results
 
 
 def run(module: Any, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """What a module returns for ``input`` and ``hx``, or None where that goes the long way."""
-    if torch.compiler.is_compiling() or not _is_plain(input) or input.dim() != 3:
+    if torch.compiler.is_compiling() or not _is_plain(input) or _is_in_a_mode():
         return None
-    if module._forward_hooks or (module.dropout and module.training) or _is_watched():
+    if input.dim() != 3 or input.size(2) != module.input_size:
         return None
-    if hx is None:
-        hx = ()
-    elif type(hx) not in (tuple, list) or len(hx) != 2 or not all(map(_is_plain, hx)):
+    if module.dropout and module.training and module.num_layers > 1:
         return None
+    if module._forward_hooks and per_sample.hooks_of_opacus(module) is not None:
+        return None
+    hx = _plain_states(hx)
     held: dict[str, Any] = module._parameters  # not so what is parametrized or pruned
     weights: list[Any] = [held.get(name) for names in module._all_weights for name in names]
     backend = backends.plain_backend(module.backend)
-    if backend is None or not _WEIGHTS.issuperset(map(type, weights)):
+    if hx is None or backend is None or not _are_weights(weights, input):
         return None
+    hidden_size = module.hidden_size
+    output_size = module.proj_size or hidden_size
+    directions = 2 if module.bidirectional else 1
+    call = Call(backend, directions, module.bias, hidden_size, output_size)
     rows = input.transpose(0, 1) if module.batch_first else input
-    call = Call(backend, 2 if module.bidirectional else 1, module.bias)
-    if torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights))):
-        if not _fits(module, rows, hx, weights):
-            return None
-        results: Sequence[Tensor]
-        try:
-            results = _train(call, rows, hx, weights, len(module._all_weights) // call.directions)
-        except _MisfitError:
-            return None
-    else:
-        h0, c0 = hx or (None, None)
-        results = call.forward(rows, h0, c0, weights, need_reserve=False)
-        if not results:  # something does not fit
-            return None
-    y, h_n, c_n = results
+    try:
+        if torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights))):
+            if module.checkpoint:
+                return None
+            # What is saved is then nobody else's to change, and no more than is needed.
+            y, h_n, c_n = _train(call, rows.contiguous(), hx, weights, module.num_layers)
+        else:
+            h0, c0 = hx or (None, None)
+            y, h_n, c_n = call.forward(rows, h0, c0, weights, need_reserve=False)
+    except _MisfitError:
+        return None
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n)
 
 
 def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
     """What an LSTMCell, whose weights have these ``names``, returns for a step without gradients;
     or None, as ``run``."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(input):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if input.dim() != 2 or module._forward_hooks or _is_watched():
+    if not _is_plain(input) or _is_in_a_mode():
         return None
-    if hx is None:
-        hx = (None, None)
-    elif type(hx) is not tuple or len(hx) != 2 or not all(map(_is_plain, hx)):
-        return None
+    if input.dim() != 2 or input.size(1) != module.input_size or type(hx) is list:
+        return None  # nn.LSTMCell takes no list
     if module.backend == "auto" and backends.is_torchs_own_step(input, module.hidden_size):
         return None
+    hx = _plain_states(hx)
     held: dict[str, Any] = module._parameters
     weights: list[Any] = [held.get(name) for name in names]
     backend = backends.plain_backend(module.backend)
-    if backend is None or not _WEIGHTS.issuperset(map(type, weights)):
+    if hx is None or backend is None or not _are_weights(weights, input):
         return None
-    h0, c0 = hx
-    results = Call(backend, 1, module.bias).forward(input, h0, c0, weights, need_reserve=False)
-    return (results[1], results[2]) if results else None
+    h0, c0 = hx or (None, None)
+    call = Call(backend, 1, module.bias, module.hidden_size, module.hidden_size)
+    try:
+        _, h_n, c_n = call.forward(input, h0, c0, weights, need_reserve=False)
+    except _MisfitError:
+        return None
+    return h_n, c_n
 
 
 def _is_plain(tensor: Any) -> bool:
     """Dense floats on the CPU, without a way of their own with operators?"""
     return (
-        type(tensor) is Tensor
+        type(tensor) in _PLAIN
         and tensor.is_cpu
         and tensor.layout is torch.strided
         and tensor.dtype.is_floating_point
@@ -115,7 +124,25 @@ def _is_plain(tensor: Any) -> bool:
     )
 
 
-def _is_watched() -> bool:
+def _plain_states(hx: Any) -> tuple[Tensor, ...] | None:
+    """``hx`` as h0 and c0, or none of them; None if they are not plain."""
+    if hx is None:
+        return ()
+    if type(hx) not in (tuple, list) or len(hx) != 2 or not all(map(_is_plain, hx)):
+        return None
+    return tuple(hx)
+
+
+def _are_weights(weights: Sequence[Any], input: Tensor) -> bool:
+    """Dense tensors of input's type?  (The operator looks at their shapes.)"""
+    return (
+        _PLAIN.issuperset(map(type, weights))
+        and _DENSE.issuperset(map(_layout, weights))
+        and {input.dtype}.issuperset(map(_dtype, weights))
+    )
+
+
+def _is_in_a_mode() -> bool:
     """Does torch want to see more of this call than an operator's results, or other dtypes?"""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -124,19 +151,6 @@ def _is_watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")
     )
-
-
-def _fits(module: Any, rows: Tensor, hx: tuple[Tensor, ...], weights: list[Any]) -> bool:
-    """May ``_train`` have these?  (The operators look at the shapes of weights.)"""
-    if rows.size(2) != module.input_size or rows.numel() == 0 or module.checkpoint:
-        return False
-    if hx:
-        states, batch = len(module._all_weights), rows.size(1)
-        output_size = module.proj_size or module.hidden_size
-        sizes = ((states, batch, output_size), (states, batch, module.hidden_size))
-        if (hx[0].shape, hx[1].shape) != sizes:
-            return False
-    return all(map(_is_cpu, weights)) and len(set(map(_dtype, (rows, *hx, *weights)))) == 1
 
 
 def _train(
@@ -149,8 +163,11 @@ def _train(
     each = len(weights) // layers
     h_out, c_out = [], []
     for k in range(layers):
-        here = weights[k * each : (k + 1) * each]
-        rows, h_n, c_n = PlainLayer.apply(call, rows, h_in[k], c_in[k], *here)
+        h0, c0, here = h_in[k], c_in[k], weights[k * each : (k + 1) * each]
+        if any(t is not None and t.requires_grad for t in (rows, h0, c0, *here)):
+            rows, h_n, c_n = PlainLayer.apply(call, rows, h0, c0, *here)
+        else:  # the first layers may be frozen
+            rows, h_n, c_n = call.forward(rows, h0, c0, here, need_reserve=False)
         h_out.append(h_n)
         c_out.append(c_n)
     return rows, torch.cat(h_out), torch.cat(c_out)
@@ -163,10 +180,7 @@ class PlainLayer(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        results = call.forward(x, h0, c0, weights, need_reserve=True)
-        if not results:
-            raise _MisfitError
-        y, h_n, c_n, *rest = results
+        y, h_n, c_n, *rest = call.forward(x, h0, c0, weights, need_reserve=True)
         ctx.set_materialize_grads(False)
         ctx.call = call
         # Saved this way, a tensor that is changed in place before the backward pass is noticed.
@@ -183,7 +197,7 @@ class PlainLayer(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or _is_watched()
+            or _is_in_a_mode()
             or any(map(autograd.is_batched, (dy, dh_n, dc_n)))
         ):
             grads = (dy, None, dh_n, dc_n)
@@ -196,14 +210,13 @@ class PlainLayer(torch.autograd.Function):
             c0,
             weights,
             reserve,
-            call.directions,
-            call.biased,
-            _requested(asked, call),
+            *call[1:],
+            _needed(asked, call),
         )
         return None, *(grad if ask else None for grad, ask in zip(got, asked, strict=True))
 
 
-def _requested(asked: tuple[bool, ...], call: Call) -> list[bool]:
+def _needed(asked: tuple[bool, ...], call: Call) -> list[bool]:
     """Of x, h0, c0 and the weights one by one, as ``Requested``."""
     weights = asked[3:]
     each = len(weights) // call.directions
@@ -221,21 +234,6 @@ def _by_direction(call: Call, values: Any) -> list[Weights]:
     ]
 
 
-def _long_arguments(
-    call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Weights]]:
-    """x, batch_sizes, h0, c0 and weights as ``autograd.lstm_layer`` takes them."""
-    layer = _by_direction(call, weights)
-    steps, batch, _ = x.shape
-    gates, output_size = layer[0].w_hh.shape
-    batch_sizes = torch.full((steps,), batch, dtype=torch.int64, device="cpu")
-    if h0 is None:
-        h0 = x.new_zeros(call.directions, batch, output_size)
-    if c0 is None:
-        c0 = x.new_zeros(call.directions, batch, gates // 4)
-    return x, batch_sizes, h0, c0, layer
-
-
 def _long_gradients(
     call: Call,
     asked: tuple[bool, ...],
@@ -247,7 +245,13 @@ def _long_gradients(
     weights: Any,
 ) -> list[Tensor | None]:
     """The gradients that ``PlainLayer.backward`` returns, with a graph, or batched."""
-    x, batch_sizes, h0, c0, layer = _long_arguments(call, x, h0, c0, weights)
+    steps, batch, _ = x.shape
+    batch_sizes = torch.full((steps,), batch, dtype=torch.int64, device="cpu")
+    if h0 is None:
+        h0 = x.new_zeros(call.directions, batch, call.output_size)
+    if c0 is None:
+        c0 = x.new_zeros(call.directions, batch, call.hidden_size)
+    layer = _by_direction(call, weights)
     flags = _by_direction(call, asked[3:])
     run = autograd.Run(False, call.backend.name, checkpoint=False, chosen=call.backend)
     got = autograd.gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastlstm
 from cases import DTYPES, tolerance
-from fastlstm import backends, plain
+from fastlstm import backends, cpu, plain
 
 T, B, IN, H = 5, 3, 4, 6
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -186,6 +188,91 @@ def test_changes_in_place_are_noticed(ways):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time_first", "batch_first"])
+def test_what_is_saved_of_a_view_is_nobody_elses(batch_first, ways):
+    """nn.LSTM saves a copy of such input: it may be changed, or come from inference_mode."""
+    stock = nn.LSTM(IN, H, batch_first=batch_first, dtype=torch.float64)
+    module = fastlstm.LSTM(IN, H, batch_first=batch_first, dtype=torch.float64)
+    module.load_state_dict(stock.state_dict())
+    values = torch.randn(T, B, IN, dtype=torch.float64)
+    with torch.inference_mode():
+        inferred = values.transpose(0, 1).contiguous()
+    for x in (values.transpose(0, 1).contiguous().numpy(), inferred):
+        got = []
+        for each in (module, stock):
+            x_again = torch.from_numpy(x.copy()) if x is not inferred else x
+            y, _ = each(x_again if batch_first else x_again.transpose(0, 1))
+            if x is not inferred:
+                x_again.zero_()
+            got.append(torch.autograd.grad(y.sum(), list(each.parameters())))
+        for a, b in zip(*got, strict=True):
+            torch.testing.assert_close(a, b, **tolerance(torch.float64))
+    assert ways == [True, True]
+
+
+def test_saved_tensor_hooks_and_checkpoints(ways):
+    module = fastlstm.LSTM(IN, H, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x)[0].square().sum(), leaves)
+    with torch.autograd.graph.save_on_cpu():
+        loss = module(x)[0].square().sum()
+    assert all(map(torch.equal, torch.autograd.grad(loss, leaves), expected))
+    y, _ = checkpoint(module, x, use_reentrant=False)
+    assert all(map(torch.equal, torch.autograd.grad(y.square().sum(), leaves), expected))
+    assert all(ways)
+
+
+def test_frozen_layers_keep_nothing(monkeypatch):
+    asked = []
+    entry = backends._TABLE["cpu"]
+
+    def spy(*args: Any) -> Any:
+        asked.append(args[-1])
+        return cpu.plain_forward(*args)
+
+    monkeypatch.setitem(backends._TABLE, "cpu", dataclasses.replace(entry, plain_forward=spy))
+    module = fastlstm.LSTM(IN, H, num_layers=3, backend="cpu")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not name.endswith("_l0"))
+    y, _ = module(torch.randn(T, B, IN))
+    y.sum().backward()
+    assert asked == [False, True, True]
+    assert module.weight_hh_l0.grad is None and module.weight_hh_l1.grad is not None
+
+
+@pytest.mark.parametrize("way", [contextlib.nullcontext, long_way], ids=["short", "long"])
+def test_two_biases_have_gradients_of_their_own(way):
+    module = fastlstm.LSTM(IN, H, bidirectional=True)
+    with way():
+        y, _ = module(torch.randn(T, B, IN))
+        gradients = torch.autograd.grad(y.sum(), list(module.parameters()))
+    assert len({g.data_ptr() for g in gradients}) == len(gradients)
+    named = dict(zip(dict(module.named_parameters()), gradients, strict=True))
+    for suffix in ("_l0", "_l0_reverse"):
+        assert torch.equal(named[f"bias_ih{suffix}"], named[f"bias_hh{suffix}"])
+
+
+def test_parameters_as_states_and_states_that_are_one(ways):
+    module = fastlstm.LSTM(IN, H, dtype=torch.float64)
+    h = nn.Parameter(torch.randn(1, B, H, dtype=torch.float64))
+    x = torch.randn(T, B, IN, dtype=torch.float64)
+    (short,) = torch.autograd.grad(module(x, [h, h])[0].sum(), [h])
+    assert ways == [True]
+    with long_way():
+        (long,) = torch.autograd.grad(module(x, [h, h])[0].sum(), [h])
+    assert torch.equal(short, long)
+
+
+@pytest.mark.parametrize("hook", [None, lambda module, args, result: result], ids=["", "hook"])
+def test_a_hook_that_is_not_opacus_does_not_matter(hook, ways):
+    module = fastlstm.LSTM(IN, H)
+    if hook is not None:
+        module.register_forward_hook(hook)
+    module(X)
+    assert ways == [True]
+
+
 def test_non_contiguous_arguments(ways):
     module = fastlstm.LSTM(IN, H, num_layers=2, bidirectional=True, dtype=torch.float64)
     x = torch.randn(T, IN, B, dtype=torch.float64).transpose(1, 2)
@@ -210,28 +297,33 @@ class Mode(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def hooked(module: nn.Module) -> Iterator[None]:
-    handle = module.register_forward_hook(lambda *_: None)
-    yield
-    handle.remove()
-
-
-WATCHED: dict[str, Callable[[nn.Module], contextlib.AbstractContextManager[Any]]] = {
-    "a_dispatch_mode": lambda _: Mode(),
-    "autocast": lambda _: torch.autocast("cpu", dtype=torch.bfloat16),
-    "forward_mode": lambda _: forward_ad.dual_level(),
-    "a_hook": hooked,
+MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "a_dispatch_mode": Mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "forward_mode": forward_ad.dual_level,
 }
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("watch", WATCHED.values(), ids=WATCHED.keys())
-def test_watched_calls_go_the_long_way(watch, grad, ways):
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_calls_in_a_mode_go_the_long_way(mode, grad, ways):
     module, x = fastlstm.LSTM(IN, H), torch.randn(T, B, IN)
-    with torch.set_grad_enabled(grad), watch(module):
+    with torch.set_grad_enabled(grad), mode():
         module(x)
     assert ways == [False]
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+def test_a_mode_in_the_backward_pass_alone(mode, ways):
+    module = fastlstm.LSTM(IN, H, dtype=torch.float64)
+    leaves = [torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True), *module.parameters()]
+    plain_gradients = torch.autograd.grad(module(leaves[0])[0].sum(), leaves)
+    y, _ = module(leaves[0])
+    with mode():
+        gradients = torch.autograd.grad(y.sum(), leaves)
+    assert ways == [True, True]
+    for a, b in zip(gradients, plain_gradients, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(torch.float64))
 
 
 def changed(change: Callable[[fastlstm.LSTM], Any], **config: Any) -> fastlstm.LSTM:
@@ -294,6 +386,7 @@ MISFITS: dict[str, tuple[type[Exception], Callable[[], tuple[Any, ...]]]] = {
         RuntimeError,
         lambda: (X, (torch.zeros(1, B, H, device="meta"), torch.zeros(1, B, H))),
     ),
+    "hx_of_nones": (TypeError, lambda: (X, (None, None))),
     "hx_single": (TypeError, lambda: (X, torch.zeros(2, 1, B, H))),
     "hx_of_three": (RuntimeError, lambda: (X, (torch.zeros(1, B, H),) * 3)),
 }
@@ -311,21 +404,36 @@ def test_errors_are_those_of_the_long_way(error, make, grad):
     assert str(short.value) == str(long.value) and short.type is long.type
 
 
+def weight(name: str, value: Tensor) -> Callable[[fastlstm.LSTM], None]:
+    return lambda module: setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+
+ERRORS = (TypeError, ValueError, RuntimeError)
+STRANGE: dict[str, Callable[[fastlstm.LSTM], None]] = {
+    "more_columns": weight("weight_hh_l0", torch.zeros(4 * H, H + 1)),
+    "fewer_rows": weight("weight_hh_l0", torch.zeros(4 * H - 4, H)),
+    "a_vector": weight("weight_hh_l0", torch.zeros(4 * H)),
+    "no_rows": weight("weight_hh_l0", torch.zeros(0, H)),
+    "other_inputs": weight("weight_ih_l0", torch.zeros(4 * H, IN + 1)),
+    "another_dtype": weight("bias_hh_l0", torch.zeros(4 * H, dtype=torch.float64)),
+    "on_meta": weight("weight_ih_l0", torch.zeros(4 * H, IN, device="meta")),
+    "sparse": weight("weight_ih_l0", torch.zeros(4 * H, IN).to_sparse()),
+    "another_hidden_size": lambda module: setattr(module, "hidden_size", H + 1),
+    "another_input_size": lambda module: setattr(module, "input_size", IN + 1),
+}
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize(
-    "bad",
-    [torch.zeros(4 * H, H + 1), torch.zeros(4 * H - 4, H), torch.zeros(4 * H), torch.zeros(0, H)],
-    ids=lambda t: str(tuple(t.shape)),
-)
-def test_weights_of_other_shapes_have_the_long_way_s_error(bad, grad):
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE.keys())
+def test_a_strange_module_fares_as_the_long_way(strange, grad):
     module = fastlstm.LSTM(IN, H)
-    module.weight_hh_l0 = nn.Parameter(bad)
+    strange(module)
     with torch.set_grad_enabled(grad):
-        with pytest.raises(ValueError, match="got shape") as short:
+        with pytest.raises(ERRORS) as short:
             module(X)
-        with long_way(), pytest.raises(ValueError, match="got shape") as long:
+        with long_way(), pytest.raises(ERRORS) as long:
             module(X)
-    assert str(short.value) == str(long.value)
+    assert str(short.value) == str(long.value) and short.type is long.type
 
 
 def test_only_the_library_has_plain_calls():

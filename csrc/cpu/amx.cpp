@@ -69,10 +69,10 @@ bool run(const Args& args, const Rule& rule, const Multiplied& multiplied) {
 template <class Unit>
 using ForwardAhead = Forward<AheadTiles<Unit>>;
 
-// Of few steps, are there so few rows that vectors, which do not pack their weights, take them
-// before the unit is asked? A single step always; of one row a step, more of them.
+// Are there so few rows that vectors take them before the unit is asked, if they need not pack
+// their weights? A single step always, and one row a step.
 bool go_unpacked(const Shape& n) {
-  return n.T == 1 || n.N <= (n.N == n.T ? std::max<int64_t>(16, n.P / 8) : 16);
+  return n.T == 1 || n.N == n.T || n.N <= 16;
 }
 
 void forward(const ForwardArgs& args) {

@@ -15,13 +15,16 @@ namespace {
 
 // How many rows, of all steps together, at most: with more of them packing pays. It is the dearer
 // the farther away packed weights have to be written; but several steps read W_hh several times. A
-// single row a step waits for weights, packed or not.
+// single row a step waits for weights, packed or not; it was measured for itself on Intel's
+// processors.
 inline int64_t most_rows(const Shape& n, int64_t steps, Storage storage) {
   const bool half = storage == Storage::f16 || storage == Storage::bf16, single = steps == n.N;
   const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4;
   const int64_t bytes = n.D * 4 * n.H * (n.P + n.I) * size;
   const int64_t most = steps == 1 || single ? 128 : storage == Storage::f64 ? 32 : 48;
-  return std::clamp<int64_t>((single ? 64 : 16) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
+  const int64_t rows =
+      std::clamp<int64_t>((single ? 64 : 16) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
+  return single && n.P >= 256 && is_intel() ? std::max(rows, n.P / 2) : rows;
 }
 
 // Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
