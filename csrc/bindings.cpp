@@ -142,11 +142,13 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " bool need_cells) -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor gates,"
       " Tensor m)");
   m.def(
-      "cpu_plain_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, int directions,"
-      " bool biased, int hidden_size, int output_size, bool need_reserve) -> Tensor[]");
+      "cpu_plain_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? reset,"
+      " int directions, bool biased, int hidden_size, int output_size, bool need_reserve) -> "
+      "Tensor[]");
   m.def(
       "cpu_plain_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"
-      " Tensor[] weights, Tensor[] reserve, int directions, bool biased, int hidden_size,"
+      " Tensor[] weights, Tensor? reset, Tensor[] reserve, int directions, bool biased, int "
+      "hidden_size,"
       " int output_size, bool[] need, int chunk_rows, int chunk_bytes) -> Tensor[]");
   m.def(
       "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"

@@ -31,6 +31,10 @@ void add_vectors(fastlstm::Storage storage, const void* left, const void* right,
   }
 }
 
+const Tensor* given(const Optional& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
 // The call's arguments, and what they say of its shape. `weights` are, of each layer's each
 // direction, w_ih, w_hh, both biases if there are any, and w_hr if P is not H. A single step may
 // come without T, its states without layers.
@@ -39,6 +43,7 @@ struct PlainCall {
   const Tensor* const h0;  // or null
   const Tensor* const c0;  // or null
   const Tensors& weights;
+  const Tensor* const reset;  // or null
   const int64_t D;
   const bool biased;
   const int64_t H, P;
@@ -62,6 +67,7 @@ struct PlainCall {
     layers = int64_t(weights.size()) / (weights_per_direction * D);
     if (layers < 1 || int64_t(weights.size()) != layers * weights_per_direction * D) return false;
     if (step && layers * D != 1) return false;
+    if (reset && (step || !is(*reset, {T * B}, ScalarType::Byte))) return false;
     if ((h0 && !is(*h0, state_sizes(P))) || (c0 && !is(*c0, state_sizes(H)))) return false;
     for (int64_t layer = 0; layer < layers; ++layer)
       for (int64_t d = 0; d < D; ++d)
@@ -77,9 +83,10 @@ struct PlainCall {
   }
 
  private:
-  bool is(const Tensor& tensor, Sizes sizes) const {
+  bool is(const Tensor& tensor, Sizes sizes) const { return is(tensor, sizes, dtype); }
+  static bool is(const Tensor& tensor, Sizes sizes, ScalarType type) {
     const auto got = tensor.sizes();
-    return tensor.is_cpu() && tensor.scalar_type() == dtype && got.size() == sizes.size() &&
+    return tensor.is_cpu() && tensor.scalar_type() == type && got.size() == sizes.size() &&
            std::equal(got.begin(), got.end(), sizes.begin());
   }
   bool weights_fit(const Tensor* w, int64_t inputs) const {
@@ -113,10 +120,11 @@ std::vector<char> set_weights(fastlstm::ForwardArgs& args, const PlainCall& call
 // (B, H); or nothing, if anything does not fit. need_reserve is for single layers, and adds c_all,
 // gates and, with a projection, m.
 Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c0,
-                          const Tensors& weights, int64_t directions, bool biased,
-                          int64_t hidden_size, int64_t output_size, bool need_reserve) {
-  PlainCall call{x,      h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions,
-                 biased, hidden_size,         output_size};
+                          const Tensors& weights, const Optional& reset, int64_t directions,
+                          bool biased, int64_t hidden_size, int64_t output_size,
+                          bool need_reserve) {
+  PlainCall call{x,          given(h0), given(c0),   weights,    given(reset),
+                 directions, biased,    hidden_size, output_size};
   if (!call.fits() || (need_reserve && (call.layers != 1 || call.step))) return {};
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P, L = call.layers;
   const int64_t h_bytes = D * B * P * x.element_size(), c_bytes = D * B * H * x.element_size();
@@ -136,6 +144,7 @@ Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c
     args.storage = storage_of(call.dtype);
     args.threads = threads();
     args.x = input.checked(values);
+    args.reset = reset ? static_cast<const uint8_t*>(input.checked(*reset)) : nullptr;
     args.h0 = h_first ? h_first + layer * h_bytes : zeros.data();
     args.c0 = c_first ? c_first + layer * c_bytes : zeros.data();
     args.h_n = static_cast<char*>(h_n.mutable_data_ptr()) + layer * h_bytes;
@@ -170,11 +179,12 @@ Tensor copy_of(const Tensor& vector) {
 // for, or was not given, is an empty vector.
 Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
                            const Tensor& x, const Optional& h0, const Optional& c0,
-                           const Tensors& weights, const Tensors& reserve, int64_t directions,
-                           bool biased, int64_t hidden_size, int64_t output_size,
-                           const std::vector<bool>& need, int64_t chunk_rows, int64_t chunk_bytes) {
-  PlainCall call{x,      h0 ? &*h0 : nullptr, c0 ? &*c0 : nullptr, weights, directions,
-                 biased, hidden_size,         output_size};
+                           const Tensors& weights, const Optional& reset, const Tensors& reserve,
+                           int64_t directions, bool biased, int64_t hidden_size,
+                           int64_t output_size, const std::vector<bool>& need, int64_t chunk_rows,
+                           int64_t chunk_bytes) {
+  PlainCall call{x,          given(h0), given(c0),   weights,    given(reset),
+                 directions, biased,    hidden_size, output_size};
   if (!call.fits() || call.layers != 1 || call.step)
     fail("weights: they do not make a layer for x, h0 and c0");
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P;
@@ -191,9 +201,9 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
   const auto [dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr] =
       cpu_backward(dy, std::nullopt, dh_n, dc_n, x, batch_sizes,
                    h0 ? *h0 : filled_with_zeros({D, B, P}, call.dtype),
-                   c0 ? *c0 : filled_with_zeros({D, B, H}, call.dtype), w_ih, w_hh, w_hr,
-                   std::nullopt, reserve[0], reserve[1], reserve[2],
-                   P == H ? std::nullopt : Optional(reserve[3]), need, chunk_rows, chunk_bytes);
+                   c0 ? *c0 : filled_with_zeros({D, B, H}, call.dtype), w_ih, w_hh, w_hr, reset,
+                   reserve[0], reserve[1], reserve[2], P == H ? std::nullopt : Optional(reserve[3]),
+                   need, chunk_rows, chunk_bytes);
   Tensors gradients{dx, dh0, dc0};
   const Tensor nothing = absent();
   const auto add = [&](const Tensors& of, int64_t d) {

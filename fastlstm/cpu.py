@@ -79,6 +79,7 @@ def plain_forward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    reset: Tensor | None,
     directions: int,
     biased: bool,
     hidden_size: int,
@@ -89,11 +90,21 @@ def plain_forward(
 
     ``x (T, B, I)``; ``h0`` and ``c0`` shaped as h_n and c_n, or None for zeros; ``weights`` as
     ``nn.LSTM`` holds them, layer by layer and direction by direction; a step of ``LSTMCell`` comes
-    without T, its states as (B, P) and (B, H).  With ``need_reserve``, for a
-    single layer, also c_all, gates and, with a projection, m.  Empty where anything does not fit.
+    without T, its states as (B, P) and (B, H).  ``reset`` (N,) as in ``layer_forward``.  With
+    ``need_reserve``, for a single layer, also c_all, gates and, with a projection, m.  Empty where
+    anything does not fit.
     """
     return torch.ops.fastlstm_C.cpu_plain_forward.default(
-        x, h0, c0, weights, directions, biased, hidden_size, output_size, need_reserve
+        x,
+        h0,
+        c0,
+        weights,
+        reset,
+        directions,
+        biased,
+        hidden_size,
+        output_size,
+        need_reserve,
     )
 
 
@@ -103,6 +114,7 @@ def plain_backward(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    reset: Tensor | None,
     reserve: Sequence[Tensor],
     directions: int,
     biased: bool,
@@ -121,6 +133,7 @@ def plain_backward(
         h0,
         c0,
         weights,
+        reset,
         reserve,
         directions,
         biased,

@@ -139,8 +139,8 @@ class LSTM(nn.RNNBase):
                 names it, what it got and what was expected; where ``nn.LSTM`` raises on
                 purpose, the type is its.
         """
-        if lengths is None and reset is None and return_cells is False:
-            short = plain.run(self, input, hx)
+        if lengths is None and return_cells is False:
+            short = plain.run(self, input, hx, reset)
             if short is not None:
                 return short
         if tracers.is_fx(input) or tracers.is_jit():

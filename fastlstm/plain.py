@@ -42,18 +42,21 @@ class Call(NamedTuple):
         h0: Tensor | None,
         c0: Tensor | None,
         weights: Sequence[Tensor],
+        reset: Tensor | None,
         need_reserve: bool,
     ) -> list[Tensor]:
         """``cpu.plain_forward``'s results, which are some."""
         assert self.backend.plain_forward is not None
-        results = self.backend.plain_forward(x, h0, c0, weights, *self[1:], need_reserve)
+        results = self.backend.plain_forward(x, h0, c0, weights, reset, *self[1:], need_reserve)
         if not results:
             raise _MisfitError
         return results
 
 
-def run(module: Any, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
-    """What a module returns for ``input`` and ``hx``, or None where that goes the long way."""
+def run(
+    module: Any, input: Any, hx: Any, reset: Any
+) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """What a module returns for its arguments, or None where that goes the long way."""
     if torch.compiler.is_compiling() or not _is_plain(input) or _is_in_a_mode():
         return None
     if input.dim() != 3 or input.size(2) != module.input_size:
@@ -72,16 +75,20 @@ def run(module: Any, input: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, Tensor]
     output_size = module.proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
     call = Call(backend, directions, module.bias, hidden_size, output_size)
+    if reset is not None:
+        if not _is_plain_reset(reset, input):
+            return None
+        reset = (reset.t() if module.batch_first else reset).flatten().view(torch.uint8)
     rows = input.transpose(0, 1) if module.batch_first else input
     try:
         if torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights))):
             if module.checkpoint:
                 return None
             # What is saved is then nobody else's to change, and no more than is needed.
-            y, h_n, c_n = _train(call, rows.contiguous(), hx, weights, module.num_layers)
+            y, h_n, c_n = _train(call, rows.contiguous(), hx, weights, reset, module.num_layers)
         else:
             h0, c0 = hx or (None, None)
-            y, h_n, c_n = call.forward(rows, h0, c0, weights, need_reserve=False)
+            y, h_n, c_n = call.forward(rows, h0, c0, weights, reset, need_reserve=False)
     except _MisfitError:
         return None
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n)
@@ -107,7 +114,7 @@ def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor
     h0, c0 = hx or (None, None)
     call = Call(backend, 1, module.bias, module.hidden_size, module.hidden_size)
     try:
-        _, h_n, c_n = call.forward(input, h0, c0, weights, need_reserve=False)
+        _, h_n, c_n = call.forward(input, h0, c0, weights, None, need_reserve=False)
     except _MisfitError:
         return None
     return h_n, c_n
@@ -133,6 +140,16 @@ def _plain_states(hx: Any) -> tuple[Tensor, ...] | None:
     return tuple(hx)
 
 
+def _is_plain_reset(reset: Any, input: Tensor) -> bool:
+    return (
+        type(reset) is Tensor
+        and reset.is_cpu
+        and reset.layout is torch.strided
+        and reset.dtype is torch.bool
+        and reset.shape == input.shape[:2]
+    )
+
+
 def _are_weights(weights: Sequence[Any], input: Tensor) -> bool:
     """Dense tensors of input's type?  (The operator looks at their shapes.)"""
     return (
@@ -154,45 +171,59 @@ def _is_in_a_mode() -> bool:
 
 
 def _train(
-    call: Call, rows: Tensor, hx: tuple[Tensor, ...], weights: list[Any], layers: int
+    call: Call,
+    rows: Tensor,
+    hx: tuple[Tensor, ...],
+    weights: list[Any],
+    reset: Tensor | None,
+    layers: int,
 ) -> Sequence[Tensor]:
     """y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), differentiably."""
     if layers == 1:
-        return PlainLayer.apply(call, rows, *(hx or (None, None)), *weights)
+        return PlainLayer.apply(call, reset, rows, *(hx or (None, None)), *weights)
     h_in, c_in = (state.split(call.directions) for state in hx) if hx else ([None] * layers,) * 2
     each = len(weights) // layers
     h_out, c_out = [], []
     for k in range(layers):
         h0, c0, here = h_in[k], c_in[k], weights[k * each : (k + 1) * each]
         if any(t is not None and t.requires_grad for t in (rows, h0, c0, *here)):
-            rows, h_n, c_n = PlainLayer.apply(call, rows, h0, c0, *here)
+            rows, h_n, c_n = PlainLayer.apply(call, reset, rows, h0, c0, *here)
         else:  # the first layers may be frozen
-            rows, h_n, c_n = call.forward(rows, h0, c0, here, need_reserve=False)
+            rows, h_n, c_n = call.forward(rows, h0, c0, here, reset, need_reserve=False)
         h_out.append(h_n)
         c_out.append(c_n)
     return rows, torch.cat(h_out), torch.cat(c_out)
 
 
 class PlainLayer(torch.autograd.Function):
-    """(call, x, h0, c0, *weights as nn.LSTM holds them) -> y, h_n, c_n; states may be None."""
+    """(call, reset, x, h0, c0, *weights as nn.LSTM holds them) -> y, h_n, c_n.
+
+    reset (N,) uint8 and the states may be None.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, call: Call, x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor
+        ctx: Any,
+        call: Call,
+        reset: Tensor | None,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, *rest = call.forward(x, h0, c0, weights, need_reserve=True)
+        y, h_n, c_n, *rest = call.forward(x, h0, c0, weights, reset, need_reserve=True)
         ctx.set_materialize_grads(False)
         ctx.call = call
         # Saved this way, a tensor that is changed in place before the backward pass is noticed.
-        ctx.save_for_backward(x, h0, c0, *weights, y, *rest)
+        ctx.save_for_backward(reset, x, h0, c0, *weights, y, *rest)
         return y, h_n, c_n
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        call, asked = ctx.call, ctx.needs_input_grad[1:]
-        saved, count = ctx.saved_tensors, len(asked)
+        call, asked = ctx.call, ctx.needs_input_grad[2:]
+        (reset, *saved), count = ctx.saved_tensors, len(asked)
         (x, h0, c0, *weights), reserve = saved[:count], saved[count:]
         if (
             torch.is_grad_enabled()
@@ -201,7 +232,11 @@ class PlainLayer(torch.autograd.Function):
             or any(map(autograd.is_batched, (dy, dh_n, dc_n)))
         ):
             grads = (dy, None, dh_n, dc_n)
-            return None, *_long_gradients(call, asked, reserve, grads, x, h0, c0, weights)
+            return (
+                None,
+                None,
+                *_long_gradients(call, asked, reserve, grads, x, h0, c0, weights, reset),
+            )
         assert call.backend.plain_backward is not None
         got = call.backend.plain_backward(
             (dy, dh_n, dc_n),
@@ -209,11 +244,12 @@ class PlainLayer(torch.autograd.Function):
             h0,
             c0,
             weights,
+            reset,
             reserve,
             *call[1:],
             _needed(asked, call),
         )
-        return None, *(grad if ask else None for grad, ask in zip(got, asked, strict=True))
+        return None, None, *(grad if ask else None for grad, ask in zip(got, asked, strict=True))
 
 
 def _needed(asked: tuple[bool, ...], call: Call) -> list[bool]:
@@ -243,6 +279,7 @@ def _long_gradients(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Any,
+    reset: Tensor | None,
 ) -> list[Tensor | None]:
     """The gradients that ``PlainLayer.backward`` returns, with a graph, or batched."""
     steps, batch, _ = x.shape
@@ -259,7 +296,7 @@ def _long_gradients(
         (*asked[:3], *(bool(flag) for direction in flags for flag in direction)),
         Reserve(*reserve, *([None] * (4 - len(reserve)))),
         batch_sizes,
-        None,
+        reset,
         grads,
         (x, h0, c0, *(t for w in layer for t in w)),
     )

@@ -20,6 +20,7 @@ from cases import DTYPES, tolerance
 from fastlstm import backends, cpu, plain
 
 T, B, IN, H = 5, 3, 4, 6
+X = torch.zeros(T, B, IN)
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no_bias": {"bias": False},
@@ -59,10 +60,12 @@ def make_state(module: fastlstm.LSTM, batch: int = B) -> tuple[Tensor, Tensor]:
     return h0, c0
 
 
-def everything(module: fastlstm.LSTM, x: Tensor, hx: Any, create_graph: bool = False) -> Any:
+def everything(
+    module: fastlstm.LSTM, x: Tensor, hx: Any, create_graph: bool = False, **options: Any
+) -> Any:
     """Outputs, and all gradients of a weighting of them."""
     leaves = [x, *(hx or ())]
-    y, (h_n, c_n) = module(x, hx)
+    y, (h_n, c_n) = module(x, hx, **options)
     generator = torch.Generator().manual_seed(1)
     weighting = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in (y, h_n, c_n)]
     gradients = torch.autograd.grad(
@@ -77,21 +80,25 @@ def everything(module: fastlstm.LSTM, x: Tensor, hx: Any, create_graph: bool = F
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
 @pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("with_reset", [False, True], ids=["", "reset"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_both_ways_give_the_same_bits(config, with_hx, batch_first, dtype, ways):
+def test_both_ways_give_the_same_bits(config, with_reset, with_hx, batch_first, dtype, ways):
+    options = {}
+    if with_reset:
+        options["reset"] = torch.rand((B, T) if batch_first else (T, B)) < 0.3
     module = fastlstm.LSTM(IN, H, batch_first=batch_first, dtype=dtype, **config)
     hx = make_state(module) if with_hx else None
     x = torch.randn((B, T, IN) if batch_first else (T, B, IN)).to(dtype)
     for leaf in (x, *(hx or ())):
         leaf.requires_grad_()
-    short = everything(module, x, hx)
+    short = everything(module, x, hx, **options)
     with torch.no_grad():
-        inferred = module(x, hx)
+        inferred = module(x, hx, **options)
     assert ways == [True, True]
     with long_way():
-        long = everything(module, x, hx)
+        long = everything(module, x, hx, **options)
         with torch.no_grad():
-            long_inferred = module(x, hx)
+            long_inferred = module(x, hx, **options)
     for a, b in zip(short, long, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     for a, b in zip(
@@ -162,6 +169,38 @@ def test_second_order(config, with_hx, ways):
     assert ways == [True]
     for a, b in zip(ours, second(stock), strict=True):
         torch.testing.assert_close(a, b, **tolerance(torch.float64))
+
+
+def test_second_order_with_resets(ways):
+    module = fastlstm.LSTM(IN, H, num_layers=2, bidirectional=True, dtype=torch.float64)
+    x = torch.randn(T, B, IN, dtype=torch.float64, requires_grad=True)
+    reset = torch.rand(T, B) < 0.3
+
+    def second() -> tuple[Tensor, ...]:
+        first = everything(module, x, None, create_graph=True, reset=reset)[3:]
+        return torch.autograd.grad(sum(t.square().sum() for t in first), [x, *module.parameters()])
+
+    short = second()
+    assert ways == [True]
+    with long_way():
+        long = second()
+    assert all(map(torch.equal, short, long))
+
+
+RESETS: dict[str, Tensor] = {
+    "shape": torch.zeros(T, B + 1, dtype=torch.bool),
+    "dtype": torch.zeros(T, B),
+    "device": torch.zeros(T, B, dtype=torch.bool, device="meta"),
+    "sparse": torch.zeros(T, B, dtype=torch.bool).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("reset", RESETS.values(), ids=RESETS.keys())
+def test_resets_that_do_not_fit_are_named(reset, grad):
+    module = fastlstm.LSTM(IN, H)
+    with torch.set_grad_enabled(grad), pytest.raises((TypeError, ValueError), match="reset: "):
+        module(X, reset=reset)
 
 
 def test_batched_gradients(ways):
@@ -332,7 +371,6 @@ def changed(change: Callable[[fastlstm.LSTM], Any], **config: Any) -> fastlstm.L
     return module
 
 
-X = torch.zeros(T, B, IN)
 LONG: dict[str, Callable[[], tuple[fastlstm.LSTM, Tensor]]] = {
     "unbatched": lambda: (fastlstm.LSTM(IN, H), X[:, 0]),
     "a_subclass": lambda: (fastlstm.LSTM(IN, H), X.as_subclass(Subclass)),
