@@ -72,13 +72,13 @@ format: $(VENV)/.lint ## rewrite the sources in the house style
 
 # python itself is not instrumented, so the sanitizer's runtime must be in the process
 # first, and libstdc++ with it, whose exceptions it intercepts.  Leaks: python's own.
-sanitize: build ## run the kernel tests under AddressSanitizer and UBSan
+sanitize: build ## run the tests of kernels and plain calls under AddressSanitizer and UBSan
 	library=$$($(BIN)/python -P fastlstm/build.py --sanitize) && \
 	runtime=$$($(CXX) -print-file-name=libasan.so) && \
 	stdcxx=$$($(CXX) -print-file-name=libstdc++.so) && \
 	LD_PRELOAD="$$runtime $$stdcxx" ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=print_stacktrace=1 FASTLSTM_LIBRARY="$$library" \
-	$(BIN)/pytest $(CPU_TESTS) $(ARGS)
+	$(BIN)/pytest $(CPU_TESTS) tests/test_plain.py $(ARGS)
 
 # The unit's instructions by tests/emulator/amx.h, on a processor with AVX-512's BF16.
 emulate: build ## run the kernel tests with an emulated matrix unit
