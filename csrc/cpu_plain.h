@@ -212,9 +212,9 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
   for (int64_t d = 0; d < D; ++d) {
     add(dw_ih, d);
     add(dw_hh, d);
-    if (biased) {
+    if (biased) {  // two gradients: whoever changes one has not changed both
       add(dbias, d);
-      gradients.push_back(copy_of(gradients.back()));  // whoever changes one has not changed both
+      gradients.push_back(dbias.empty() ? nothing : copy_of(dbias[size_t(d)]));
     }
     if (P != H) add(dw_hr, d);
   }
