@@ -1,5 +1,7 @@
 #include "scratch.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -184,18 +186,32 @@ void free_scratch(void* memory, size_t bytes) {
   if (!scratch_store().keep({memory, bytes})) std::free(memory);
 }
 
-// A block that is not found takes the place of others: what is kept and what is in use come to no
-// more than was once in use.
+// Bytes of the blocks that are in use, and the most that ever were.
+static std::atomic<size_t> in_use{0}, most_in_use{0};
+
+// A block that is not found takes the place of others, where else what is kept and what is in use
+// came to a quarter more than was once in use. (Taking their place always would be too much: a step
+// that has a block more in use than the one before, as where a program holds on to an output for as
+// long, pushes out another block, which then pushes out the next, at every step.)
 Block allocate_reserve(size_t bytes) {
   Block block = reserve_store().take(bytes, bytes / 4);
-  if (block.memory != nullptr) return block;
-  reserve_store().release(bytes);
-  return allocate(bytes);
+  const size_t used = in_use + (block.memory == nullptr ? bytes : block.bytes);
+  size_t most = most_in_use;
+  while (most < used && !most_in_use.compare_exchange_weak(most, used)) continue;
+  if (block.memory == nullptr) {
+    most = std::max(most, used);
+    const size_t allowed = most + most / 4 - used, kept = reserve_store().kept();
+    if (kept > allowed) reserve_store().release(kept - allowed);
+    block = allocate(bytes);
+  }
+  in_use += block.bytes;
+  return block;
 }
 
 // A small model's blocks stay as they are: offering pages takes a few per cent of its training
 // step, mostly afterwards, when they are written to.
 void free_reserve(Block block) {
+  in_use -= block.bytes;
   const size_t kept = reserve_store().kept();
   if (kept > most_held || block.bytes > most_held - kept) offer_pages(block);
   if (!reserve_store().keep(block)) std::free(block.memory);
