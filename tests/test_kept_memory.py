@@ -34,12 +34,6 @@ def places(out: Outputs) -> set[int]:
     return {out.gates.data_ptr(), out.c_all.data_ptr(), out.y.data_ptr()}
 
 
-def test_a_step_gets_the_memory_of_the_last():
-    first = places(forward(400))
-    assert places(forward(400)) == first
-    assert places(forward(360)) == first  # a block may be a quarter larger
-
-
 def test_reserves_in_use_lie_apart():
     outs = [forward(400) for _ in range(3)]
     spans = sorted((t.data_ptr(), t.nbytes) for out in outs for t in (out.gates, out.c_all, out.y))
@@ -141,6 +135,15 @@ print(lazily_freed() / largest)
 """
 
 
+AGAIN = """
+from test_kept_memory import forward, places
+
+first = places(forward(400))
+# A block may be a quarter larger than what is asked for.
+print(places(forward(400)) == first, places(forward(360)) == first)
+"""
+
+
 HELD = """
 from test_kept_memory import forward, lazily_freed
 
@@ -177,6 +180,11 @@ def run(program: str) -> str:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return done.stdout
+
+
+def test_a_step_gets_the_memory_of_the_last():
+    """In a process of its own: other tests leave blocks that fit as well."""
+    assert run(AGAIN) == "True True\n"
 
 
 def test_little_is_held_as_it_is():
