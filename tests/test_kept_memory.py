@@ -59,7 +59,7 @@ def test_only_what_torch_does_not_resize_is_kept():
     assert not resizable(x.grad)
 
 
-def test_gradients_are_kept_and_are_tensors_like_others():
+def check_gradients():
     module, x = fastlstm.LSTM(128, 256), torch.randn(400, 8, 128, requires_grad=True)
     places = []
     for _ in range(3):
@@ -185,6 +185,10 @@ def run(program: str) -> str:
 def test_a_step_gets_the_memory_of_the_last():
     """In a process of its own: other tests leave blocks that fit as well."""
     assert run(AGAIN) == "True True\n"
+
+
+def test_gradients_are_kept_and_are_tensors_like_others():
+    run("from test_kept_memory import check_gradients; check_gradients()")
 
 
 def test_little_is_held_as_it_is():

@@ -81,13 +81,14 @@ class Store {
  public:
   explicit Store(size_t most) : most_(most) {}
 
-  // The smallest block of at least so many bytes and at most `spare` more, or none.
+  // The smallest block of at least so many bytes and at most `spare` more, the newest of those; or
+  // none.
   Block take(size_t bytes, size_t spare) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     int best = -1;
     for (int k = 0; lock && k < count_; ++k)
       if (blocks_[k].bytes >= bytes && blocks_[k].bytes - bytes <= spare)
-        if (best < 0 || blocks_[k].bytes < blocks_[best].bytes) best = k;
+        if (best < 0 || blocks_[k].bytes <= blocks_[best].bytes) best = k;
     return best < 0 ? Block{nullptr, 0} : remove(best);
   }
 
