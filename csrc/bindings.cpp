@@ -143,19 +143,19 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " Tensor m)");
   m.def(
       "cpu_plain_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? reset,"
-      " int directions, bool biased, int hidden_size, int output_size, bool need_reserve) -> "
-      "Tensor[]");
+      " int directions, bool biased, int hidden_size, int output_size, bool need_reserve)"
+      " -> Tensor[]");
   m.def(
       "cpu_plain_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"
-      " Tensor[] weights, Tensor? reset, Tensor[] reserve, int directions, bool biased, int "
-      "hidden_size,"
-      " int output_size, bool[] need, int chunk_rows, int chunk_bytes) -> Tensor[]");
+      " Tensor[] weights, Tensor? reset, Tensor[] reserve, int directions, bool biased,"
+      " int hidden_size, int output_size, bool[] need, int chunk_rows, int chunk_bytes)"
+      " -> Tensor[]");
   m.def(
       "cpu_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
       " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] w_hr,"
       " Tensor? reset, Tensor y, Tensor c_all, Tensor gates, Tensor? m, bool[] need,"
-      " int chunk_rows, int chunk_bytes) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, "
-      "Tensor[] dw_hh,"
+      " int chunk_rows, int chunk_bytes) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih,"
+      " Tensor[] dw_hh,"
       " Tensor[] dbias, Tensor[] dw_hr)");
   m.def(
       "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"

@@ -196,16 +196,16 @@ static std::atomic<size_t> in_use{0}, most_in_use{0};
 // long, pushes out another block, which then pushes out the next, at every step.)
 Block allocate_reserve(size_t bytes) {
   Block block = reserve_store().take(bytes, bytes / 4);
-  const size_t used = in_use + (block.memory == nullptr ? bytes : block.bytes);
-  size_t most = most_in_use;
-  while (most < used && !most_in_use.compare_exchange_weak(most, used)) continue;
   if (block.memory == nullptr) {
-    most = std::max(most, used);
+    const size_t used = in_use + bytes, most = std::max<size_t>(most_in_use, used);
     const size_t allowed = most + most / 4 - used, kept = reserve_store().kept();
-    if (kept > allowed) reserve_store().release(kept - allowed);
+    if (kept > allowed) reserve_store().release(std::min(bytes, kept - allowed));
     block = allocate(bytes);
   }
-  in_use += block.bytes;
+  // Only now: what could not be allocated was never in use.
+  const size_t used = in_use += block.bytes;
+  size_t most = most_in_use;
+  while (most < used && !most_in_use.compare_exchange_weak(most, used)) continue;
   return block;
 }
 
