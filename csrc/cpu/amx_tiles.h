@@ -184,6 +184,8 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
     _tile_stored(1, c + L, stride);
   }
 
+  static constexpr int64_t pair_rows = 0;
+
   // Where a thread's weights would not stay in its L2 cache.
   static bool ahead(const Shape& n, int64_t, int threads) {
     return n.I >= 128 &&

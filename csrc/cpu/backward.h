@@ -48,6 +48,7 @@ class Backward {
         gate_by_gate_(Tiles::gate_by_gate &&
                       4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
                           l2_cache_bytes() / 2),
+        paired_(rows_ <= Tiles::pair_rows),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
         recurrent_(carries_ ? n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H) : 0),
@@ -102,8 +103,12 @@ class Backward {
               add_gate(item, step, gate, tile, nullptr, idle);
           }
       // There and back again: what the cache still holds of the last step is used first.
-      for (int64_t k = 0; k < outputs.end - outputs.begin; ++k)
-        carry(s % 2 == 0 ? outputs.begin + k : outputs.end - 1 - k, s, advance, unfinished);
+      const int64_t together = paired_ ? 2 : 1;
+      const int64_t groups = blocks_of(outputs.end - outputs.begin, together);
+      for (int64_t k = 0; k < groups; ++k) {
+        const int64_t first = outputs.begin + (s % 2 == 0 ? k : groups - 1 - k) * together;
+        carry({first, std::min(first + together, outputs.end)}, s, advance, unfinished);
+      }
       unfinished.cells.rest();
       team.barrier.wait();
       if (!projected_) continue;
@@ -244,11 +249,22 @@ class Backward {
   }
   Operand dh(int d) const { return {dh_ + d * dh_size_, output_blocks_, tiles_.height}; }
 
-  // (eq. 8) The gradient of h for one panel of columns: carried from the step undone before,
-  // tile by tile, and then for the sequences that end at this step.
-  void carry(int64_t item, int64_t s, Advance advance, Unfinished& unfinished) {
+  // (eq. 8) The gradient of h for one or two panels of columns: carried from the step undone
+  // before, and then for the sequences that end at this step.
+  void carry(const Range& items, int64_t s, Advance advance, Unfinished& unfinished) {
+    const int d = int(items.begin / output_panels_);
+    const bool pair = items.end - items.begin == 2 && (items.end - 1) / output_panels_ == d;
+    if (pair && this->step(d, s).carried > 0) carry_pair(items.begin, s, advance, unfinished);
+    for (int64_t item = items.begin; item < items.end; ++item) {
+      if (!pair) carry_tiles(item, s, advance, unfinished);
+      begin_sequences(item, s, unfinished);
+    }
+  }
+
+  // Tile by tile, for one panel.
+  void carry_tiles(int64_t item, int64_t s, Advance advance, Unfinished& unfinished) {
     const Step step = this->step(int(item / output_panels_), s);
-    const int64_t column = item % output_panels_ * width;
+    const int64_t column = column_of(item);
     const Segments segments =
         gate_by_gate_ ? Segments{1, {n_.H}} : Segments{4, {n_.H, n_.H, n_.H, n_.H}};
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
@@ -265,14 +281,37 @@ class Backward {
                         width, &wanted, false, meanwhile);
       finish_tile(step, first, last, column, sums, unfinished);
     }
+  }
+
+  // One tile, for two panels of one direction.
+  void carry_pair(int64_t item, int64_t s, Advance advance, Unfinished& unfinished) {
+    if constexpr (Tiles::pair_rows > 0) {
+      const Step step = this->step(int(item / output_panels_), s);
+      const int64_t size = 4 * Tiles::panel_size(n_.H), rows = step.carried;
+      Wanted wanted;
+      for (int panel = 0; panel < 2 && !projected_; ++panel)
+        add_cells(wanted, step, 0, rows, column_of(item + panel));
+      Tiles::multiply_pair(da(step.d, s - 1).tile(0), tiles_.height, rows,
+                           {recurrent_ + item * size, size}, {4, {n_.H, n_.H, n_.H, n_.H}}, advance,
+                           {unfinished.sums[0], width, Tiles::max_rows * width}, &wanted);
+      for (int panel = 0; panel < 2; ++panel)
+        finish_tile(step, 0, rows, column_of(item + panel), unfinished.sums[panel], unfinished);
+    }
+  }
+
+  // Those that have this step and not the one undone before are carried nothing.
+  void begin_sequences(int64_t item, int64_t s, Unfinished& unfinished) {
+    const Step step = this->step(int(item / output_panels_), s);
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
       T* const sums = unfinished.next();
       std::memset(sums, 0, sizeof unfinished.sums[0]);
       const int64_t left = step.rows - first;
-      finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows), column,
-                  sums, unfinished);
+      finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows),
+                  column_of(item), sums, unfinished);
     }
   }
+
+  int64_t column_of(int64_t item) const { return item % output_panels_ * width; }
 
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
   // by.
@@ -411,6 +450,7 @@ class Backward {
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
   const bool gate_by_gate_;      // see add_gate
+  const bool paired_;            // are two panels multiplied at once?
   const int64_t da_size_, dh_size_;
   Scratch<Element> recurrent_;   // (D, output_panels) panels of 4 segments of H rows
   Scratch<Element> projection_;  // (D, unit_panels) panels of P rows

@@ -88,6 +88,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
     multiply_tile(tile, height, panel, segments, c, ldc, wanted, add);
   }
 
+  static constexpr int64_t pair_rows = 0;
   static constexpr bool gate_by_gate = false, asks = true;
 
  private:

@@ -282,6 +282,11 @@ class Forward {
   static void multiply(const typename Multiplier::Element* panels, int64_t panel_size,
                        const Segments& segments, const Blocked<Multiplier>& blocked, int64_t tile,
                        int64_t rows, Advance advance, T* pre, Other& meanwhile) {
+    if constexpr (Multiplier::pair_rows > 0)
+      if (rows <= Multiplier::pair_rows)
+        return Multiplier::multiply_pair(blocked.tile(tile), blocked.height, rows,
+                                         {panels, panel_size}, segments, advance,
+                                         {pre, 4 * L, width}, nullptr);
     for (int half = 0; half < 2; ++half)
       Multiplier::multiply(blocked.tile(tile), blocked.height, rows, panels + half * panel_size,
                            segments, advance, pre + half * width, 4 * L, nullptr, false, meanwhile);

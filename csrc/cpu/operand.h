@@ -16,6 +16,7 @@
 //                       from up to L columns of it, transposed; `count` and `depth` are what is
 //                       there of them
 //   multiply            a tile times a panel, which may be added to what is there
+//   pair_rows, multiply_pair   a tile of up to so many rows times two panels is faster at once
 //   gate_by_gate        whether of da, where it is too large for the L2 cache, a gate's part is
 //                       multiplied by all panels before the next one's is (backward.h)
 //   asks                whether multiply asks for what is Wanted
@@ -47,6 +48,18 @@ constexpr int64_t blocks_of(int64_t size, int64_t block) {
 struct Segments {
   int64_t count;
   int64_t size[4];
+};
+
+// Panels side by side, and where what they are multiplied to goes.
+template <class Element>
+struct Panels {
+  const Element* first;
+  int64_t distance;
+};
+template <class T>
+struct Sums {
+  T* first;
+  int64_t row_distance, distance;
 };
 
 // What a multiplication does about a panel that is not in the L2 cache: nothing, or ask for its

@@ -88,7 +88,15 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
                        const Segments& segments, Advance advance, T* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
-    tile_function<T>(rows, advance)(tile, height, panel, segments, c, ldc, wanted, add);
+    tile_function<T, 1>(rows, advance)(tile, height, {panel, 0}, segments, {c, ldc, 0}, wanted,
+                                       add);
+  }
+
+  static constexpr int64_t pair_rows = max_pair_rows;
+  static void multiply_pair(const T* tile, int64_t height, int64_t rows, const Panels<T>& panels,
+                            const Segments& segments, Advance advance, const Sums<T>& c,
+                            const Wanted* wanted) {
+    tile_function<T, 2>(rows, advance)(tile, height, panels, segments, c, wanted, false);
   }
 
   static constexpr bool gate_by_gate = short_vectors, asks = true;
