@@ -185,6 +185,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
   }
 
   static constexpr int64_t pair_rows = 0;
+  static constexpr bool in_place = false;
 
   // Where a thread's weights would not stay in its L2 cache.
   static bool ahead(const Shape& n, int64_t, int threads) {

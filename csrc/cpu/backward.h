@@ -6,12 +6,14 @@
 // direction and one panel of columns. Each step multiplies da of the step undone before by an
 // item's panel of W_hh, which carries the gradient to h of this step, and finishes the cells of
 // those units while the tile is in the L1 cache: one barrier a step. With a projection, the
-// gradient of h is exchanged too and multiplied by W_hr: two barriers a step.
+// gradient of h is exchanged too and multiplied by W_hr: two barriers a step. (A single sequence's
+// weights are not packed, and what is exchanged are sums: see one_row.h.)
 #pragma once
 
 #include <algorithm>
 
 #include "backward_cells.h"
+#include "one_row.h"
 #include "operand.h"
 #include "split.h"
 
@@ -45,20 +47,23 @@ class Backward {
         output_blocks_(Operand::count(n_.P)),
         unit_panels_(blocks_of(n_.H, width)),
         output_panels_(blocks_of(n_.P, width)),
-        gate_by_gate_(Tiles::gate_by_gate &&
+        in_place_(Tiles::in_place && rows_ == 1 && !projected_),
+        gate_by_gate_(Tiles::gate_by_gate && !in_place_ &&
                       4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
                           l2_cache_bytes() / 2),
-        paired_(rows_ <= Tiles::pair_rows),
+        paired_(!in_place_ && rows_ <= Tiles::pair_rows),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
-        recurrent_(carries_ ? n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H) : 0),
+        recurrent_(carries_ && !in_place_ ? n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)
+                                          : 0),
         projection_(projected_ ? n_.D * unit_panels_ * Tiles::panel_size(n_.P) : 0),
         da_(n_.D * 2 * da_size_),
         dh_(n_.D * dh_size_),
         dbias_(n_.D * 4 * n_.H),
         sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width
                             : 0),
-        dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L) {
+        dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L),
+        exchange_(n_.H, n_.P, n_.D, in_place_ ? std::min<int64_t>(a_.threads, max_parts) : 0) {
     dbias_.clear();
     // What no group of columns fills of a block may be multiplied all the same.
     if (Operand::columns > L) {
@@ -82,7 +87,7 @@ class Backward {
     [[maybe_unused]] const typename Tiles::Session session;
     const Range outputs = team.share(n_.D * output_panels_);
     const Range units = projected_ ? team.share(n_.D * unit_panels_) : Range{0, 0};
-    for (int64_t item = outputs.begin; carries_ && item < outputs.end; ++item)
+    for (int64_t item = outputs.begin; carries_ && !in_place_ && item < outputs.end; ++item)
       pack_panel(a_.w_hh, n_.P, {4, {n_.H, n_.H, n_.H, n_.H}}, output_panels_, item, recurrent_);
     for (int64_t item = units.begin; item < units.end; ++item)
       pack_panel(a_.w_hr, n_.H, {1, {n_.P}}, unit_panels_, item, projection_);
@@ -94,6 +99,10 @@ class Backward {
     }
     Unfinished unfinished;
     for (int64_t s = a_.begin; s < a_.end + to_initial_state_; ++s) {
+      if (in_place_) {
+        carry_in_place(team, outputs, s, unfinished);
+        continue;
+      }
       if (gate_by_gate_)
         for (int gate = 0; gate < 3; ++gate)
           for (int64_t item = outputs.begin; item < outputs.end; ++item) {
@@ -116,7 +125,10 @@ class Backward {
       unfinished.cells.rest();
       team.barrier.wait();
     }
-    if (a_.begin < a_.end && a_.end < walk_.all_steps()) leave_carry(team);
+    if (a_.begin < a_.end && a_.end < walk_.all_steps()) {
+      if (in_place_) team.barrier.wait();
+      leave_carry(team);
+    }
   }
 
   // Did any value not fit the Elements? Then nothing that was written counts.
@@ -313,6 +325,35 @@ class Backward {
 
   int64_t column_of(int64_t item) const { return item % output_panels_ * width; }
 
+  // One row, and weights that are not packed: every thread's part of the products, and then its
+  // own panels' cells.
+  void carry_in_place(const Team& team, const Range& items, int64_t s, Unfinished& unfinished) {
+    if constexpr (Tiles::in_place) {
+      for (int d = 0; d < n_.D; ++d) {
+        const Step step = this->step(d, s);
+        if (step.carried == 0) continue;
+        const int64_t first = d * output_panels_, last = first + output_panels_;
+        const Range mine{std::clamp(items.begin, first, last), std::clamp(items.end, first, last)};
+        Wanted wanted;
+        for (int64_t item = mine.begin; item < mine.end && wanted.has_room(cell_lines); ++item)
+          add_cells(wanted, step, 0, 1, column_of(item));
+        exchange_.multiply(
+            team, s, d, {(mine.begin - first) * width, std::min((mine.end - first) * width, n_.H)},
+            da(d, s - 1).data, gate_blocks_ * L, static_cast<const T*>(a_.w_hh[d]), wanted);
+      }
+      team.barrier.wait();
+      for (int64_t item = items.begin; item < items.end; ++item) {
+        const Step step = this->step(int(item / output_panels_), s);
+        if (step.carried > 0) {
+          T* const sums = unfinished.next();
+          exchange_.add_up(team, s, step.d, column_of(item), sums);
+          finish_tile(step, 0, 1, column_of(item), sums, unfinished);
+        }
+        begin_sequences(item, s, unfinished);
+      }
+    }
+  }
+
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
   // by.
   template <class Other>
@@ -352,6 +393,8 @@ class Backward {
     else
       cells.all();
   }
+
+  static constexpr int64_t cell_lines = 11;  // pairs, of one row; see add_cells
 
   // What is read and written to undo the cells of one panel of units. It lies kilobytes apart,
   // where no processor foresees it, and has not been touched for long.
@@ -449,6 +492,7 @@ class Backward {
   const int64_t output_blocks_;  // of outputs
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
+  const bool in_place_;          // are the weights left where they lie?
   const bool gate_by_gate_;      // see add_gate
   const bool paired_;            // are two panels multiplied at once?
   const int64_t da_size_, dh_size_;
@@ -459,6 +503,7 @@ class Backward {
   Scratch<T> dbias_;             // (D, 4H), of these sequences
   Scratch<T> sums_;              // (D, output_panels, rows, panel_width), gate by gate
   Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
+  const OneRow<T> exchange_;     // of sums, where the weights are not packed
   bool beyond_ = false;          // Elements' range
 };
 

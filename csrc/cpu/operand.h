@@ -17,6 +17,7 @@
 //                       there of them
 //   multiply            a tile times a panel, which may be added to what is there
 //   pair_rows, multiply_pair   a tile of up to so many rows times two panels is faster at once
+//   in_place            whether one row can be multiplied by weights that are not packed
 //   gate_by_gate        whether of da, where it is too large for the L2 cache, a gate's part is
 //                       multiplied by all panels before the next one's is (backward.h)
 //   asks                whether multiply asks for what is Wanted
@@ -73,8 +74,14 @@ struct Wanted {
   const char* pairs[capacity];
   int64_t count = 0;
 
+  bool has_room(int64_t pairs) const { return count + pairs <= capacity; }
   void add(const void* pair) { pairs[count++] = static_cast<const char*>(pair); }
 };
+
+FASTLSTM_INLINE void ask_for(const char* pair) {
+  __builtin_prefetch(pair, 0, 2);
+  __builtin_prefetch(pair + 64, 0, 2);
+}
 
 // Nothing to be done meanwhile.
 struct Idle {

@@ -31,11 +31,6 @@ FASTLSTM_INLINE void prefetch_row([[maybe_unused]] const T* b,
     }
 }
 
-FASTLSTM_INLINE void ask_for(const char* pair) {
-  __builtin_prefetch(pair, 0, 2);
-  __builtin_prefetch(pair + 64, 0, 2);
-}
-
 // So many columns of A and rows of B are multiplied in one piece of code. A processor's L1
 // prefetcher follows an instruction that loads half a KiB after its last load, but not one that
 // skips more: with one row, which waits for B alone, that is half of the speed. (Hence loops that

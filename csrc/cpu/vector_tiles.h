@@ -1,6 +1,8 @@
 // The products of a walk by vectors of T: the Tiles of every instruction set (see operand.h).
 #pragma once
 
+#include <type_traits>
+
 #include "../layer.h"
 #include "split.h"
 #include "tile.h"
@@ -100,6 +102,7 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   }
 
   static constexpr bool gate_by_gate = short_vectors, asks = true;
+  static constexpr bool in_place = std::is_same<S, T>::value;
 };
 
 }  // namespace
