@@ -127,12 +127,18 @@ LAYERS = (
 )
 
 # Steps whose weights the CPU's kernels do not pack, because they are many: one row a step, one step
-# of many rows, and a few of some. (In Triton's interpreter they would take minutes.)
+# of many rows, and a few of some; and few rows that two panels of weights are multiplied by at
+# once. (In Triton's interpreter they would take minutes.)
 UNPACKED = (
     Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
     Layer((1,) * 17, 300, 37, projection=143, bias=False),
     Layer((40,), 260, 333, directions=2, reset=0.3),
     Layer((20, 20), 330, 331, projection=300, directions=2, bias=False),
+    Layer((1,) * 70, 190, 210, directions=2, reset=0.1),  # rows enough to pack the input part
+    Layer((1,) * 100, 1800, 150),  # and then, in a second chunk, too few
+    Layer((1,) * 5, 7, 331, directions=2, reset=0.3),  # rows of W_hh wider than the registers
+    Layer((4, 3, 3, 1), 5, 70, directions=2, reset=0.3),  # three panels in each direction
+    Layer((6,) * 3, 5, 150, projection=70),
 )
 
 # What the benchmarks time: (T, B, I, H).

@@ -1,7 +1,8 @@
 // The forward pass of a few steps, what a program calls that has its input one step at a time, or
 // of a short sequence with long rows of weights. Packing the weights, as forward.h does, would take
 // longer than all of the steps. Here each unit's rows of W_ih and W_hh are multiplied where they
-// lie: those of W_ih by a chunk of steps, those of W_hh once a step.
+// lie: those of W_ih by a chunk of steps, those of W_hh once a step. Where a chunk has many rows,
+// W_ih is packed after all, of each units' share just what is multiplied next.
 #pragma once
 
 #include <algorithm>
@@ -44,11 +45,15 @@ template <class Tiles>
 class FewSteps {
   using S = typename Tiles::S;
   using T = typename Tiles::T;
+  using Element = typename Tiles::Element;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
   using Products = RowProducts<S>;
   using Weights = typename Products::Weights;
-  static constexpr int64_t L = lanes<T>;
+  using Operand = Blocked<Tiles>;
+  static constexpr int64_t L = lanes<T>, width = panel_width<T>;
+  // Rows of a chunk from which on packing W_ih pays.
+  static constexpr int64_t rows_worth_packing = 64;
 
  public:
   // One part of the pass: the given sequences.
@@ -62,6 +67,11 @@ class FewSteps {
         chunk_(mine_.end - mine_.begin < rows_
                    ? 1
                    : std::clamp<int64_t>(chunk_rows(n_) / rows_, 1, steps_)),
+        panel_size_(packs(0) ? Tiles::panel_size(n_.I) : 0),
+        chunk_tiles_(chunk_ * rows_, Tiles::max_rows),
+        inputs_size_(packs(0) ? Operand::size(Operand::count(n_.I), chunk_ * rows_) : 0),
+        inputs_(n_.D * inputs_size_),
+        panels_(std::min<int64_t>(a_.threads, max_parts) * 2 * panel_size_),
         ahead_(chunk_ > 1 ? n_.D * groups_ * chunk_ * rows_ * 4 * L : 0),
         m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {}
 
@@ -78,11 +88,18 @@ class FewSteps {
     const int64_t panels = blocks_of(n_.P, L);
     const Range outputs = a_.w_hr[0] ? team.share(n_.D * panels) : Range{0, 0};
     for (int64_t s = 0; s < steps_; ++s) {
+      if (packs(s)) {
+        block_inputs(team, s);
+        team.barrier.wait();
+      }
       // There and back again: what the cache still holds of the last step is used first.
       for (int64_t item = 0; item < mine.end - mine.begin; ++item) {
         const int64_t k = s % 2 == 0 ? mine.begin + item : mine.end - 1 - item;
         const Units units{k, int(k / groups_), k % groups_ * L};
-        if (chunk_ > 1 && s % chunk_ == 0) multiply_inputs(units, s);
+        if (packs(s))
+          multiply_packed_inputs(units, s, panels_ + team.rank * 2 * panel_size_);
+        else if (chunk_ > 1 && s % chunk_ == 0)
+          multiply_inputs(units, s);
         for_tiles(mine_,
                   [&](auto rows, int64_t first) { finish_units<rows.value>(units, s, first); });
       }
@@ -136,14 +153,50 @@ class FewSteps {
     return int(n_.H - units.first < L ? n_.H - units.first : L);
   }
 
+  // Does a chunk begin at step s that has so many rows that W_ih is packed for it?
+  bool packs(int64_t s) const {
+    return chunk_ > 1 && s % chunk_ == 0 && rows_of_chunk(s) >= rows_worth_packing;
+  }
+  // The rows of x of the steps from step s on.
+  int64_t rows_of_chunk(int64_t s) const { return std::min(chunk_, steps_ - s) * rows_; }
+  const S* chunk_of_x(int d, int64_t s) const {
+    const int64_t last = std::min(s + chunk_, steps_) - 1;
+    return static_cast<const S*>(a_.x) + std::min(time(d, s), time(d, last)) * rows_ * n_.I;
+  }
+  Operand inputs(int d) const {
+    return {inputs_ + d * inputs_size_, Operand::count(n_.I), chunk_tiles_.height};
+  }
+
+  void block_inputs(const Team& team, int64_t s) {
+    const Range share = team.share(rows_of_chunk(s));
+    for (int d = 0; d < n_.D; ++d)
+      for (int64_t r = share.begin; r < share.end; ++r)
+        inputs(d).put_row(r, 0, chunk_of_x(d, s) + r * n_.I, n_.I);
+  }
+
   // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
+  void multiply_packed_inputs(const Units& units, int64_t s, Element* panels) {
+    const S* w_ih = static_cast<const S*>(a_.w_ih[units.d]) + units.first * n_.I;
+    const int count = count_of(units);
+    for (int gate = 0; gate < 4; ++gate)
+      Tiles::pack_transposed(w_ih + gate * n_.H * n_.I, n_.I, n_.I, count, gate % 2,
+                             panels + gate / 2 * panel_size_);
+    const int64_t rows = rows_of_chunk(s);
+    T* const ahead = ahead_ + units.index * chunk_ * rows_ * 4 * L;
+    for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
+      const int64_t first = tile * chunk_tiles_.height;
+      for (int half = 0; half < 2; ++half)
+        Tiles::multiply(inputs(units.d).tile(tile), chunk_tiles_.height,
+                        chunk_tiles_.end(tile, rows) - first, panels + half * panel_size_,
+                        {1, {n_.I}}, Advance::none, ahead + first * 4 * L + half * width, 4 * L,
+                        nullptr);
+    }
+  }
   void multiply_inputs(const Units& units, int64_t s) {
-    const int64_t steps = std::min(chunk_, steps_ - s);
-    const int64_t t = std::min(time(units.d, s), time(units.d, s + steps - 1));
-    const S* x = static_cast<const S*>(a_.x) + t * rows_ * n_.I;
+    const S* x = chunk_of_x(units.d, s);
     const Weights w_ih = weights(a_.w_ih, units, n_.I);
     T* ahead = ahead_ + units.index * chunk_ * rows_ * 4 * L;
-    for_tiles({0, steps * rows_}, [&](auto rows, int64_t first) {
+    for_tiles({0, rows_of_chunk(s)}, [&](auto rows, int64_t first) {
       V products[rows.value][4];
       Products::template multiply<rows.value, 4>(x + first * n_.I, n_.I, w_ih, count_of(units),
                                                  products);
@@ -242,8 +295,13 @@ class FewSteps {
   const Range mine_;  // of them
   const int64_t groups_;
   const int64_t chunk_;  // steps whose inputs are multiplied together
-  Scratch<T> ahead_;     // (D * groups, chunk, rows, 4, L)
-  Scratch<S> m_;         // (D, rows, H), with a projection
+  const int64_t panel_size_;
+  const RowTiles chunk_tiles_;  // of the rows of a chunk
+  const int64_t inputs_size_;
+  Scratch<Element> inputs_;  // (D) Blocked (chunk * rows, I), where W_ih is packed
+  Scratch<Element> panels_;  // (threads, 2) panels of I rows, where W_ih is packed
+  Scratch<T> ahead_;         // (D * groups, chunk, rows, 4, L)
+  Scratch<S> m_;             // (D, rows, H), with a projection
 };
 
 }  // namespace
