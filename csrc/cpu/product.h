@@ -8,6 +8,10 @@
 //
 // For A^T B, A goes into panels, which take its rows as they are, and B into tiles: B^T A is
 // computed, and transposed when it is added to C. Tiles of two B may pass by, one after the other.
+//
+// A slab of B that stays in the L2 cache passes by each tile or panel of the group, one after the
+// other, so that C is written along its rows, as memory likes it best. One that comes from afar
+// passes by once for the whole group.
 #pragma once
 
 #include <algorithm>
@@ -54,6 +58,9 @@ class Product {
         panel_size_(RightTiles::panel_size(depth_)),
         group_(group(transposed ? panel_size_ : tile_size_,
                      transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_)),
+        along_rows_((transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_) *
+                        int64_t(sizeof(Element)) <=
+                    l2_cache_bytes() / 4 * 3),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
         right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_),
         kept_(keeps && p_.K > depth_ ? all_panels_ * all_tiles_ * most_values : 0) {}
@@ -280,31 +287,33 @@ class Product {
         pack();
       ask_for_row(wanted);
     };
-    for (int64_t other = 0; other < others; ++other)
-      for (int64_t own = group.begin; own < group.end; ++own) {
-        const auto [part, first, count] = tile(transposed ? other : own);
-        const int64_t panel = transposed ? own : other;
-        const Element* const left =
-            transposed ? shared_place(other) : buffer + (own - group.begin) * tile_size_;
-        const Element* const right =
-            transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(other);
-        wanted = transposed ? destination(part, panel * width, columns_, width, first)
-                            : destination(part, first, first + count, count, panel * width);
-        const bool kept = keeps && p_.K > depth_, last = group.k + depth_ >= p_.K;
-        T* const values = kept ? kept_values(group, other, own) : sums.values[1 - sums.buffer];
-        Wanted rows;
-        if (kept && group.k > 0) ask_for(rows, values);
-        if (!Tiles::has_pauses && (last || !kept)) add_rows(rows, wanted);
-        Tiles::multiply(left, tiles_[part].height, count, right, segments, Advance::none, values,
-                        width, &rows, kept && group.k > 0, meanwhile);
-        write_rest(sums);
-        if (kept && !last) continue;
-        sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;
-        sums.add = p_.add || (group.k > 0 && !kept);
-        sums.buffer = 1 - sums.buffer, sums.from = values;
-        sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
-        if (!Tiles::has_pauses) write_rest(sums);
-      }
+    const int64_t size = group.end - group.begin;
+    for (int64_t n = 0; n < others * size; ++n) {
+      const int64_t other = along_rows_ ? n % others : n / size;
+      const int64_t own = group.begin + (along_rows_ ? n / others : n % size);
+      const auto [part, first, count] = tile(transposed ? other : own);
+      const int64_t panel = transposed ? own : other;
+      const Element* const left =
+          transposed ? shared_place(other) : buffer + (own - group.begin) * tile_size_;
+      const Element* const right =
+          transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(other);
+      wanted = transposed ? destination(part, panel * width, columns_, width, first)
+                          : destination(part, first, first + count, count, panel * width);
+      const bool kept = keeps && p_.K > depth_, last = group.k + depth_ >= p_.K;
+      T* const values = kept ? kept_values(group, other, own) : sums.values[1 - sums.buffer];
+      Wanted rows;
+      if (kept && group.k > 0) ask_for(rows, values);
+      if (!Tiles::has_pauses && (last || !kept)) add_rows(rows, wanted);
+      Tiles::multiply(left, tiles_[part].height, count, right, segments, Advance::none, values,
+                      width, &rows, kept && group.k > 0, meanwhile);
+      write_rest(sums);
+      if (kept && !last) continue;
+      sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;
+      sums.add = p_.add || (group.k > 0 && !kept);
+      sums.buffer = 1 - sums.buffer, sums.from = values;
+      sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
+      if (!Tiles::has_pauses) write_rest(sums);
+    }
   }
 
   T* kept_values(const Group& group, int64_t other, int64_t own) const {
@@ -385,7 +394,8 @@ class Product {
   const RowTiles tiles_[ProductArgs::most_parts];
   const int64_t first_tiles_;  // of the first part
   const int64_t all_tiles_, all_panels_, tile_size_, panel_size_;
-  const int64_t group_;  // how many of them a thread packs at a time
+  const int64_t group_;    // how many of them a thread packs at a time
+  const bool along_rows_;  // is C written along its rows?
   Scratch<Element> left_, right_;
   Scratch<T> kept_;
 };
