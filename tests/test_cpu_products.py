@@ -61,6 +61,36 @@ def test_products_are_about_as_exact_as_torch(
         torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=rtol * depth**0.5)
 
 
+# Few rows, few columns, rows enough for a copy of B each, and a B that is too large for that.
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(40, 200, 150), (200, 48, 300),
+                         (530, 130, 600), (600, 1300, 70), (1100, 70, 40)])  # fmt: skip
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_share_a_product(
+    rows: int, columns: int, depth: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    """As one thread computes it, and nothing beside it."""
+    if instruction_set == "baseline":
+        return
+    state = torch.promote_types(dtype, torch.float32)
+    rtol, _ = EXACTNESS[state]
+    for transposed in (True, False):
+        left = torch.randn((depth, rows) if transposed else (rows, depth), dtype=state)
+        right, wide = torch.randn(depth, columns).to(dtype), torch.randn(rows, columns + 5)
+        before, results = torch.get_num_threads(), []
+        for threads in (1, 2, 3):
+            out = wide.to(state, copy=True)
+            torch.set_num_threads(threads)
+            try:
+                assert _C.cpu_product(left, right, out[:, 2:-3], transposed, True, True)
+            finally:
+                torch.set_num_threads(before)
+            results.append(out)
+        for out in results[1:]:
+            torch.testing.assert_close(out, results[0], rtol=rtol, atol=rtol * depth**0.5)
+            assert torch.equal(out[:, :2], results[0][:, :2])
+            assert torch.equal(out[:, -3:], results[0][:, -3:])
+
+
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("huge", [float("inf"), 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@
 #include "few_steps.h"
 #include "forward.h"
 #include "isa.h"
-#include "product.h"
+#include "run_product.h"
 
 namespace fastlstm {
 
@@ -124,15 +124,23 @@ void recompute(const RecomputeArgs& args) {
 
 // Whether no value of a (rows, columns) matrix is too large (see amx_tiles.h).
 template <int terms, class S>
-bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld) {
+bool none_too_large(const S* values, int64_t rows, int64_t columns, int64_t ld, int threads) {
   if (terms == 1) return true;
-  unsigned beyond = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < columns; k += lanes<float>) {
-      const int some = int(columns - k < lanes<float> ? columns - k : lanes<float>);
-      beyond |= too_large<terms>(load_some(values + r * ld + k, some));
-    }
-  return beyond == 0;
+  constexpr int64_t L = lanes<float>, worth_a_thread = 1 << 16;
+  bool beyond = false;
+  run_team(int(std::min<int64_t>(rows * columns / worth_a_thread + 1, threads)),
+           [&](const Team& team) {
+             const Range mine = team.share(rows);
+             unsigned found = 0;
+             for (int64_t r = mine.begin; r < mine.end; ++r) {
+               const S* const row = values + r * ld;
+               int64_t k = 0;
+               for (; k + L <= columns; k += L) found |= too_large<terms>(load(row + k));
+               if (k < columns) found |= too_large<terms>(load_some(row + k, int(columns - k)));
+             }
+             if (found) __atomic_store_n(&beyond, true, __ATOMIC_RELAXED);
+           });
+  return !beyond;
 }
 
 // False if there are any.
@@ -141,9 +149,10 @@ bool product_of(const ProductArgs& p) {
   const auto* a = static_cast<const float*>(p.a);
   const int64_t rows = p.transposed ? p.K : p.M, columns = p.transposed ? p.M : p.K;
   constexpr int left = gradient_terms<S>, right = terms_of<S>;
-  if (!p.bounded && !none_too_large<left>(a, rows, columns, p.lda)) return false;
+  if (!p.bounded && !none_too_large<left>(a, rows, columns, p.lda, p.threads)) return false;
   for (const ProductPart& part : p.parts)
-    if (!none_too_large<right>(static_cast<const S*>(part.b), p.K, part.N, part.ldb)) return false;
+    if (!none_too_large<right>(static_cast<const S*>(part.b), p.K, part.N, part.ldb, p.threads))
+      return false;
   if (p.transposed)
     run_product<AmxTiles<S, right>, AmxTiles<float, left, left>, AmxTiles<float, right, left>,
                 true>(p);

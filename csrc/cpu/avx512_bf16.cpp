@@ -7,7 +7,7 @@
 #include "few_steps.h"
 #include "forward.h"
 #include "isa.h"
-#include "product.h"
+#include "run_product.h"
 
 namespace fastlstm {
 

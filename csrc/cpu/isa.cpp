@@ -7,7 +7,7 @@
 #include "backward.h"
 #include "few_steps.h"
 #include "forward.h"
-#include "product.h"
+#include "run_product.h"
 #include "recompute.h"
 #include "unpacked_product.h"
 #include "vector_tiles.h"

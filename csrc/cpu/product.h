@@ -58,12 +58,18 @@ class Product {
         panel_size_(RightTiles::panel_size(depth_)),
         group_(group(transposed ? panel_size_ : tile_size_,
                      transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_)),
-        along_rows_((transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_) *
-                        int64_t(sizeof(Element)) <=
-                    l2_cache_bytes() / 4 * 3),
+        along_rows_(slab_bytes(p_) <= l2_cache_bytes() / 4 * 3),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
         right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_),
         kept_(keeps && p_.K > depth_ ? all_panels_ * all_tiles_ * most_values : 0) {}
+
+  // Of a packed slab of B.
+  static int64_t slab_bytes(const ProductArgs& p) {
+    const int64_t depth = slab_rows(p);
+    const int64_t panel =
+        transposed ? LeftTiles::terms * width * depth : RightTiles::panel_size(depth);
+    return blocks_of(p.columns(), width) * panel * int64_t(sizeof(Element));
+  }
 
   void run(const Team& team) {
     [[maybe_unused]] const typename Tiles::Session session;
@@ -399,15 +405,6 @@ class Product {
   Scratch<Element> left_, right_;
   Scratch<T> kept_;
 };
-
-// A team as large as the work is worth.
-template <class LeftTiles, class RightTiles, class Tiles, bool transposed>
-void run_product(const ProductArgs& p) {
-  const int64_t work = p.M * p.columns() * p.K / (int64_t(1) << 20) + 1;
-  const int threads = work < p.threads ? int(work) : p.threads;
-  Product<LeftTiles, RightTiles, Tiles, transposed> product(p, threads);
-  run_team(threads, [&](const Team& team) { product.run(team); });
-}
 
 }  // namespace
 }  // namespace fastlstm

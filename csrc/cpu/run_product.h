@@ -1,0 +1,68 @@
+// How the products of (eq. 9) are divided among threads, which share the rows of op(A).
+#pragma once
+
+#include <algorithm>
+
+#include "product.h"
+#include "split.h"
+
+namespace fastlstm {
+namespace {
+
+// The product for a range of the rows of op(A), which are those of C.
+inline ProductArgs some_rows(ProductArgs p, const Range& rows, int64_t state_bytes) {
+  const auto after = [&](const void* from, int64_t count) {
+    return static_cast<char*>(const_cast<void*>(from)) + count * state_bytes;
+  };
+  p.M = rows.end - rows.begin;
+  p.a = after(p.a, rows.begin * (p.transposed ? 1 : p.lda));
+  for (ProductPart& part : p.parts)
+    if (part.N > 0) part.c = after(part.c, rows.begin * part.ldc);
+  return p;
+}
+
+// With so many rows for each, threads do better with a packed B of their own, where it leaves room
+// in their L2 caches: they need not wait for each other at every slab. (Vectors do as well either
+// way.)
+template <class Part, class Tiles>
+bool worth_copies(const ProductArgs& p, int threads) {
+  return Tiles::has_pauses && threads > 1 && threads <= max_parts &&
+         p.M >= int64_t(256) * threads && Part::slab_bytes(p) <= l2_cache_bytes() / 2;
+}
+
+// A team as large as the work is worth. Everything is allocated before the threads start.
+template <class LeftTiles, class RightTiles, class Tiles, bool transposed>
+void run_product(const ProductArgs& p) {
+  using Part = Product<LeftTiles, RightTiles, Tiles, transposed>;
+  constexpr int64_t unit = transposed ? Tiles::width : LeftTiles::max_rows;
+  const int64_t work = p.M * p.columns() * p.K / (int64_t(1) << 20) + 1;
+  const int threads = work < p.threads ? int(work) : p.threads;
+  if (!worth_copies<Part, Tiles>(p, threads)) {
+    Part product(p, threads);
+    return run_team(threads, [&](const Team& team) { product.run(team); });
+  }
+  struct Parts {
+    ProductArgs args[max_parts];
+    Part* of[max_parts] = {};
+    ~Parts() {
+      for (Part* part : of) delete part;
+    }
+  } parts;
+  for (int k = 0; k < threads; ++k) {
+    const auto cut = [&](int64_t part) {
+      return std::min(blocks_of(p.M, unit) * part / threads * unit, p.M);
+    };
+    parts.args[k] = some_rows(p, {cut(k), cut(k + 1)}, sizeof(typename Tiles::T));
+    parts.of[k] = new Part(parts.args[k], 1);
+  }
+  run_team(threads, [&](const Team& team) {
+    // The team may be smaller than asked for.
+    for (int k = team.rank; k < threads; k += team.size) {
+      Barrier alone(1);
+      parts.of[k]->run(Team{1, 0, alone});
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastlstm
