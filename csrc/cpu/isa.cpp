@@ -7,8 +7,8 @@
 #include "backward.h"
 #include "few_steps.h"
 #include "forward.h"
-#include "run_product.h"
 #include "recompute.h"
+#include "run_product.h"
 #include "unpacked_product.h"
 #include "vector_tiles.h"
 
