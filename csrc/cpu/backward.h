@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "backward_cells.h"
+#include "backward_edges.h"
 #include "one_row.h"
 #include "operand.h"
 #include "split.h"
@@ -94,7 +95,7 @@ class Backward {
     const Advance advance =
         Tiles::advance(rows_, (outputs.end - outputs.begin) * 4 * Tiles::panel_size(n_.H));
     if (a_.begin > 0) {
-      receive_carry(team);
+      Edges::receive(*this, team);
       team.barrier.wait();
     }
     Unfinished unfinished;
@@ -127,34 +128,22 @@ class Backward {
     }
     if (a_.begin < a_.end && a_.end < walk_.all_steps()) {
       if (in_place_) team.barrier.wait();
-      leave_carry(team);
+      Edges::leave(*this, team);
     }
   }
 
   // Did any value not fit the Elements? Then nothing that was written counts.
   bool beyond() const { return beyond_; }
 
-  // Sequences without steps: what comes in for their final state goes out for their initial one.
-  // The bias gradients of the parts add up, in their order.
   static void finish(const BackwardArgs& args, Backward* const* parts, int count) {
-    const Shape& n = args.shape;
-    for (int64_t d = 0; d < n.D; ++d) {
-      for (int64_t b = n.T > 0 ? n.batch_sizes[0] : 0; b < n.B; ++b) {
-        copy_row(args.dh_n, args.dh0, (d * n.B + b) * n.P, n.P);
-        copy_row(args.dc_n, args.dc0, (d * n.B + b) * n.H, n.H);
-      }
-    }
-    if (args.dbias == nullptr) return;
-    T* sum = static_cast<T*>(args.dbias);
-    for (int64_t k = 0; k < n.D * 4 * n.H; ++k) {
-      sum[k] = parts[0]->dbias_[k];
-      for (int part = 1; part < count; ++part) sum[k] += parts[part]->dbias_[k];
-    }
+    BackwardEdges<Backward>::finish(args, parts, count);
   }
 
  private:
   friend class BackwardCells<Backward>;
+  friend class BackwardEdges<Backward>;
   using Cells = BackwardCells<Backward>;
+  using Edges = BackwardEdges<Backward>;
 
   // A step to undo, and the step undone before it, of one direction. There is one more than
   // there are steps: it has no rows of its own and only carries gradients to the initial state.
@@ -190,42 +179,6 @@ class Backward {
     return step;
   }
 
-  // What the first step of this call is given by the step undone before it, in another call.
-  void receive_carry(const Team& team) {
-    for (int d = 0; d < n_.D; ++d) {
-      const Operand blocked = da(d, a_.begin - 1);
-      const Range share = team.share(walk_.rows(time(d, a_.begin - 1)));
-      for (int64_t r = share.begin; r < share.end; ++r) {
-        const T* da = static_cast<const T*>(a_.da_carry) + state_at(d, r, 4 * n_.H);
-        const T* dc = static_cast<const T*>(a_.dc_carry) + state_at(d, r, n_.H);
-        for (int64_t unit = 0; unit < n_.H; unit += L) {
-          const int count = int(n_.H - unit < L ? n_.H - unit : L);
-          for (int gate = 0; gate < 4; ++gate)
-            note(blocked.put(blocked.at(r, gate * gate_blocks_, unit),
-                             load_some(da + gate * n_.H + unit, count), count));
-          store(carried_cell(d, r, unit), load_some(dc + unit, count));
-        }
-      }
-    }
-  }
-
-  // What the last step of this call leaves for the next one.
-  void leave_carry(const Team& team) {
-    for (int d = 0; d < n_.D; ++d) {
-      const int64_t t = time(d, a_.end - 1);
-      const Range share = team.share(walk_.rows(t));
-      for (int64_t r = share.begin; r < share.end; ++r) {
-        const int64_t row = (walk_.start(t) + r - a_.first_row[d]) * n_.D + d;
-        std::memcpy(static_cast<T*>(a_.da_carry) + state_at(d, r, 4 * n_.H),
-                    static_cast<const T*>(a_.da) + row * 4 * n_.H, size_t(4 * n_.H) * sizeof(T));
-        T* dc = static_cast<T*>(a_.dc_carry) + state_at(d, r, n_.H);
-        for (int64_t unit = 0; unit < n_.H; unit += L)
-          store_some(dc + unit, load(carried_cell(d, r, unit)),
-                     int(n_.H - unit < L ? n_.H - unit : L));
-      }
-    }
-  }
-
   void note(unsigned beyond) {
     if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
   }
@@ -233,16 +186,6 @@ class Backward {
   // The place of sequence r's state in a (D, B, size) tensor.
   int64_t state_at(int64_t d, int64_t r, int64_t size) const {
     return (d * n_.B + walk_.first() + r) * size;
-  }
-
-  static void copy_row(const void* from, void* to, int64_t offset, int64_t size) {
-    if (to == nullptr) return;
-    S* out = static_cast<S*>(to) + offset;
-    if (from == nullptr) {
-      std::memset(static_cast<void*>(out), 0, size_t(size) * sizeof(S));
-    } else {
-      std::memcpy(out, static_cast<const S*>(from) + offset, size_t(size) * sizeof(S));
-    }
   }
 
   // Columns of a row-major (K, columns) weight matrix into the panel of an item.
@@ -284,7 +227,7 @@ class Backward {
       T* const sums = gate_by_gate_ ? sums_of(item, tile) : unfinished.next();
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
       Wanted wanted;
-      if (Tiles::asks && !projected_) add_cells(wanted, step, first, last, column);
+      if (Tiles::asks && !projected_) Cells::ask(*this, wanted, step, {first, last}, column);
       if (gate_by_gate_)
         add_gate(item, step, 3, tile, &wanted, meanwhile);
       else
@@ -302,7 +245,7 @@ class Backward {
       const int64_t size = 4 * Tiles::panel_size(n_.H), rows = step.carried;
       Wanted wanted;
       for (int panel = 0; panel < 2 && !projected_; ++panel)
-        add_cells(wanted, step, 0, rows, column_of(item + panel));
+        Cells::ask(*this, wanted, step, {0, rows}, column_of(item + panel));
       Tiles::multiply_pair(da(step.d, s - 1).tile(0), tiles_.height, rows,
                            {recurrent_ + item * size, size}, {4, {n_.H, n_.H, n_.H, n_.H}}, advance,
                            {unfinished.sums[0], width, Tiles::max_rows * width}, &wanted);
@@ -335,8 +278,9 @@ class Backward {
         const int64_t first = d * output_panels_, last = first + output_panels_;
         const Range mine{std::clamp(items.begin, first, last), std::clamp(items.end, first, last)};
         Wanted wanted;
-        for (int64_t item = mine.begin; item < mine.end && wanted.has_room(cell_lines); ++item)
-          add_cells(wanted, step, 0, 1, column_of(item));
+        for (int64_t item = mine.begin; item < mine.end && wanted.has_room(Cells::most_asked);
+             ++item)
+          Cells::ask(*this, wanted, step, {0, 1}, column_of(item));
         exchange_.multiply(
             team, s, d, {(mine.begin - first) * width, std::min((mine.end - first) * width, n_.H)},
             da(d, s - 1).data, gate_blocks_ * L, static_cast<const T*>(a_.w_hh[d]), wanted);
@@ -392,29 +336,6 @@ class Backward {
       unfinished.cells = cells;
     else
       cells.all();
-  }
-
-  static constexpr int64_t cell_lines = 11;  // pairs, of one row; see add_cells
-
-  // What is read and written to undo the cells of one panel of units. It lies kilobytes apart,
-  // where no processor foresees it, and has not been touched for long.
-  void add_cells(Wanted& wanted, const Step& step, int64_t first, int64_t last,
-                 int64_t unit) const {
-    const int64_t H = n_.H, before = Walk::previous(step.d, step.t);
-    const int64_t end = last < step.rows ? last : step.rows, rows_before = walk_.rows(before);
-    for (int64_t r = first; r < end; ++r) {
-      const int64_t row = (step.start + r) * n_.D + step.d;
-      const S* gates = static_cast<const S*>(a_.gates) + row * 4 * H + unit;
-      const T* da = static_cast<const T*>(a_.da) + (row - a_.first_row[step.d] * n_.D) * 4 * H;
-      const T* c_all = static_cast<const T*>(a_.c_all) + unit;
-      for (int gate = 0; gate < 4; ++gate) {
-        wanted.add(gates + gate * H);
-        wanted.add(da + gate * H + unit);
-      }
-      wanted.add(c_all + row * H);
-      if (r < rows_before) wanted.add(c_all + ((walk_.start(before) + r) * n_.D + step.d) * H);
-      if (a_.dy) wanted.add(static_cast<const S*>(a_.dy) + row * H + unit);
-    }
   }
 
   // The carried gradient of h joins, in place, what comes in from outside.

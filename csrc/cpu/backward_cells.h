@@ -33,6 +33,31 @@ class BackwardCells {
     begin(unit);
   }
 
+  // Wants what is read and written to undo the cells of one panel of units, up to `most_asked`
+  // pairs of lines a row. It lies kilobytes apart, where no processor foresees it, and has not been
+  // touched for long.
+  static constexpr int64_t most_asked = 11;
+  static void ask(const Pass& p, Wanted& wanted, const Step& step, const Range& rows,
+                  int64_t unit) {
+    const BackwardArgs& a = p.a_;
+    const int64_t H = p.n_.H, D = p.n_.D, before = Walk::previous(step.d, step.t);
+    const int64_t end = rows.end < step.rows ? rows.end : step.rows;
+    const int64_t rows_before = p.walk_.rows(before);
+    for (int64_t r = rows.begin; r < end; ++r) {
+      const int64_t row = (step.start + r) * D + step.d;
+      const S* gates = static_cast<const S*>(a.gates) + row * 4 * H + unit;
+      const T* da = static_cast<const T*>(a.da) + (row - a.first_row[step.d] * D) * 4 * H + unit;
+      const T* c_all = static_cast<const T*>(a.c_all) + unit;
+      for (int gate = 0; gate < 4; ++gate) {
+        wanted.add(gates + gate * H);
+        wanted.add(da + gate * H);
+      }
+      wanted.add(c_all + row * H);
+      if (r < rows_before) wanted.add(c_all + ((p.walk_.start(before) + r) * D + step.d) * H);
+      if (a.dy) wanted.add(static_cast<const S*>(a.dy) + row * H + unit);
+    }
+  }
+
   int64_t rows() const { return rows_.end - rows_.begin; }
   int64_t pieces() const { return left_; }
 
