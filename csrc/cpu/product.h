@@ -58,7 +58,7 @@ class Product {
         panel_size_(RightTiles::panel_size(depth_)),
         group_(group(transposed ? panel_size_ : tile_size_,
                      transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_)),
-        along_rows_(slab_bytes(p_) <= l2_cache_bytes() / 4 * 3),
+        along_rows_(slab_bytes(p_) <= l2_cache_bytes() / 2),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
         right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_),
         kept_(keeps && p_.K > depth_ ? all_panels_ * all_tiles_ * most_values : 0) {}
