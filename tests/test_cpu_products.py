@@ -112,6 +112,26 @@ def test_products_take_any_value(
         torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("in_left", [False, True])
+def test_every_thread_looks_for_values_too_large(
+    in_left: bool, last: bool, threads: int, instruction_set: str
+) -> None:
+    """In a product that the matrix unit would take, of which each thread looks at some rows."""
+    if instruction_set == "baseline":
+        return
+    left, right, before = torch.randn(900, 200), torch.randn(900, 150), torch.get_num_threads()
+    (left if in_left else right)[-1 if last else 0, 3] = float("inf")
+    out = torch.empty(200, 150)
+    torch.set_num_threads(threads)
+    try:
+        assert _C.cpu_product(left, right, out, True, False, not in_left)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(out, left.T @ right, rtol=1e-5, atol=1e-5 * 900**0.5)
+
+
 def test_product_refuses_bad_arguments() -> None:
     good = dict(left=torch.ones(4, 3), right=torch.ones(4, 2), out=torch.ones(3, 2))
     changes = [

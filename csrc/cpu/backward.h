@@ -52,7 +52,7 @@ class Backward {
         gate_by_gate_(Tiles::gate_by_gate && !in_place_ &&
                       4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
                           l2_cache_bytes() / 2),
-        paired_(!in_place_ && rows_ <= Tiles::pair_rows),
+        paired_(!in_place_ && !gate_by_gate_ && rows_ <= Tiles::pair_rows),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
         recurrent_(carries_ && !in_place_ ? n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)

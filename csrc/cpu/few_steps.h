@@ -174,7 +174,8 @@ class FewSteps {
         inputs(d).put_row(r, 0, chunk_of_x(d, s) + r * n_.I, n_.I);
   }
 
-  // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
+  // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit). (Several
+  // steps are of exact storage, of which every value may be multiplied.)
   void multiply_packed_inputs(const Units& units, int64_t s, Element* panels) {
     const S* w_ih = static_cast<const S*>(a_.w_ih[units.d]) + units.first * n_.I;
     const int count = count_of(units);

@@ -14,21 +14,19 @@
 namespace fastlstm {
 namespace {
 
-// c (columns, up to whole vectors) = or += a (rows) W (rows, columns). W is row-major, without
-// gaps.
+// c (columns, up to whole vectors) += a (rows) W (rows, columns). W is row-major, without gaps.
 template <class T>
 class RowTimesMatrix {
   using V = Vec<T>;
   static constexpr int64_t L = lanes<T>;
   // So many sums stay in registers while all rows pass by.
   static constexpr int most_vectors = FASTLSTM_VECTOR_REGISTERS == 32 ? 16 : 8;
-  // Of wider rows so many are added at a time to sums in the L1 cache.
+  // So many rows are taken together; where they are wider, they are added to sums in the L1 cache.
   static constexpr int together = 4;
 
  public:
-  static void multiply(const T* a, const T* w, int64_t rows, int64_t columns, T* c, bool add,
+  static void multiply(const T* a, const T* w, int64_t rows, int64_t columns, T* c,
                        const char* const*& pair, const char* const* end) {
-    if (!add) std::fill_n(c, blocks_of(columns, L) * L, T{});
     if (columns <= most_vectors * L)
       return add_short_rows<most_vectors>(a, w, rows, columns, c, pair, end);
     int64_t row = 0;
@@ -114,7 +112,7 @@ class OneRow {
   void multiply(const Team& team, int64_t s, int d, const Range& units, const T* da,
                 int64_t gate_distance, const T* w_hh, const Wanted& wanted) const {
     T* const c = sums(team.rank, s, d);
-    if (units.begin >= units.end) return void(std::fill_n(c, size_, T{}));
+    std::fill_n(c, size_, T{});
     const char* const* pair = wanted.pairs;
     const char* const* const end = pair + wanted.count;
     const int64_t chunks = blocks_of(units.end - units.begin, chunk);
@@ -123,7 +121,7 @@ class OneRow {
       const int64_t at = s % 2 == 0 ? k : 4 * chunks - 1 - k;
       const int64_t gate = at / chunks, unit = units.begin + at % chunks * chunk;
       RowTimesMatrix<T>::multiply(da + gate * gate_distance + unit, w_hh + (gate * H_ + unit) * P_,
-                                  std::min(chunk, units.end - unit), P_, c, k > 0, pair, end);
+                                  std::min(chunk, units.end - unit), P_, c, pair, end);
     }
   }
 

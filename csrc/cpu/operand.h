@@ -51,14 +51,15 @@ struct Segments {
   int64_t size[4];
 };
 
-// Panels side by side, and where what they are multiplied to goes.
+// Panels side by side.
 template <class Element>
 struct Panels {
   const Element* first;
   int64_t distance;
 };
+// Where the products of a tile's rows with each of them go.
 template <class T>
-struct Sums {
+struct Target {
   T* first;
   int64_t row_distance, distance;
 };

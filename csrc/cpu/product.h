@@ -56,19 +56,18 @@ class Product {
         tile_size_(depth_ / block *
                    Operand{nullptr, 0, std::max(tiles_[0].height, tiles_[1].height)}.block_size()),
         panel_size_(RightTiles::panel_size(depth_)),
-        group_(group(transposed ? panel_size_ : tile_size_,
-                     transposed ? all_tiles_ * tile_size_ : all_panels_ * panel_size_)),
-        along_rows_(slab_bytes(p_) <= l2_cache_bytes() / 2),
+        along_rows_(slab_stays(p_)),
+        group_(group(transposed ? panel_size_ : tile_size_, along_rows_)),
         left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
         right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_),
         kept_(keeps && p_.K > depth_ ? all_panels_ * all_tiles_ * most_values : 0) {}
 
-  // Of a packed slab of B.
-  static int64_t slab_bytes(const ProductArgs& p) {
+  // Does a packed slab of B stay in the L2 cache?
+  static bool slab_stays(const ProductArgs& p) {
     const int64_t depth = slab_rows(p);
     const int64_t panel =
         transposed ? LeftTiles::terms * width * depth : RightTiles::panel_size(depth);
-    return blocks_of(p.columns(), width) * panel * int64_t(sizeof(Element));
+    return blocks_of(p.columns(), width) * panel * int64_t(sizeof(Element)) <= l2_cache_bytes() / 2;
   }
 
   void run(const Team& team) {
@@ -137,10 +136,9 @@ class Product {
 
   // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab of B that
   // stays there too leaves less for them; one that comes from afar is to come seldom.
-  static int64_t group(int64_t size, int64_t slab) {
-    const int64_t element = sizeof(Element), l2 = l2_cache_bytes();
-    const bool stays = Tiles::has_pauses && slab * element <= l2 / 2;
-    return l2 / (stays ? 16 : 2) / buffers / (size * element) + 1;
+  static int64_t group(int64_t size, bool stays) {
+    const int64_t part = Tiles::has_pauses && stays ? 16 : 2;
+    return l2_cache_bytes() / part / buffers / (size * int64_t(sizeof(Element))) + 1;
   }
 
   // The group after this one of a thread's share; the last one of all is followed by an empty one.
@@ -400,8 +398,8 @@ class Product {
   const RowTiles tiles_[ProductArgs::most_parts];
   const int64_t first_tiles_;  // of the first part
   const int64_t all_tiles_, all_panels_, tile_size_, panel_size_;
-  const int64_t group_;    // how many of them a thread packs at a time
   const bool along_rows_;  // is C written along its rows?
+  const int64_t group_;    // how many tiles or panels a thread packs at a time
   Scratch<Element> left_, right_;
   Scratch<T> kept_;
 };

@@ -27,7 +27,7 @@ inline ProductArgs some_rows(ProductArgs p, const Range& rows, int64_t state_byt
 template <class Part, class Tiles>
 bool worth_copies(const ProductArgs& p, int threads) {
   return Tiles::has_pauses && threads > 1 && threads <= max_parts &&
-         p.M >= int64_t(256) * threads && Part::slab_bytes(p) <= l2_cache_bytes() / 2;
+         p.M >= int64_t(256) * threads && Part::slab_stays(p);
 }
 
 // A team as large as the work is worth. Everything is allocated before the threads start.

@@ -105,7 +105,7 @@ FASTLSTM_INLINE void multiply_row(const T* a, const T* b, int64_t panel_distance
 // sums, for k modulo split.
 template <class T, int rows, int split, int panels, Advance advance>
 void multiply_tile(const T* a, int64_t height, const Panels<T>& b_panels, const Segments& segments,
-                   const Sums<T>& c, const Wanted* wanted, bool add) {
+                   const Target<T>& c, const Wanted* wanted, bool add) {
   const char* const* pair = wanted ? wanted->pairs : nullptr;
   const char* const* const end = wanted ? pair + wanted->count : nullptr;
   const T* b = b_panels.first;
@@ -155,18 +155,15 @@ void multiply_tile(const T* a, int64_t height, const Panels<T>& b_panels, const 
 template <class T>
 constexpr int split_of(int rows, int panels) {
   constexpr bool many = FASTLSTM_VECTOR_REGISTERS == 32;
-  const int split = panels == 2                        ? (rows > 1 ? 1
-                                                          : many   ? 4
-                                                                   : 2)
-                    : rows == 1 || (many && rows == 2) ? 4
-                    : rows <= (many ? 5 : 3)           ? 2
-                                                       : 1;
-  return split < unrolled_columns<T> ? split : unrolled_columns<T>;
+  constexpr int most = unrolled_columns<T>, two = most < 2 ? most : 2;
+  if (panels == 2) return rows > 1 ? 1 : many ? most : two;
+  if (rows == 1 || (many && rows == 2)) return most;
+  return rows <= (many ? 5 : 3) ? two : 1;
 }
 
 template <class T>
-using TileFunction = void (*)(const T*, int64_t, const Panels<T>&, const Segments&, const Sums<T>&,
-                              const Wanted*, bool);
+using TileFunction = void (*)(const T*, int64_t, const Panels<T>&, const Segments&,
+                              const Target<T>&, const Wanted*, bool);
 
 template <class T, int panels, Advance advance, int... less>
 TileFunction<T> tile_function(int64_t rows, std::integer_sequence<int, less...>) {

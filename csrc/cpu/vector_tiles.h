@@ -96,7 +96,7 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
 
   static constexpr int64_t pair_rows = max_pair_rows;
   static void multiply_pair(const T* tile, int64_t height, int64_t rows, const Panels<T>& panels,
-                            const Segments& segments, Advance advance, const Sums<T>& c,
+                            const Segments& segments, Advance advance, const Target<T>& c,
                             const Wanted* wanted) {
     tile_function<T, 2>(rows, advance)(tile, height, panels, segments, c, wanted, false);
   }
