@@ -209,7 +209,7 @@ class Backward {
   void carry(const Range& items, int64_t s, Advance advance, Unfinished& unfinished) {
     const int d = int(items.begin / output_panels_);
     const bool pair = items.end - items.begin == 2 && (items.end - 1) / output_panels_ == d;
-    if (pair && this->step(d, s).carried > 0) carry_pair(items.begin, s, advance, unfinished);
+    if (pair) carry_pair(items.begin, s, advance, unfinished);
     for (int64_t item = items.begin; item < items.end; ++item) {
       if (!pair) carry_tiles(item, s, advance, unfinished);
       begin_sequences(item, s, unfinished);
@@ -243,6 +243,7 @@ class Backward {
     if constexpr (Tiles::pair_rows > 0) {
       const Step step = this->step(int(item / output_panels_), s);
       const int64_t size = 4 * Tiles::panel_size(n_.H), rows = step.carried;
+      if (rows == 0) return;
       Wanted wanted;
       for (int panel = 0; panel < 2 && !projected_; ++panel)
         Cells::ask(*this, wanted, step, {0, rows}, column_of(item + panel));

@@ -41,26 +41,17 @@ void run_product(const ProductArgs& p) {
     Part product(p, threads);
     return run_team(threads, [&](const Team& team) { product.run(team); });
   }
-  struct Parts {
-    ProductArgs args[max_parts];
-    Part* of[max_parts] = {};
-    ~Parts() {
-      for (Part* part : of) delete part;
-    }
-  } parts;
+  ProductArgs args[max_parts];
+  Parts<Part> parts;
   for (int k = 0; k < threads; ++k) {
     const auto cut = [&](int64_t part) {
       return std::min(blocks_of(p.M, unit) * part / threads * unit, p.M);
     };
-    parts.args[k] = some_rows(p, {cut(k), cut(k + 1)}, sizeof(typename Tiles::T));
-    parts.of[k] = new Part(parts.args[k], 1);
+    args[k] = some_rows(p, {cut(k), cut(k + 1)}, sizeof(typename Tiles::T));
+    parts.of[k] = new Part(args[k], 1);
   }
   run_team(threads, [&](const Team& team) {
-    // The team may be smaller than asked for.
-    for (int k = team.rank; k < threads; k += team.size) {
-      Barrier alone(1);
-      parts.of[k]->run(Team{1, 0, alone});
-    }
+    run_parts(team, threads, [&](int k, const Team& alone) { parts.of[k]->run(alone); });
   });
 }
 

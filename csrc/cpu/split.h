@@ -92,32 +92,42 @@ inline Split split_work(const Shape& shape, int threads, const Work& work) {
   return {size < 1 ? 1 : int(size), false};
 }
 
+// Parts of some work that need not meet; null where there is none.
+template <class Part>
+struct Parts {
+  Part* of[max_parts] = {};
+  ~Parts() {
+    for (Part* part : of) delete part;
+  }
+};
+
+// body(part, Team) for each of so many parts, each by one thread alone. The team may be smaller
+// than asked for: whoever is there takes them in turn.
+template <class Body>
+void run_parts(const Team& team, int count, const Body& body) {
+  for (int k = team.rank; k < count; k += team.size) {
+    Barrier alone(1);
+    body(k, Team{1, 0, alone});
+  }
+}
+
 // Runs Pass, forward or backward, on its arguments, divided as split_work says. Everything is
 // allocated before the threads start: an exception must not leave a parallel region. Returns
 // whether the results count (see Pass::beyond).
 template <class Pass, class Args>
 bool run_pass(const Args& args) {
   const Split split = split_work(args.shape, args.threads, Pass::work(args));
-  struct Parts {
-    Pass* pass[max_parts] = {};
-    ~Parts() {
-      for (Pass* p : pass) delete p;
-    }
-  } parts;
+  Parts<Pass> parts;
   const int count = split.by_sequence ? split.threads : 1;
   for (int k = 0; k < count; ++k)
-    parts.pass[k] = new Pass(args, share_of_sequences(args.shape, k, count));
+    parts.of[k] = new Pass(args, share_of_sequences(args.shape, k, count));
   run_team(split.threads, [&](const Team& team) {
-    if (!split.by_sequence) return parts.pass[0]->walk(team);
-    // The team may be smaller than asked for: whoever is there takes the parts in turn.
-    for (int k = team.rank; k < count; k += team.size) {
-      Barrier alone(1);
-      parts.pass[k]->walk(Team{1, 0, alone});
-    }
+    if (!split.by_sequence) return parts.of[0]->walk(team);
+    run_parts(team, count, [&](int k, const Team& alone) { parts.of[k]->walk(alone); });
   });
   for (int k = 0; k < count; ++k)
-    if (parts.pass[k]->beyond()) return false;
-  Pass::finish(args, parts.pass, count);
+    if (parts.of[k]->beyond()) return false;
+  Pass::finish(args, parts.of, count);
   return true;
 }
 
