@@ -33,6 +33,14 @@ struct CellGradient {
   V dc_prev;    // of c_{t-1}
 };
 
+// What the gradients of m_t and c_t have to be multiplied by.
+template <class V>
+struct CellFactors {
+  Gates<V> da;  // of i, f and g that of c_t, of o that of m_t
+  V dc;         // what m_t contributes to the gradient of c_t
+  V dc_prev;
+};
+
 template <class Math>
 struct GateMath {
   using V = typename Math::V;
@@ -63,16 +71,25 @@ struct GateMath {
 
   // (eq. 5, 6, 7): dm and dc are the gradients of m_t and of c_t from outside the cell.
   FASTLSTM_INLINE CellGradient<V> cell_backward(Gates<V> s, V c_prev, V c, V dm, V dc) {
+    return cell_backward(cell_factors(s, c_prev, c), dm, dc);
+  }
+
+  // The same in two parts: what is known before the gradients are, and what is not.
+  FASTLSTM_INLINE CellFactors<V> cell_factors(Gates<V> s, V c_prev, V c) {
     const Scalar one = 1;
     V tanh_c = tanh(c);
-    dc = Math::fma(dm * s.o, one - tanh_c * tanh_c, dc);
-    CellGradient<V> d;
-    d.da.i = dc * s.g * s.i * (one - s.i);
-    d.da.f = dc * c_prev * s.f * (one - s.f);
-    d.da.g = dc * s.i * (one - s.g * s.g);
-    d.da.o = dm * tanh_c * s.o * (one - s.o);
-    d.dc_prev = dc * s.f;
-    return d;
+    CellFactors<V> by;
+    by.da.i = s.g * s.i * (one - s.i);
+    by.da.f = c_prev * s.f * (one - s.f);
+    by.da.g = s.i * (one - s.g * s.g);
+    by.da.o = tanh_c * s.o * (one - s.o);
+    by.dc = s.o * (one - tanh_c * tanh_c);
+    by.dc_prev = s.f;
+    return by;
+  }
+  FASTLSTM_INLINE CellGradient<V> cell_backward(CellFactors<V> by, V dm, V dc) {
+    dc = Math::fma(dm, by.dc, dc);
+    return {{dc * by.da.i, dc * by.da.f, dc * by.da.g, dm * by.da.o}, dc * by.dc_prev};
   }
 };
 

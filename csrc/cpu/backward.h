@@ -15,6 +15,7 @@
 #include "backward_cells.h"
 #include "backward_edges.h"
 #include "one_row.h"
+#include "one_row_cells.h"
 #include "operand.h"
 #include "split.h"
 
@@ -64,6 +65,7 @@ class Backward {
         sums_(gate_by_gate_ ? n_.D * output_panels_ * tiles_.count(rows_) * tiles_.height * width
                             : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L),
+        factors_(in_place_ ? n_.D * blocks_of(n_.H, L) * OneRowCells<Backward>::factors * L : 0),
         exchange_(n_.H, n_.P, n_.D, in_place_ ? std::min<int64_t>(a_.threads, max_parts) : 0) {
     dbias_.clear();
     // What no group of columns fills of a block may be multiplied all the same.
@@ -142,6 +144,7 @@ class Backward {
  private:
   friend class BackwardCells<Backward>;
   friend class BackwardEdges<Backward>;
+  friend class OneRowCells<Backward>;
   using Cells = BackwardCells<Backward>;
   using Edges = BackwardEdges<Backward>;
 
@@ -276,27 +279,63 @@ class Backward {
       for (int d = 0; d < n_.D; ++d) {
         const Step step = this->step(d, s);
         if (step.carried == 0) continue;
-        const int64_t first = d * output_panels_, last = first + output_panels_;
-        const Range mine{std::clamp(items.begin, first, last), std::clamp(items.end, first, last)};
+        const Range units = units_of(items, d);
         Wanted wanted;
-        for (int64_t item = mine.begin; item < mine.end && wanted.has_room(Cells::most_asked);
-             ++item)
-          Cells::ask(*this, wanted, step, {0, 1}, column_of(item));
-        exchange_.multiply(
-            team, s, d, {(mine.begin - first) * width, std::min((mine.end - first) * width, n_.H)},
-            da(d, s - 1).data, gate_blocks_ * L, static_cast<const T*>(a_.w_hh[d]), wanted);
+        ask_for_next_row(wanted, d, s, units);
+        const OneRowCells<Backward> cells(*this, step);
+        int64_t unit = units.begin;
+        auto prepare = [&] {
+          cells.prepare(unit);
+          unit += L;
+        };
+        Spread<decltype(prepare)> meanwhile(
+            prepare, step.rows > 0 ? blocks_of(units.end - units.begin, L) : 0,
+            exchange_.pauses(units));
+        exchange_.multiply(team, s, d, units, da(d, s - 1).data, gate_blocks_ * L,
+                           static_cast<const T*>(a_.w_hh[d]), wanted, meanwhile);
       }
       team.barrier.wait();
-      for (int64_t item = items.begin; item < items.end; ++item) {
-        const Step step = this->step(int(item / output_panels_), s);
-        if (step.carried > 0) {
-          T* const sums = unfinished.next();
-          exchange_.add_up(team, s, step.d, column_of(item), sums);
-          finish_tile(step, 0, 1, column_of(item), sums, unfinished);
+      for (int d = 0; d < n_.D; ++d) {
+        const Step step = this->step(d, s);
+        const Range units = units_of(items, d);
+        if (step.carried > 0 && step.rows > 0) {
+          const OneRowCells<Backward> cells(*this, step);
+          for (int64_t unit = units.begin; unit < units.end; unit += L)
+            cells.undo(unit, exchange_.sum(team, s, d, unit));
+          continue;
         }
-        begin_sequences(item, s, unfinished);
+        for (int64_t unit = units.begin; unit < units.end; unit += width)
+          begin_or_end_row(team, s, d, unit, unfinished);
       }
     }
+  }
+
+  // Those of a thread's items that are of direction d.
+  Range units_of(const Range& items, int d) const {
+    const int64_t first = d * output_panels_, last = first + output_panels_;
+    const int64_t begin = (std::clamp(items.begin, first, last) - first) * width;
+    const int64_t end = (std::clamp(items.end, first, last) - first) * width;
+    return {std::min(begin, n_.H), std::min(end, n_.H)};
+  }
+
+  // What is prepared while the next step's products are made.
+  void ask_for_next_row(Wanted& wanted, int d, int64_t s, const Range& units) const {
+    if (s + 1 >= a_.end) return;
+    const Step next = step(d, s + 1);
+    for (int64_t unit = units.begin; unit < units.end && wanted.has_room(Cells::most_asked);
+         unit += width)
+      Cells::ask(*this, wanted, next, {0, 1}, unit);
+  }
+
+  // A panel of units at the step that the sequence ends with, or before the one it begins with.
+  void begin_or_end_row(const Team& team, int64_t s, int d, int64_t unit, Unfinished& unfinished) {
+    const Step step = this->step(d, s);
+    if (step.carried > 0) {
+      T* const sums = unfinished.next();
+      for (int64_t v = 0; v < width; v += L) store(sums + v, exchange_.sum(team, s, d, unit + v));
+      finish_tile(step, 0, 1, unit, sums, unfinished);
+    }
+    begin_sequences(d * output_panels_ + unit / width, s, unfinished);
   }
 
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
@@ -425,6 +464,7 @@ class Backward {
   Scratch<T> dbias_;             // (D, 4H), of these sequences
   Scratch<T> sums_;              // (D, output_panels, rows, panel_width), gate by gate
   Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
+  Scratch<T> factors_;           // (D, units / L, 6, L), where the weights are not packed
   const OneRow<T> exchange_;     // of sums, where the weights are not packed
   bool beyond_ = false;          // Elements' range
 };

@@ -109,29 +109,34 @@ class OneRow {
 
   // The contribution of units [begin, end), of whose gradients at one step `da` has those of gate k
   // from k * gate_distance on.
+  template <class Other>
   void multiply(const Team& team, int64_t s, int d, const Range& units, const T* da,
-                int64_t gate_distance, const T* w_hh, const Wanted& wanted) const {
+                int64_t gate_distance, const T* w_hh, const Wanted& wanted,
+                Other& meanwhile) const {
     T* const c = sums(team.rank, s, d);
     std::fill_n(c, size_, T{});
     const char* const* pair = wanted.pairs;
     const char* const* const end = pair + wanted.count;
-    const int64_t chunks = blocks_of(units.end - units.begin, chunk);
+    const int64_t chunks = pauses(units) / 4;
     for (int64_t k = 0; k < 4 * chunks; ++k) {
       // There and back again: what the cache still holds of the last step is used first.
       const int64_t at = s % 2 == 0 ? k : 4 * chunks - 1 - k;
       const int64_t gate = at / chunks, unit = units.begin + at % chunks * chunk;
       RowTimesMatrix<T>::multiply(da + gate * gate_distance + unit, w_hh + (gate * H_ + unit) * P_,
                                   std::min(chunk, units.end - unit), P_, c, pair, end);
+      meanwhile();
     }
   }
+  // How often multiply calls what is to be done `meanwhile`: it waits for weights.
+  static int64_t pauses(const Range& units) {
+    return 4 * blocks_of(units.end - units.begin, chunk);
+  }
 
-  // What all threads contribute to the columns of a panel.
-  void add_up(const Team& team, int64_t s, int d, int64_t column, T* out) const {
-    for (int64_t v = 0; v < width; v += L) {
-      V sum = load(sums(0, s, d) + column + v);
-      for (int rank = 1; rank < team.size; ++rank) sum += load(sums(rank, s, d) + column + v);
-      store(out + v, sum);
-    }
+  // What all threads contribute to L columns.
+  V sum(const Team& team, int64_t s, int d, int64_t column) const {
+    V sum = load(sums(0, s, d) + column);
+    for (int rank = 1; rank < team.size; ++rank) sum += load(sums(rank, s, d) + column);
+    return sum;
   }
 
  private:
