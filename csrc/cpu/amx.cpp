@@ -153,11 +153,17 @@ bool product_of(const ProductArgs& p) {
   for (const ProductPart& part : p.parts)
     if (!none_too_large<right>(static_cast<const S*>(part.b), p.K, part.N, part.ldb, p.threads))
       return false;
-  if (p.transposed)
-    run_product<AmxTiles<S, right>, AmxTiles<float, left, left>, AmxTiles<float, right, left>,
-                true>(p);
+  using Gradients = AmxTiles<float, left, left>;
+  using Stored = AmxTiles<S, right>;
+  const int64_t N = p.columns();
+  if (!p.transposed && p.M <= N && N >= 128)
+    run_product<Form::columns, Gradients, Stored, AmxTiles<S, left>>(p);
+  else if (!p.transposed)
+    run_product<Form::rows, Gradients, Stored, AmxTiles<S, left>>(p);
+  else if (p.K <= 160)
+    run_product<Form::upright, Gradients, Stored, AmxTiles<S, left>>(p);
   else
-    run_product<AmxTiles<float, left, left>, AmxTiles<S, right>, AmxTiles<S, left>, false>(p);
+    run_product<Form::flipped, Stored, Gradients, AmxTiles<float, right, left>>(p);
   return true;
 }
 

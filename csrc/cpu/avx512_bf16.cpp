@@ -40,9 +40,9 @@ bool product(const ProductArgs& args) {
   if (args.storage != Storage::bf16 || !worth) return kernels_avx512.product(args);
   using Gradients = DotTiles<float>;
   if (args.transposed)
-    run_product<Dots, Gradients, Dots, true>(args);
+    run_product<Form::flipped, Dots, Gradients, Dots>(args);
   else
-    run_product<Gradients, Dots, Dots, false>(args);
+    run_product<Form::rows, Gradients, Dots, Dots>(args);
   return true;
 }
 

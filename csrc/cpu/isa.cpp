@@ -50,8 +50,8 @@ void product_of(const ProductArgs& args) {
                            : run_unpacked_product<S, false>(args);
   using State = VectorTiles<typename StateOf<S>::type>;
   using Stored = VectorTiles<S>;
-  args.transposed ? run_product<Stored, State, State, true>(args)
-                  : run_product<State, Stored, State, false>(args);
+  args.transposed ? run_product<Form::flipped, Stored, State, State>(args)
+                  : run_product<Form::rows, State, Stored, State>(args);
 }
 
 // See docs/performance.md for where packing costs more than it gains.

@@ -1,17 +1,14 @@
 // The products of (eq. 9): C = or += op(A) B, A and C of state type, B of storage type.
 //
-// K is taken a slab at a time. A, which is da, has by far the most elements: each thread has a
+// K is taken a slab at a time. The side that has the most elements is divided: each thread has a
 // share of it, and packs a group of tiles or panels at a time that stays in its L2 cache. A slab
-// of B is packed once, for all threads, and passes by. Where multiplication leaves pauses, the
-// next group is packed in them, the last sums are added to C, and the place of the next is asked
-// for.
+// of the other side is packed once, for all threads, and passes by. Where multiplication leaves
+// pauses, the next group is packed in them, the last sums are added to C, and the place of the next
+// is asked for. (How it is all laid out is its Form.)
 //
-// For A^T B, A goes into panels, which take its rows as they are, and B into tiles: B^T A is
-// computed, and transposed when it is added to C. Tiles of two B may pass by, one after the other.
-//
-// A slab of B that stays in the L2 cache passes by each tile or panel of the group, one after the
-// other, so that C is written along its rows, as memory likes it best. One that comes from afar
-// passes by once for the whole group.
+// A slab that stays in the L2 cache passes by each tile or panel of the group, one after the other,
+// so that of a large C each thread writes some rows at a time, as memory likes it best. One that
+// comes from afar passes by once for the whole group.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +25,20 @@ namespace {
 
 constexpr int64_t most_slab_rows = 512;  // of K, a multiple of every block's columns
 
+enum class Form {
+  rows,     // A B. A, of which each thread has some rows, goes into tiles, and B into panels.
+  columns,  // The same where B is the larger one: each thread has some of its columns.
+  upright,  // A^T B, A going into tiles column by column. There may be two B, side by side.
+  flipped,  // A^T B as B^T A, whose tiles of sums are transposed when they are added to C: A goes
+            // into panels, which take its rows as they are, and the two B into tiles.
+};
+constexpr bool is_transposed(Form form) {
+  return form == Form::upright || form == Form::flipped;
+}
+
 // LeftTiles says how what goes into tiles is packed, RightTiles how what goes into panels, and
 // Tiles multiplies the two.
-template <class LeftTiles, class RightTiles, class Tiles, bool transposed>
+template <class LeftTiles, class RightTiles, class Tiles, Form form>
 class Product {
   using Left = typename LeftTiles::S;
   using Right = typename RightTiles::S;
@@ -38,57 +46,64 @@ class Product {
   using Element = typename Tiles::Element;
   using Operand = Blocked<LeftTiles>;
   static constexpr int64_t L = Tiles::L, width = Tiles::width, block = LeftTiles::block_columns;
+  static constexpr bool flipped = form == Form::flipped;
+  static constexpr bool own_panels = flipped || form == Form::columns;  // of a thread, not tiles
   static constexpr int64_t buffers = Tiles::has_pauses ? 2 : 1;        // of a thread: one is packed
   static constexpr int64_t most_values = LeftTiles::max_rows * width;  // of a tile of sums
+  // Of a block of A that is packed column by column, see Packing::staged_piece.
+  static constexpr int64_t staged_pieces =
+      block / LeftTiles::rows_together + panel_vectors * LeftTiles::terms;
+  static constexpr int64_t staged_size =
+      form == Form::upright ? block * width * LeftTiles::terms : 0;
   // Without pauses sums are added slab by slab as they are multiplied, in the order in which they
   // are visited, and transposed once, at the last slab.
-  static constexpr bool keeps = transposed && !Tiles::has_pauses;
+  static constexpr bool keeps = flipped && !Tiles::has_pauses;
 
  public:
   Product(const ProductArgs& args, int threads)
       : p_(args),
-        columns_(transposed ? p_.M : p_.parts[0].N),
         depth_(slab_rows(p_)),
         tiles_{{rows(0), LeftTiles::max_rows}, {rows(1), LeftTiles::max_rows}},
         first_tiles_(tiles_[0].count(rows(0))),
         all_tiles_(first_tiles_ + tiles_[1].count(rows(1))),
-        all_panels_(blocks_of(columns_, width)),
+        first_panels_(blocks_of(columns(0), width)),
+        all_panels_(first_panels_ + blocks_of(columns(1), width)),
         tile_size_(depth_ / block *
                    Operand{nullptr, 0, std::max(tiles_[0].height, tiles_[1].height)}.block_size()),
         panel_size_(RightTiles::panel_size(depth_)),
         along_rows_(slab_stays(p_)),
-        group_(group(transposed ? panel_size_ : tile_size_, along_rows_)),
-        left_((transposed ? all_tiles_ : threads * buffers * group_) * tile_size_),
-        right_((transposed ? threads * buffers * group_ : all_panels_) * panel_size_),
+        group_(group(own_panels ? panel_size_ : tile_size_, along_rows_)),
+        left_((own_panels ? all_tiles_ : threads * buffers * group_) * tile_size_),
+        right_((own_panels ? threads * buffers * group_ : all_panels_) * panel_size_),
+        staged_(threads * staged_size),
         kept_(keeps && p_.K > depth_ ? all_panels_ * all_tiles_ * most_values : 0) {}
 
-  // Does a packed slab of B stay in the L2 cache?
+  // Does a packed slab of what passes by stay in the L2 cache?
   static bool slab_stays(const ProductArgs& p) {
-    const int64_t depth = slab_rows(p);
-    const int64_t panel =
-        transposed ? LeftTiles::terms * width * depth : RightTiles::panel_size(depth);
-    return blocks_of(p.columns(), width) * panel * int64_t(sizeof(Element)) <= l2_cache_bytes() / 2;
+    return slab_bytes(p, slab_rows(p)) <= l2_cache_bytes() / 2;
   }
 
   void run(const Team& team) {
     [[maybe_unused]] const typename Tiles::Session session;
-    const Range mine = team.share(transposed ? all_panels_ : all_tiles_);
-    const Range shared = team.share(transposed ? all_tiles_ : all_panels_);
-    Element* const first = transposed ? right_ + team.rank * buffers * group_ * panel_size_
+    const Range mine = team.share(own_panels ? all_panels_ : all_tiles_);
+    const Range shared = team.share(own_panels ? all_tiles_ : all_panels_);
+    Element* const first = own_panels ? right_ + team.rank * buffers * group_ * panel_size_
                                       : left_ + team.rank * buffers * group_ * tile_size_;
     Element* const second =
-        first + (buffers - 1) * group_ * (transposed ? panel_size_ : tile_size_);
+        first + (buffers - 1) * group_ * (own_panels ? panel_size_ : tile_size_);
     Group group = next({-depth_, mine.end, mine.end}, mine);
-    Packing<!transposed> packing(*this, group, first);
+    Element* const staged = staged_ + team.rank * staged_size;
+    Packing<!own_panels> packing(*this, group, first, staged);
     Sums sums;
     for (int64_t k = 0, number = 0; k < p_.K; k += depth_) {
-      Packing<transposed> all(*this, {k, shared.begin, shared.end}, shared_place(shared.begin));
+      Packing<own_panels> all(*this, {k, shared.begin, shared.end}, shared_place(shared.begin));
       all.rest();
       team.barrier.wait();
       for (; group.k == k && group.begin < group.end; ++number, group = next(group, mine)) {
         packing.rest();
         Element* const buffer = number % 2 == 0 ? first : second;
-        packing = Packing<!transposed>(*this, next(group, mine), number % 2 == 0 ? second : first);
+        packing = Packing<!own_panels>(*this, next(group, mine), number % 2 == 0 ? second : first,
+                                       staged);
         multiply_group(group, buffer, packing, sums);
       }
       write_rest(sums);
@@ -102,12 +117,19 @@ class Product {
     int64_t k, begin, end;
   };
 
-  // Rows of what is computed, C or its transpose; those of the second part follow the first's.
+  // Rows, or columns, of what is computed, C or its transpose; the second part's follow the
+  // first's.
   struct Tile {
     int part;
     int64_t first, count;
   };
-  int64_t rows(int part) const { return transposed ? p_.parts[part].N : part == 0 ? p_.M : 0; }
+  int64_t rows(int part) const { return flipped ? p_.parts[part].N : part == 0 ? p_.M : 0; }
+  int64_t columns(int part) const { return flipped ? part == 0 ? p_.M : 0 : p_.parts[part].N; }
+  Tile panel(int64_t index) const {
+    const int part = index < first_panels_ ? 0 : 1;
+    const int64_t first = (index - (part == 1 ? first_panels_ : 0)) * width;
+    return {part, first, std::min(columns(part) - first, width)};
+  }
   Tile tile(int64_t index) const {
     const int part = index < first_tiles_ ? 0 : 1;
     if (part == 1) index -= first_tiles_;
@@ -115,10 +137,9 @@ class Product {
     return {part, index * tiles.height, tiles.end(index, rows(part)) - index * tiles.height};
   }
 
-  // What was multiplied last, which waits to be added to C: (count, width).
+  // What was multiplied last, which waits to be added to C: (rows, width).
   struct Sums {
-    int part;
-    int64_t first, count, column;
+    Tile rows, columns;
     bool add;
     int64_t piece = 0, pieces = 0;  // done, and in all
     int buffer = 0;                 // which one is its own
@@ -126,15 +147,21 @@ class Product {
     alignas(64) T values[2][most_values];
   };
 
-  // A slab of B that fills the L2 cache leaves no room for the groups that it meets there.
+  // A slab that fills the L2 cache leaves no room for the groups that it meets there.
   static int64_t slab_rows(const ProductArgs& p) {
-    const int64_t bytes = blocks_of(p.columns(), width) * RightTiles::panel_size(most_slab_rows) *
-                          int64_t(sizeof(Element));
-    const int64_t most = bytes > l2_cache_bytes() / 2 ? most_slab_rows / 2 : most_slab_rows;
+    const bool fills = slab_bytes(p, most_slab_rows) > l2_cache_bytes() / 2;
+    const int64_t most = fills ? most_slab_rows / 2 : most_slab_rows;
     return p.K < most ? blocks_of(p.K, block) * block : most;
   }
+  // Of what passes by.
+  static int64_t slab_bytes(const ProductArgs& p, int64_t depth) {
+    const int64_t elements = own_panels
+                                 ? (flipped ? p.columns() : p.M) * LeftTiles::terms * depth
+                                 : blocks_of(p.columns(), width) * RightTiles::panel_size(depth);
+    return elements * int64_t(sizeof(Element));
+  }
 
-  // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab of B that
+  // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab that
   // stays there too leaves less for them; one that comes from afar is to come seldom.
   static int64_t group(int64_t size, bool stays) {
     const int64_t part = Tiles::has_pauses && stays ? 16 : 2;
@@ -152,7 +179,7 @@ class Product {
   int64_t depth(int64_t k) const { return p_.K - k < depth_ ? p_.K - k : depth_; }
 
   Element* shared_place(int64_t index) const {
-    return transposed ? left_ + index * tile_size_ : right_ + index * panel_size_;
+    return own_panels ? left_ + index * tile_size_ : right_ + index * panel_size_;
   }
 
   // A group is packed a piece at a time, in the order in which its source lies in memory. A slab
@@ -160,21 +187,24 @@ class Product {
   template <bool tiles>
   class Packing {
    public:
-    Packing(const Product& product, const Group& group, Element* buffer)
-        : p_(&product), buffer_(buffer), begin_(group.begin), end_(group.end), item_(begin_) {
+    Packing(const Product& product, const Group& group, Element* buffer, Element* staged = nullptr)
+        : p_(&product),
+          buffer_(buffer),
+          staged_(staged),
+          begin_(group.begin),
+          end_(group.end),
+          item_(begin_) {
       if (begin_ == end_) return;
       depth_ = product.depth(group.k);
       first_k_ = group.k;
       const int64_t blocks = blocks_of(depth_, block);
       if constexpr (tiles) {
         for (int64_t item = begin_; item < end_; ++item)
-          left_ += blocks_of(p_->tile(item).count, rows_at_once) * blocks;
+          left_ += pieces(p_->tile(item).count) * blocks;
         enter_tile();
       } else {
         left_ = (end_ - begin_) * (blocks * block / RightTiles::rows_together);
-        begin_at(transposed ? args().a : args().parts[0].b,
-                 transposed ? args().lda : args().parts[0].ldb);
-        enter_rows();
+        enter_panel();
       }
     }
     int64_t left() const { return left_; }
@@ -183,28 +213,40 @@ class Product {
     }
     void operator()() {
       --left_;
-      if constexpr (tiles)
-        tile_piece();
-      else
+      if constexpr (!tiles)
         panel_piece();
+      else if constexpr (staged)
+        staged_piece();
+      else if constexpr (by_columns)
+        columns_piece();
+      else
+        row_piece();
     }
 
    private:
+    static constexpr bool of_a = tiles != flipped;           // or of B?
+    static constexpr bool by_columns = is_transposed(form);  // tiles
+    static constexpr bool own = tiles != own_panels;         // of a thread
+    static constexpr bool staged = tiles && form == Form::upright;
     using Source = std::conditional_t<tiles, Left, Right>;
-    static constexpr int64_t rows_at_once = transposed ? L : 1;  // of a tile
 
-    const ProductArgs& args() const { return p_->p_; }
+    // Of a block of a tile.
+    static int64_t pieces(int64_t rows) {
+      if constexpr (staged) return staged_pieces;
+      return by_columns ? blocks_of(rows, L) : rows;
+    }
 
     // Where row first_k_ of K begins, or its column.
-    void begin_at(const void* matrix, int64_t ld) {
-      ld_ = ld;
-      from_ = static_cast<const Source*>(matrix) + first_k_ * (transposed || !tiles ? ld : 1);
+    void begin_at(int part) {
+      const ProductArgs& p = p_->p_;
+      ld_ = of_a ? p.lda : p.parts[part].ldb;
+      from_ = static_cast<const Source*>(of_a ? p.a : p.parts[part].b) +
+              first_k_ * (tiles && !by_columns ? 1 : ld_);
     }
 
     void enter_tile() {
       tile_ = p_->tile(item_);
-      const ProductPart& part = args().parts[tile_.part];
-      begin_at(transposed ? part.b : args().a, transposed ? part.ldb : args().lda);
+      begin_at(flipped ? tile_.part : 0);
       operand_ = {buffer_ + (item_ - begin_) * p_->tile_size_, blocks_of(depth_, block),
                   p_->tiles_[tile_.part].height};
       enter_row();
@@ -213,47 +255,82 @@ class Product {
     // `row_at_` and `place_`: where the next block comes from and goes to.
     void enter_row() {
       const int64_t row = tile_.first + row_;
-      row_at_ = from_ + (transposed ? row : row * ld_);
-      place_ = operand_.data + row_ * block;
+      row_at_ = from_ + (by_columns ? k_ * ld_ + row : row * ld_);
+      place_ = operand_.data + row_ * block + k_ / block * operand_.block_size();
     }
 
-    // One block of one row, or of L rows that are columns where they come from.
-    void tile_piece() {
-      if constexpr (transposed) {
-        LeftTiles::pack_block_columns(place_, operand_.height, row_at_, ld_, tile_.count - row_,
-                                      depth_ - k_);
-        row_at_ += block * ld_;
-      } else {
-        prefetch(row_at_ + (Tiles::has_pauses ? 1 : 2) * ld_, block);
-        LeftTiles::pack_block_row(place_, operand_.height, row_at_, depth_ - k_);
-        row_at_ += block;
-      }
+    // One block of one row: a row of a tile after the other.
+    void row_piece() {
+      prefetch(row_at_ + (Tiles::has_pauses ? 1 : 2) * ld_, block);
+      LeftTiles::pack_block_row(place_, operand_.height, row_at_, depth_ - k_);
+      row_at_ += block;
       place_ += operand_.block_size();
       if ((k_ += block) < depth_) return;
       k_ = 0;
-      if ((row_ += rows_at_once) < tile_.count) return enter_row();
+      if (++row_ < tile_.count) return enter_row();
       row_ = 0;
       if (++item_ < end_) enter_tile();
     }
 
-    // The first panel's rows from k_ on.
-    void enter_rows() {
-      item_ = begin_;
-      row_at_ = from_ + k_ * ld_ + item_ * width;
-      place_ = buffer_ + RightTiles::row_offset(k_);
+    // One block of L rows that are columns where they come from: of all tiles, and then the next.
+    void columns_piece() {
+      LeftTiles::pack_block_columns(place_, operand_.height, row_at_, ld_, tile_.count - row_,
+                                    depth_ - k_);
+      if ((row_ += L) < tile_.count) return enter_row();
+      row_ = 0;
+      next_block();
     }
 
-    // Some rows of one panel.
+    // The same in pieces that fit into pauses: some rows at a time as of a panel, `staged_`, and
+    // then a part of that transposed.
+    void staged_piece() {
+      constexpr int64_t together = LeftTiles::rows_together, all = block / together;
+      if (piece_ < all) {
+        const Left* const row = row_at_ + piece_ * together * ld_;
+        if (k_ + block < depth_)
+          for (int64_t k = 0; k < together; ++k) prefetch(row + (block + k) * ld_, tile_.count);
+        LeftTiles::pack_some_rows(row, ld_, depth_ - k_ - piece_ * together, tile_.count,
+                                  staged_ + LeftTiles::row_offset(piece_ * together));
+      } else {
+        LeftTiles::transpose_block(staged_, piece_ - all, place_, operand_.height, tile_.count);
+      }
+      if (++piece_ < staged_pieces) return;
+      piece_ = 0;
+      next_block();
+    }
+
+    // Of the next tile, or of the first one again.
+    void next_block() {
+      if (++item_ < end_) return enter_tile();
+      item_ = begin_;
+      if ((k_ += block) < depth_) enter_tile();
+    }
+
+    // Where a panel's rows from k_ on come from and go to.
+    void enter_panel() {
+      const Tile panel = p_->panel(item_);
+      begin_at(flipped ? 0 : panel.part);
+      row_at_ = from_ + k_ * ld_ + panel.first;
+      left_columns_ = p_->columns(panel.part) - panel.first;
+      place_ = buffer_ + (item_ - begin_) * p_->panel_size_ + RightTiles::row_offset(k_);
+    }
+
+    // Some rows of one panel: of all panels, and then the next.
     void panel_piece() {
-      if (transposed)
+      if (own)
         for (int64_t k = 0; k < RightTiles::rows_together; ++k)
           prefetch(row_at_ + (8 + k) * ld_, width);
-      RightTiles::pack_some_rows(row_at_, ld_, depth_ - k_, p_->columns_ - item_ * width, place_);
+      RightTiles::pack_some_rows(row_at_, ld_, depth_ - k_, left_columns_, place_);
       row_at_ += width;
       place_ += p_->panel_size_;
-      if (++item_ < end_) return;
-      k_ += RightTiles::rows_together;
-      enter_rows();
+      left_columns_ -= width;
+      if (++item_ == end_) {
+        item_ = begin_;
+        k_ += RightTiles::rows_together;
+        enter_panel();
+      } else if (item_ == p_->first_panels_) {
+        enter_panel();
+      }
     }
 
     // What will be packed in some microseconds: a piece that waits for memory stops the unit too.
@@ -265,23 +342,24 @@ class Product {
     }
 
     const Product* p_;
-    Element* buffer_;
+    Element *buffer_, *staged_;
     int64_t begin_, end_;
-    int64_t item_, row_ = 0, k_ = 0;  // which tile or panel, and what of it, is next
+    int64_t item_, row_ = 0, k_ = 0, piece_ = 0;  // which tile or panel, and what of it, is next
     Tile tile_{};
     Operand operand_{};
+    int64_t left_columns_ = 0;  // of B, from a panel's first on
     const Source* row_at_ = nullptr;
     Element* place_ = nullptr;
     int64_t left_ = 0, first_k_ = 0, depth_ = 0, ld_ = 0;
     const Source* from_ = nullptr;
   };
 
-  void multiply_group(const Group& group, Element* buffer, Packing<!transposed>& packing,
+  void multiply_group(const Group& group, Element* buffer, Packing<!own_panels>& packing,
                       Sums& sums) {
     const Segments segments{1, {depth(group.k)}};
-    const int64_t others = transposed ? all_tiles_ : all_panels_;
+    const int64_t others = own_panels ? all_tiles_ : all_panels_;
     const int64_t pauses = Tiles::pauses(segments) - most_pieces;  // the others are for the sums
-    Spread<Packing<!transposed>> pack(
+    Spread<Packing<!own_panels>> pack(
         packing, packing.left(), (group.end - group.begin) * others * (pauses > 1 ? pauses : 1));
     Destination wanted{};
     const auto meanwhile = [&] {
@@ -291,31 +369,31 @@ class Product {
         pack();
       ask_for_row(wanted);
     };
+    const bool kept = keeps && p_.K > depth_, last = group.k + depth_ >= p_.K;
+    const bool add = p_.add || (group.k > 0 && !kept);
     const int64_t size = group.end - group.begin;
     for (int64_t n = 0; n < others * size; ++n) {
       const int64_t other = along_rows_ ? n % others : n / size;
       const int64_t own = group.begin + (along_rows_ ? n / others : n % size);
-      const auto [part, first, count] = tile(transposed ? other : own);
-      const int64_t panel = transposed ? own : other;
-      const Element* const left =
-          transposed ? shared_place(other) : buffer + (own - group.begin) * tile_size_;
-      const Element* const right =
-          transposed ? buffer + (own - group.begin) * panel_size_ : shared_place(other);
-      wanted = transposed ? destination(part, panel * width, columns_, width, first)
-                          : destination(part, first, first + count, count, panel * width);
-      const bool kept = keeps && p_.K > depth_, last = group.k + depth_ >= p_.K;
-      T* const values = kept ? kept_values(group, other, own) : sums.values[1 - sums.buffer];
-      Wanted rows;
-      if (kept && group.k > 0) ask_for(rows, values);
-      if (!Tiles::has_pauses && (last || !kept)) add_rows(rows, wanted);
-      Tiles::multiply(left, tiles_[part].height, count, right, segments, Advance::none, values,
-                      width, &rows, kept && group.k > 0, meanwhile);
+      const Tile rows = tile(own_panels ? other : own), columns = panel(own_panels ? own : other);
+      Element* const mine = buffer + (own - group.begin) * (own_panels ? panel_size_ : tile_size_);
+      wanted = destination(rows, columns);
+      // A whole tile of C that there was nothing of before is written at once.
+      const bool at_once = !flipped && !add && columns.count == width;
+      T* const values = at_once ? c_at(rows, columns)
+                        : kept  ? kept_values(group, other, own)
+                                : sums.values[1 - sums.buffer];
+      Wanted lines;
+      if (kept && group.k > 0) ask_for(lines, values);
+      if (!Tiles::has_pauses && (last || !kept)) add_rows(lines, wanted);
+      Tiles::multiply(own_panels ? shared_place(other) : mine, tiles_[rows.part].height, rows.count,
+                      own_panels ? mine : shared_place(other), segments, Advance::none, values,
+                      at_once ? wanted.ld : width, &lines, kept && group.k > 0, meanwhile);
       write_rest(sums);
-      if (kept && !last) continue;
-      sums.part = part, sums.first = first, sums.count = count, sums.column = panel * width;
-      sums.add = p_.add || (group.k > 0 && !kept);
+      if (at_once || (kept && !last)) continue;
+      sums.rows = rows, sums.columns = columns, sums.add = add;
       sums.buffer = 1 - sums.buffer, sums.from = values;
-      sums.piece = 0, sums.pieces = blocks_of(count, piece_rows) * piece_parts;
+      sums.piece = 0, sums.pieces = blocks_of(rows.count, piece_rows) * piece_parts;
       if (!Tiles::has_pauses) write_rest(sums);
     }
   }
@@ -336,15 +414,17 @@ class Product {
     const T* row;
     int64_t ld, left;
   };
-  Destination destination(int part, int64_t row, int64_t rows, int64_t most, int64_t column) const {
-    const auto [c, ld] = result(part);
-    return {c + row * ld + column, ld, std::min(rows - row, most)};
+  Destination destination(const Tile& rows, const Tile& columns) const {
+    return {c_at(rows, columns), part_of(rows, columns).ldc, flipped ? columns.count : rows.count};
   }
-  struct Result {
-    T* c;
-    int64_t ld;
-  };
-  Result result(int part) const { return {static_cast<T*>(p_.parts[part].c), p_.parts[part].ldc}; }
+  const ProductPart& part_of(const Tile& rows, const Tile& columns) const {
+    return p_.parts[flipped ? rows.part : columns.part];
+  }
+  T* c_at(const Tile& rows, const Tile& columns) const {
+    const ProductPart& part = part_of(rows, columns);
+    const int64_t row = flipped ? columns.first : rows.first;
+    return static_cast<T*>(part.c) + row * part.ldc + (flipped ? rows.first : columns.first);
+  }
 
   void ask_for_row(Destination& wanted) const {
     if (wanted.left == 0) return;
@@ -359,8 +439,8 @@ class Product {
   }
 
   // So many rows and columns of sums are a piece, and such a number of them is the most there is.
-  static constexpr int64_t piece_rows = transposed ? L : 4;
-  static constexpr int64_t piece_parts = transposed ? panel_vectors : 1;
+  static constexpr int64_t piece_rows = flipped ? L : 4;
+  static constexpr int64_t piece_parts = flipped ? panel_vectors : 1;
   static constexpr int64_t most_pieces = blocks_of(LeftTiles::max_rows, piece_rows) * piece_parts;
 
   void write_rest(Sums& sums) {
@@ -368,23 +448,24 @@ class Product {
   }
 
   void write_piece(Sums& sums) {
-    const int64_t columns = columns_ - sums.column < width ? columns_ - sums.column : width;
+    const int64_t columns = sums.columns.count;
     const int64_t piece = sums.piece++, r = piece / piece_parts * piece_rows;
-    const int64_t rows = sums.count - r < piece_rows ? sums.count - r : piece_rows;
-    const auto [c, ld] = result(sums.part);
+    const int64_t rows = std::min(sums.rows.count - r, piece_rows);
+    const int64_t ld = part_of(sums.rows, sums.columns).ldc;
+    T* const c = c_at(sums.rows, sums.columns);
     const T* const values = sums.from + r * width;
-    if constexpr (transposed) {
+    if constexpr (flipped) {
       const int64_t part = piece % piece_parts * L;
       Vec<T> square[L];
       for (int k = 0; k < L; ++k) square[k] = k < rows ? load(values + k * width + part) : Vec<T>{};
       transpose<T>(square);
       for (int64_t k = 0; k < L && part + k < columns; ++k)
-        put(c + (sums.column + part + k) * ld + sums.first + r, square[k], int(rows), sums.add);
+        put(c + (part + k) * ld + r, square[k], int(rows), sums.add);
     } else {
       for (int64_t k = 0; k < rows; ++k)
         for (int64_t part = 0; part < columns; part += L)
-          put(c + (sums.first + r + k) * ld + sums.column + part, load(values + k * width + part),
-              int(columns - part < L ? columns - part : L), sums.add);
+          put(c + (r + k) * ld + part, load(values + k * width + part),
+              int(std::min(columns - part, L)), sums.add);
     }
   }
 
@@ -393,14 +474,13 @@ class Product {
   }
 
   const ProductArgs& p_;
-  const int64_t columns_;  // of what is computed
-  const int64_t depth_;    // of a slab
+  const int64_t depth_;  // of a slab
   const RowTiles tiles_[ProductArgs::most_parts];
   const int64_t first_tiles_;  // of the first part
-  const int64_t all_tiles_, all_panels_, tile_size_, panel_size_;
+  const int64_t all_tiles_, first_panels_, all_panels_, tile_size_, panel_size_;
   const bool along_rows_;  // is C written along its rows?
   const int64_t group_;    // how many tiles or panels a thread packs at a time
-  Scratch<Element> left_, right_;
+  Scratch<Element> left_, right_, staged_;
   Scratch<T> kept_;
 };
 

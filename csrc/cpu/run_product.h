@@ -31,10 +31,10 @@ bool worth_copies(const ProductArgs& p, int threads) {
 }
 
 // A team as large as the work is worth. Everything is allocated before the threads start.
-template <class LeftTiles, class RightTiles, class Tiles, bool transposed>
+template <Form form, class LeftTiles, class RightTiles, class Tiles>
 void run_product(const ProductArgs& p) {
-  using Part = Product<LeftTiles, RightTiles, Tiles, transposed>;
-  constexpr int64_t unit = transposed ? Tiles::width : LeftTiles::max_rows;
+  using Part = Product<LeftTiles, RightTiles, Tiles, form>;
+  constexpr int64_t unit = form == Form::flipped ? Tiles::width : LeftTiles::max_rows;
   const int64_t work = p.M * p.columns() * p.K / (int64_t(1) << 20) + 1;
   const int threads = work < p.threads ? int(work) : p.threads;
   if (!worth_copies<Part, Tiles>(p, threads)) {

@@ -210,6 +210,20 @@ struct TermTiles {
     }
   }
 
+  // A block of a tile from one of a panel of as many terms: a half of it and one term, transposed.
+  static void transpose_block(const bf16* panel, int64_t part, bf16* place, int64_t height,
+                              int64_t rows) {
+    static_assert(terms == weight_terms, "a panel of the same terms");
+    const int64_t first = part / terms * L, term = part % terms;
+    Vec<float> square[L];
+    for (int64_t k = 0; k < L; ++k)
+      square[k] = load(reinterpret_cast<const float*>(panel + part * register_size) + k * L);
+    transpose<float>(square);
+    for (int64_t r = 0; r < L && first + r < rows; ++r)
+      store(reinterpret_cast<float*>(place + (term * height + first + r) * block_columns),
+            square[r]);
+  }
+
   static int64_t blocks(const Segments& segments) {
     int64_t count = 0;
     for (int64_t s = 0; s < segments.count; ++s)
