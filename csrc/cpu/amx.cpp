@@ -77,8 +77,12 @@ bool go_unpacked(const Shape& n) {
 
 void forward(const ForwardArgs& args) {
   const Shape& n = args.shape;
-  if (spares_matrix_unit() && go_unpacked(n) && are_few_steps(n, args.storage))
+  if (spares_matrix_unit() && go_unpacked(n) && are_few_steps(args)) {
+    if (args.storage == Storage::f32 && n.N >= 48 && n.I >= 32 &&
+        run_pass<FewSteps<AheadTiles<AmxTiles<float, 3>>>>(args))
+      return;
     return kernels_avx512.forward(args);
+  }
   if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
       !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
     kernels_avx512.forward(args);

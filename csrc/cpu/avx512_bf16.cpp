@@ -21,8 +21,8 @@ using Dots = DotTiles<bf16>;
 constexpr int64_t most_unpacked_rows = 8;
 
 void forward(const ForwardArgs& args) {
-  const bool unpacked = spares_matrix_unit() && args.shape.N <= most_unpacked_rows &&
-                        are_few_steps(args.shape, args.storage);
+  const bool unpacked =
+      spares_matrix_unit() && args.shape.N <= most_unpacked_rows && are_few_steps(args);
   if (args.storage == Storage::bf16 && !unpacked)
     run_pass<Forward<Dots>>(args);
   else

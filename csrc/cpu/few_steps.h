@@ -17,25 +17,29 @@ namespace {
 // How many rows, of all steps together, at most: with more of them packing pays. It is the dearer
 // the farther away packed weights have to be written; but several steps read W_hh several times. A
 // single row a step waits for weights, packed or not; it was measured for itself on Intel's
-// processors.
-inline int64_t most_rows(const Shape& n, int64_t steps, Storage storage) {
+// processors. (What training reads of a smaller W_hh, its backward pass finds in the cache.)
+inline int64_t most_rows(const ForwardArgs& args, int64_t steps) {
+  const Shape& n = args.shape;
+  const Storage storage = args.storage;
   const bool half = storage == Storage::f16 || storage == Storage::bf16, single = steps == n.N;
   const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4;
   const int64_t bytes = n.D * 4 * n.H * (n.P + n.I) * size;
   const int64_t most = steps == 1 || single ? 128 : storage == Storage::f64 ? 32 : 48;
   const int64_t rows =
       std::clamp<int64_t>((single ? 64 : 16) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
-  return single && n.P >= 256 && is_intel() ? std::max(rows, n.P / 2) : rows;
+  if (!single || n.P < 128 || !is_intel()) return rows;
+  const int64_t of_small = args.gates ? 112 : 64 + n.P / 4;
+  return std::max({rows, n.P / 2, of_small});
 }
 
 // Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
-inline bool are_few_steps(const Shape& n, Storage storage) {
+inline bool are_few_steps(const ForwardArgs& args) {
+  const Shape& n = args.shape;
   const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
-  const bool exact = storage == Storage::f32 || storage == Storage::f64;
+  const bool exact = args.storage == Storage::f32 || args.storage == Storage::f64;
   if (rows == 0 || n.N % rows != 0) return false;
   const int64_t steps = n.N / rows;
-  return n.N <= most_rows(n, steps, storage) && n.batch_sizes[steps - 1] == rows &&
-         (steps == 1 || exact);
+  return n.N <= most_rows(args, steps) && n.batch_sizes[steps - 1] == rows && (steps == 1 || exact);
 }
 
 template <int n>
@@ -45,15 +49,16 @@ template <class Tiles>
 class FewSteps {
   using S = typename Tiles::S;
   using T = typename Tiles::T;
-  using Element = typename Tiles::Element;
+  using Inputs = typename Tiles::Inputs;  // of a chunk of steps, where W_ih is packed
+  using Element = typename Inputs::Element;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
   using Products = RowProducts<S>;
   using Weights = typename Products::Weights;
-  using Operand = Blocked<Tiles>;
+  using Operand = Blocked<Inputs>;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
   // Rows of a chunk from which on packing W_ih pays.
-  static constexpr int64_t rows_worth_packing = 64;
+  static constexpr int64_t rows_worth_packing = Inputs::has_pauses ? 48 : 64;
 
  public:
   // One part of the pass: the given sequences.
@@ -67,23 +72,29 @@ class FewSteps {
         chunk_(mine_.end - mine_.begin < rows_
                    ? 1
                    : std::clamp<int64_t>(chunk_rows(n_) / rows_, 1, steps_)),
-        panel_size_(packs(0) ? Tiles::panel_size(n_.I) : 0),
-        chunk_tiles_(chunk_ * rows_, Tiles::max_rows),
+        panel_size_(packs(0) ? Inputs::panel_size(n_.I) : 0),
+        chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
         inputs_size_(packs(0) ? Operand::size(Operand::count(n_.I), chunk_ * rows_) : 0),
         inputs_(n_.D * inputs_size_),
         panels_(std::min<int64_t>(a_.threads, max_parts) * 2 * panel_size_),
         ahead_(chunk_ > 1 ? n_.D * groups_ * chunk_ * rows_ * 4 * L : 0),
-        m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {}
+        m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {
+    // What no input fills of a block is multiplied all the same.
+    if (Operand::columns > L) inputs_.clear();
+  }
 
   static Work work(const ForwardArgs& args) {
     const Shape& n = args.shape;
     const int64_t weights = 4 * n.H * (n.P + n.I) * n.D;
-    // Threads do not stay awake for many steps: each must be worth more than usual.
-    return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / 8,
+    // Between calls threads fall asleep, and waking one takes as long as dozens of short steps:
+    // where there are few, each must be worth more.
+    const int64_t dearer = std::clamp<int64_t>(64 * n.batch_sizes[0] / n.N, 1, 8);
+    return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / dearer,
             sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights))};
   }
 
   void walk(const Team& team) {
+    [[maybe_unused]] const typename Inputs::Session session;
     const Range mine = team.share(n_.D * groups_);
     const int64_t panels = blocks_of(n_.P, L);
     const Range outputs = a_.w_hr[0] ? team.share(n_.D * panels) : Range{0, 0};
@@ -114,7 +125,8 @@ class FewSteps {
     }
   }
 
-  bool beyond() const { return false; }
+  // Did any value not fit the Elements? Then nothing that was written counts.
+  bool beyond() const { return beyond_; }
 
   static void finish(const ForwardArgs& args, FewSteps* const*, int) {
     Forward<Tiles>::finish(args, nullptr, 0);
@@ -171,26 +183,29 @@ class FewSteps {
     const Range share = team.share(rows_of_chunk(s));
     for (int d = 0; d < n_.D; ++d)
       for (int64_t r = share.begin; r < share.end; ++r)
-        inputs(d).put_row(r, 0, chunk_of_x(d, s) + r * n_.I, n_.I);
+        note(inputs(d).put_row(r, 0, chunk_of_x(d, s) + r * n_.I, n_.I));
   }
 
-  // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit). (Several
-  // steps are of exact storage, of which every value may be multiplied.)
+  void note(unsigned beyond) {
+    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
+  }
+
+  // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
   void multiply_packed_inputs(const Units& units, int64_t s, Element* panels) {
     const S* w_ih = static_cast<const S*>(a_.w_ih[units.d]) + units.first * n_.I;
     const int count = count_of(units);
     for (int gate = 0; gate < 4; ++gate)
-      Tiles::pack_transposed(w_ih + gate * n_.H * n_.I, n_.I, n_.I, count, gate % 2,
-                             panels + gate / 2 * panel_size_);
+      note(Inputs::pack_transposed(w_ih + gate * n_.H * n_.I, n_.I, n_.I, count, gate % 2,
+                                   panels + gate / 2 * panel_size_));
     const int64_t rows = rows_of_chunk(s);
     T* const ahead = ahead_ + units.index * chunk_ * rows_ * 4 * L;
     for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
       const int64_t first = tile * chunk_tiles_.height;
       for (int half = 0; half < 2; ++half)
-        Tiles::multiply(inputs(units.d).tile(tile), chunk_tiles_.height,
-                        chunk_tiles_.end(tile, rows) - first, panels + half * panel_size_,
-                        {1, {n_.I}}, Advance::none, ahead + first * 4 * L + half * width, 4 * L,
-                        nullptr);
+        Inputs::multiply(inputs(units.d).tile(tile), chunk_tiles_.height,
+                         chunk_tiles_.end(tile, rows) - first, panels + half * panel_size_,
+                         {1, {n_.I}}, Advance::none, ahead + first * 4 * L + half * width, 4 * L,
+                         nullptr);
     }
   }
   void multiply_inputs(const Units& units, int64_t s) {
@@ -303,6 +318,7 @@ class FewSteps {
   Scratch<Element> panels_;  // (threads, 2) panels of I rows, where W_ih is packed
   Scratch<T> ahead_;         // (D * groups, chunk, rows, 4, L)
   Scratch<S> m_;             // (D, rows, H), with a projection
+  bool beyond_ = false;      // Elements' range
 };
 
 }  // namespace
