@@ -172,10 +172,10 @@ bool product_of(const ProductArgs& p) {
 }
 
 bool product(const ProductArgs& args) {
-  // Packing takes longer than with vectors: a value of B is to meet many rows, and all of it is to
-  // be worth it.
+  // Packing takes longer than with vectors: what is packed is to meet many rows or columns, and all
+  // of it is to be worth it.
   const int64_t M = args.M, N = args.columns(), K = args.K;
-  const bool worth = (args.transposed ? M >= 96 && N >= 64 : M >= 64 && N >= 32) && K >= 32 &&
+  const bool worth = (args.transposed ? M >= 96 && N >= 64 : M * N >= 48 * (M + N)) && K >= 32 &&
                      M * N * K >= 1 << 20;
   switch (worth ? args.storage : Storage::f64) {
     case Storage::f32:

@@ -1,6 +1,7 @@
 // The products of (eq. 9) where there are few rows, as after a call of one step: C = or += op(A) B
-// with a small K for the weights, or with a small M for the inputs. B is used too seldom to be
-// packed: a tile of C is held in registers while rows of B pass by where they lie.
+// with a small K for the weights, or with a small M for the inputs. B, and of a narrow C A too, is
+// used too seldom to be packed: a tile of C is held in registers while rows of B pass by where they
+// lie.
 #pragma once
 
 #include <algorithm>
@@ -12,9 +13,14 @@
 namespace fastlstm {
 namespace {
 
-// With more rows packing pays: see docs/performance.md.
+// With more rows packing pays: see docs/performance.md. (What is packed is (M + N) K values, for M
+// N K products; those of half precision have to be converted too.)
 inline bool is_unpacked_product(const ProductArgs& args) {
-  return (args.transposed ? args.K : args.M) <= (FASTLSTM_VECTOR_REGISTERS == 32 ? 64 : 24);
+  constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
+  const bool exact = args.storage == Storage::f32 || args.storage == Storage::f64;
+  const int64_t M = args.M, N = args.columns();
+  if ((args.transposed ? args.K : M) <= (wide ? 64 : 24)) return true;
+  return exact && !args.transposed && M <= (wide ? 512 : 128) && M * N <= 96 * (M + N);
 }
 
 template <class S, bool transposed>
