@@ -198,6 +198,29 @@ def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:
             torch.testing.assert_close(a, alone, **tolerance(torch.float32))
 
 
+@pytest.mark.parametrize("case", UNPACKED, ids=str)
+def test_layer_that_spares_the_matrix_unit(case: Layer, instruction_set: str) -> None:
+    """As programs have it: small passes by vectors, and of a long sequence the input part not."""
+    native.spare_matrix_unit(True)
+    test_layer_equals_reference(case, torch.float32, instruction_set)
+
+
+@pytest.mark.parametrize("name", ["x", "w_ih"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+def test_inputs_without_terms_of_a_long_sequence(
+    name: str, value: float, instruction_set: str
+) -> None:
+    """Vectors start again where the matrix unit was to multiply the inputs of all steps."""
+    native.spare_matrix_unit(True)
+    layer = make_layer(Layer((1,) * 60, 40, 130), torch.float32)
+    tensor = layer.x if name == "x" else layer.weights[0].w_ih
+    tensor.view(-1)[1203] = value
+    want = reference.layer_forward(*layer, True, True)
+    got = cpu.layer_forward(*layer, True, True)
+    for a, b in zip(got[:4], want[:4], strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values_stay_in_their_sequence(value: float, instruction_set: str) -> None:
     """A NaN or an infinity in one sequence reaches exactly what it reaches in the reference."""

@@ -13,12 +13,12 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 PRODUCTS = [(200, 64, 48), (512, 131, 70), (1100, 320, 96), (36, 200, 150), (33, 40, 300),
             (17, 2, 3), (530, 9, 2), (48, 90, 35), (9, 301, 67), (2, 3, 140),
-            (5, 11, 70)]  # fmt: skip
+            (5, 11, 70), (700, 90, 260), (100, 210, 170), (150, 110, 70)]  # fmt: skip
 # Of a value, and of a whole matrix beside what torch's own product makes of it, by state dtype.
 # (In float64 torch's product is what counts as exact.)
 EXACTNESS = {torch.float32: (1e-5, 6e-8), torch.float64: (1e-13, 1e-14)}
-# How many times torch's error. Vectors sum up to 512 products in one go, BLAS fewer; small
-# products are vectors' work with AMX too.
+# How many times torch's error. Vectors sum up to 512 products in one go, BLAS fewer; small and
+# narrow products are vectors' work with AMX too.
 ERRORS = {"unit": 1.5, "vectors": 2.5}
 
 
@@ -37,10 +37,11 @@ def test_products_are_about_as_exact_as_torch(
         return
     state = torch.promote_types(dtype, torch.float32)
     rtol, slack = EXACTNESS[state]
-    small = depth * rows * columns < 1 << 20
-    times = ERRORS["vectors" if small or instruction_set != "amx" else "unit"]
-    takes_bf16 = {"avx512_bf16": depth >= 32, "amx": not small}.get(instruction_set, False)
     for transposed in (True, False):
+        wide = rows >= 96 if transposed else rows * columns >= 48 * (rows + columns)
+        by_unit = instruction_set == "amx" and wide and depth * rows * columns >= 1 << 20
+        times = ERRORS["unit" if by_unit else "vectors"]
+        takes_bf16 = by_unit or (instruction_set == "avx512_bf16" and depth >= 32)
         shape = (depth, 2, rows) if transposed else (rows, 2, depth)
         left = torch.randn(shape, dtype=state)[:, 1]
         op = left.bfloat16().to(state) if takes_bf16 and dtype == torch.bfloat16 else left
@@ -61,9 +62,11 @@ def test_products_are_about_as_exact_as_torch(
         torch.testing.assert_close(out.double(), exact, rtol=rtol, atol=rtol * depth**0.5)
 
 
-# Few rows, few columns, rows enough for a copy of B each, and a B that is too large for that.
+# Few rows, few columns, rows enough for a copy of B each, a B that is too large for that, more
+# columns than rows, and a depth for A^T B to come out upright.
 @pytest.mark.parametrize(("rows", "columns", "depth"), [(40, 200, 150), (200, 48, 300),
-                         (530, 130, 600), (600, 1300, 70), (1100, 70, 40)])  # fmt: skip
+                         (530, 130, 600), (600, 1300, 70), (1100, 70, 40),
+                         (150, 400, 300), (610, 200, 140)])  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_share_a_product(
     rows: int, columns: int, depth: int, dtype: torch.dtype, instruction_set: str

@@ -20,7 +20,8 @@ inline bool is_unpacked_product(const ProductArgs& args) {
   const bool exact = args.storage == Storage::f32 || args.storage == Storage::f64;
   const int64_t M = args.M, N = args.columns();
   if ((args.transposed ? args.K : M) <= (wide ? 64 : 24)) return true;
-  return exact && !args.transposed && M <= (wide ? 512 : 128) && M * N <= 96 * (M + N);
+  return exact && !args.transposed && args.K >= 16 && M <= (wide ? 512 : 128) &&
+         M * N <= 96 * (M + N);
 }
 
 template <class S, bool transposed>
