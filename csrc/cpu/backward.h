@@ -15,7 +15,7 @@
 #include "backward_cells.h"
 #include "backward_edges.h"
 #include "one_row.h"
-#include "one_row_cells.h"
+#include "one_row_step.h"
 #include "operand.h"
 #include "split.h"
 
@@ -103,7 +103,8 @@ class Backward {
     Unfinished unfinished;
     for (int64_t s = a_.begin; s < a_.end + to_initial_state_; ++s) {
       if (in_place_) {
-        carry_in_place(team, outputs, s, unfinished);
+        if constexpr (Tiles::in_place)
+          OneRowStep<Backward>::carry(*this, team, outputs, s, unfinished);
         continue;
       }
       if (gate_by_gate_)
@@ -145,6 +146,7 @@ class Backward {
   friend class BackwardCells<Backward>;
   friend class BackwardEdges<Backward>;
   friend class OneRowCells<Backward>;
+  friend class OneRowStep<Backward>;
   using Cells = BackwardCells<Backward>;
   using Edges = BackwardEdges<Backward>;
 
@@ -271,72 +273,6 @@ class Backward {
   }
 
   int64_t column_of(int64_t item) const { return item % output_panels_ * width; }
-
-  // One row, and weights that are not packed: every thread's part of the products, and then its
-  // own panels' cells.
-  void carry_in_place(const Team& team, const Range& items, int64_t s, Unfinished& unfinished) {
-    if constexpr (Tiles::in_place) {
-      for (int d = 0; d < n_.D; ++d) {
-        const Step step = this->step(d, s);
-        if (step.carried == 0) continue;
-        const Range units = units_of(items, d);
-        Wanted wanted;
-        ask_for_next_row(wanted, d, s, units);
-        const OneRowCells<Backward> cells(*this, step);
-        int64_t unit = units.begin;
-        auto prepare = [&] {
-          cells.prepare(unit);
-          unit += L;
-        };
-        Spread<decltype(prepare)> meanwhile(
-            prepare, step.rows > 0 ? blocks_of(units.end - units.begin, L) : 0,
-            exchange_.pauses(units));
-        exchange_.multiply(team, s, d, units, da(d, s - 1).data, gate_blocks_ * L,
-                           static_cast<const T*>(a_.w_hh[d]), wanted, meanwhile);
-      }
-      team.barrier.wait();
-      for (int d = 0; d < n_.D; ++d) {
-        const Step step = this->step(d, s);
-        const Range units = units_of(items, d);
-        if (step.carried > 0 && step.rows > 0) {
-          const OneRowCells<Backward> cells(*this, step);
-          for (int64_t unit = units.begin; unit < units.end; unit += L)
-            cells.undo(unit, exchange_.sum(team, s, d, unit));
-          continue;
-        }
-        for (int64_t unit = units.begin; unit < units.end; unit += width)
-          begin_or_end_row(team, s, d, unit, unfinished);
-      }
-    }
-  }
-
-  // Those of a thread's items that are of direction d.
-  Range units_of(const Range& items, int d) const {
-    const int64_t first = d * output_panels_, last = first + output_panels_;
-    const int64_t begin = (std::clamp(items.begin, first, last) - first) * width;
-    const int64_t end = (std::clamp(items.end, first, last) - first) * width;
-    return {std::min(begin, n_.H), std::min(end, n_.H)};
-  }
-
-  // What is prepared while the next step's products are made.
-  void ask_for_next_row(Wanted& wanted, int d, int64_t s, const Range& units) const {
-    if (s + 1 >= a_.end) return;
-    const Step next = step(d, s + 1);
-    for (int64_t unit = units.begin; unit < units.end && wanted.has_room(Cells::most_asked);
-         unit += width)
-      Cells::ask(*this, wanted, next, {0, 1}, unit);
-  }
-
-  // A panel of units at the step that the sequence ends with, or before the one it begins with.
-  void begin_or_end_row(const Team& team, int64_t s, int d, int64_t unit, Unfinished& unfinished) {
-    const Step step = this->step(d, s);
-    if (step.carried > 0) {
-      T* const sums = unfinished.next();
-      for (int64_t v = 0; v < width; v += L) store(sums + v, exchange_.sum(team, s, d, unit + v));
-      finish_tile(step, 0, 1, unit, sums, unfinished);
-    }
-    begin_sequences(d * output_panels_ + unit / width, s, unfinished);
-  }
 
   // Where da is too large for the L2 cache, a gate's part of it stays there while all panels pass
   // by.

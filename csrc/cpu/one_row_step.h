@@ -1,7 +1,10 @@
-// The pointwise part of the backward walk of a single sequence (one_row.h), a row of units after
-// the other. What does not depend on the gradients of a step is made while the step's products
-// wait for weights: after them little is left to do before the next ones can begin.
+// A step of the backward walk (backward.h) of a single sequence, whose weights are not packed
+// (one_row.h), and its pointwise part. What does not depend on the gradients of a step is made
+// while the step's products wait for weights: after them little is left to do before the next ones
+// can begin.
 #pragma once
+
+#include <algorithm>
 
 #include "operand.h"
 #include "walk.h"
@@ -9,7 +12,7 @@
 namespace fastlstm {
 namespace {
 
-// A step of one direction that is carried the gradient of the step undone before it.
+// The cells of a step of one direction that is carried the gradient of the step undone before it.
 template <class Pass>
 class OneRowCells {
   using T = typename Pass::T;
@@ -102,6 +105,82 @@ class OneRowCells {
   T *da_, *dc_, *dbias_, *factors_, *exchanged_;
   int64_t gate_distance_;
   bool cut_;
+};
+
+template <class Pass>
+class OneRowStep {
+  using T = typename Pass::T;
+  using Step = typename Pass::Step;
+  using Cells = typename Pass::Cells;
+  using Unfinished = typename Pass::Unfinished;
+  static constexpr int64_t L = lanes<T>, width = panel_width<T>;
+
+ public:
+  // Every thread's part of the products, and then the cells of its own panels of units.
+  static void carry(Pass& p, const Team& team, const Range& items, int64_t s,
+                    Unfinished& unfinished) {
+    for (int d = 0; d < p.n_.D; ++d) multiply(p, team, units_of(p, items, d), s, d);
+    team.barrier.wait();
+    for (int d = 0; d < p.n_.D; ++d) {
+      const Step step = p.step(d, s);
+      const Range units = units_of(p, items, d);
+      if (step.carried > 0 && step.rows > 0) {
+        const OneRowCells<Pass> cells(p, step);
+        for (int64_t unit = units.begin; unit < units.end; unit += L)
+          cells.undo(unit, p.exchange_.sum(team, s, d, unit));
+      } else {
+        for (int64_t unit = units.begin; unit < units.end; unit += width)
+          begin_or_end(p, team, step, unit, unfinished);
+      }
+    }
+  }
+
+ private:
+  // Those of a thread's items that are of direction d.
+  static Range units_of(const Pass& p, const Range& items, int d) {
+    const int64_t first = d * p.output_panels_, last = first + p.output_panels_;
+    const int64_t begin = (std::clamp(items.begin, first, last) - first) * width;
+    const int64_t end = (std::clamp(items.end, first, last) - first) * width;
+    return {std::min(begin, p.n_.H), std::min(end, p.n_.H)};
+  }
+
+  static void multiply(const Pass& p, const Team& team, const Range& units, int64_t s, int d) {
+    const Step step = p.step(d, s);
+    if (step.carried == 0) return;
+    Wanted wanted;
+    ask_for_next(p, wanted, d, s, units);
+    const OneRowCells<Pass> cells(p, step);
+    int64_t unit = units.begin;
+    auto prepare = [&] {
+      cells.prepare(unit);
+      unit += L;
+    };
+    const int64_t pieces = step.rows > 0 ? blocks_of(units.end - units.begin, L) : 0;
+    Spread<decltype(prepare)> meanwhile(prepare, pieces, p.exchange_.pauses(units));
+    p.exchange_.multiply(team, s, d, units, p.da(d, s - 1).data, p.gate_blocks_ * L,
+                         static_cast<const T*>(p.a_.w_hh[d]), wanted, meanwhile);
+  }
+
+  // What is prepared while the next step's products are made.
+  static void ask_for_next(const Pass& p, Wanted& wanted, int d, int64_t s, const Range& units) {
+    if (s + 1 >= p.a_.end) return;
+    const Step next = p.step(d, s + 1);
+    for (int64_t unit = units.begin; unit < units.end && wanted.has_room(Cells::most_asked);
+         unit += width)
+      Cells::ask(p, wanted, next, {0, 1}, unit);
+  }
+
+  // A panel of units at the step that the sequence ends with, or before the one it begins with.
+  static void begin_or_end(Pass& p, const Team& team, const Step& step, int64_t unit,
+                           Unfinished& unfinished) {
+    if (step.carried > 0) {
+      T* const sums = unfinished.next();
+      for (int64_t v = 0; v < width; v += L)
+        store(sums + v, p.exchange_.sum(team, step.index, step.d, unit + v));
+      p.finish_tile(step, 0, 1, unit, sums, unfinished);
+    }
+    p.begin_sequences(step.d * p.output_panels_ + unit / width, step.index, unfinished);
+  }
 };
 
 }  // namespace
