@@ -78,8 +78,8 @@ bool go_unpacked(const Shape& n) {
 void forward(const ForwardArgs& args) {
   const Shape& n = args.shape;
   if (spares_matrix_unit() && go_unpacked(n) && are_few_steps(args)) {
-    if (args.storage == Storage::f32 && n.N >= 48 && n.I >= 32 &&
-        run_pass<FewSteps<AheadTiles<AmxTiles<float, 3>>>>(args))
+    using Ahead = FewSteps<AheadTiles<AmxTiles<float, 3>>>;
+    if (args.storage == Storage::f32 && n.I >= 32 && Ahead::packs(n) && run_pass<Ahead>(args))
       return;
     return kernels_avx512.forward(args);
   }

@@ -69,9 +69,7 @@ class FewSteps {
         steps_(n_.N / rows_),
         mine_(sequences),
         groups_(blocks_of(n_.H, L)),
-        chunk_(mine_.end - mine_.begin < rows_
-                   ? 1
-                   : std::clamp<int64_t>(chunk_rows(n_) / rows_, 1, steps_)),
+        chunk_(mine_.end - mine_.begin < rows_ ? 1 : chunk(n_, rows_, steps_)),
         panel_size_(packs(0) ? Inputs::panel_size(n_.I) : 0),
         chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
         inputs_size_(packs(0) ? Operand::size(Operand::count(n_.I), chunk_ * rows_) : 0),
@@ -79,8 +77,14 @@ class FewSteps {
         panels_(std::min<int64_t>(a_.threads, max_parts) * 2 * panel_size_),
         ahead_(chunk_ > 1 ? n_.D * groups_ * chunk_ * rows_ * 4 * L : 0),
         m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {
-    // What no input fills of a block is multiplied all the same.
-    if (Operand::columns > L) inputs_.clear();
+    // What no group of inputs fills of a block is multiplied all the same.
+    if (blocks_of(n_.I, L) * L % Operand::columns != 0) inputs_.clear();
+  }
+
+  // Is W_ih packed, for those of so many steps that it pays?
+  static bool packs(const Shape& n) {
+    const int64_t rows = n.batch_sizes[0], steps = n.N / rows, together = chunk(n, rows, steps);
+    return together > 1 && together * rows >= rows_worth_packing;
   }
 
   static Work work(const ForwardArgs& args) {
@@ -137,6 +141,13 @@ class FewSteps {
   static int64_t chunk_rows(const Shape& n) {
     const int64_t row = std::max<int64_t>(n.I, 1) * int64_t(sizeof(S));
     return std::clamp<int64_t>(l2_cache_bytes() / 4 / row, Products::most_rows, 256);
+  }
+
+  // Steps whose inputs are multiplied together: all, or as many as stay in the cache, in chunks of
+  // nearly equal length.
+  static int64_t chunk(const Shape& n, int64_t rows, int64_t steps) {
+    const int64_t most = std::clamp<int64_t>(chunk_rows(n) / rows, 1, steps);
+    return blocks_of(steps, blocks_of(steps, most));
   }
 
   // Up to L units of one direction, and the how many-eth of all such groups they are.

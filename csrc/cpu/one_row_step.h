@@ -101,10 +101,11 @@ class OneRowCells {
   }
 
   const int64_t H_;
-  const T *gates_, *c_, *c_prev_ = nullptr, *dy_, *dc_all_;
-  T *da_, *dc_, *dbias_, *factors_, *exchanged_;
-  int64_t gate_distance_;
-  bool cut_;
+  // Of a step without rows there are none.
+  const T *gates_ = nullptr, *c_ = nullptr, *c_prev_ = nullptr, *dy_ = nullptr, *dc_all_ = nullptr;
+  T *da_ = nullptr, *dc_ = nullptr, *dbias_ = nullptr, *factors_ = nullptr, *exchanged_ = nullptr;
+  int64_t gate_distance_ = 0;
+  bool cut_ = false;
 };
 
 template <class Pass>

@@ -209,18 +209,20 @@ class Product {
     }
     int64_t left() const { return left_; }
     void rest() {
-      while (left_ > 0) (*this)();
+      if constexpr (tiles && !by_columns)
+        while (left_ > 0) row_piece(depth_);
+      else
+        while (left_ > 0) (*this)();
     }
     void operator()() {
+      if constexpr (tiles && !by_columns) return row_piece(block);
       --left_;
       if constexpr (!tiles)
         panel_piece();
       else if constexpr (staged)
         staged_piece();
-      else if constexpr (by_columns)
-        columns_piece();
       else
-        row_piece();
+        columns_piece();
     }
 
    private:
@@ -259,13 +261,19 @@ class Product {
       place_ = operand_.data + row_ * block + k_ / block * operand_.block_size();
     }
 
-    // One block of one row: a row of a tile after the other.
-    void row_piece() {
-      prefetch(row_at_ + (Tiles::has_pauses ? 1 : 2) * ld_, block);
-      LeftTiles::pack_block_row(place_, operand_.height, row_at_, depth_ - k_);
-      row_at_ += block;
-      place_ += operand_.block_size();
-      if ((k_ += block) < depth_) return;
+    // Up to so many columns of one row, a piece for each block: a row of a tile after the other.
+    void row_piece(int64_t columns) {
+      const int64_t end = std::min(k_ + columns, depth_), stride = operand_.block_size();
+      const Source* from = row_at_;
+      Element* place = place_;
+      int64_t k = k_;
+      for (; k < end; k += block, from += block, place += stride) {
+        prefetch(from + (Tiles::has_pauses ? 1 : 2) * ld_, block);
+        LeftTiles::pack_block_row(place, operand_.height, from, depth_ - k);
+      }
+      left_ -= (k - k_) / block;
+      k_ = k, row_at_ = from, place_ = place;
+      if (k_ < depth_) return;
       k_ = 0;
       if (++row_ < tile_.count) return enter_row();
       row_ = 0;

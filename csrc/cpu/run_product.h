@@ -1,4 +1,4 @@
-// How the products of (eq. 9) are divided among threads, which share the rows of op(A).
+// How the products of (eq. 9) are divided among threads, which share the rows of C, or its columns.
 #pragma once
 
 #include <algorithm>
@@ -21,9 +21,9 @@ inline ProductArgs some_rows(ProductArgs p, const Range& rows, int64_t state_byt
   return p;
 }
 
-// With so many rows for each, threads do better with a packed B of their own, where it leaves room
-// in their L2 caches: they need not wait for each other at every slab. (Vectors do as well either
-// way.)
+// With so many rows for each, threads do better with a packed B of their own, where what passes by
+// leaves room in their L2 caches: they need not wait for each other at every slab. (Vectors do as
+// well either way.)
 template <class Part, class Tiles>
 bool worth_copies(const ProductArgs& p, int threads) {
   return Tiles::has_pauses && threads > 1 && threads <= max_parts &&

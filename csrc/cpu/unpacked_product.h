@@ -1,7 +1,7 @@
-// The products of (eq. 9) where there are few rows, as after a call of one step: C = or += op(A) B
-// with a small K for the weights, or with a small M for the inputs. B, and of a narrow C A too, is
-// used too seldom to be packed: a tile of C is held in registers while rows of B pass by where they
-// lie.
+// The products of (eq. 9) where packing does not pay: C = or += op(A) B with few rows, as after a
+// call of one step (a small K for the weights, a small M for the inputs), or with a narrow C. Too
+// little is made of a value of B or of A: a tile of C is held in registers while rows of B pass by
+// where they lie.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ inline bool is_unpacked_product(const ProductArgs& args) {
   const int64_t M = args.M, N = args.columns();
   if ((args.transposed ? args.K : M) <= (wide ? 64 : 24)) return true;
   return exact && !args.transposed && args.K >= 16 && M <= (wide ? 512 : 128) &&
-         M * N <= 96 * (M + N);
+         M * N <= 80 * (M + N);
 }
 
 template <class S, bool transposed>
@@ -42,10 +42,13 @@ class UnpackedProduct {
       : p_(args),
         row_distance_(transposed ? 1 : args.lda),
         k_distance_(transposed ? args.lda : 1),
-        slab_(transposed ? args.K : slab_rows) {}
+        slab_(transposed ? args.K : slab_rows),
+        tiles_(args.M, most_rows) {}
 
   // How many threads can have a part of C.
-  int64_t shares() const { return transposed ? p_.M : blocks_of(p_.parts[0].N, width); }
+  int64_t shares() const {
+    return transposed ? p_.M : std::max(blocks_of(p_.parts[0].N, width), tiles_.count(p_.M));
+  }
 
   void run(const Team& team) const {
     for (const ProductPart& part : p_.parts)
@@ -63,11 +66,14 @@ class UnpackedProduct {
           for_rows<most_rows>(part, slab, row, mine.end - row, column);
       return;
     }
-    const Range mine = team.share(blocks_of(part.N, width));
-    const RowTiles tiles(p_.M, most_rows);
-    for (int64_t block = mine.begin; block < mine.end; ++block)
-      for (int64_t row = 0; row < p_.M; row += tiles.height)
-        for_rows<most_rows>(part, slab, row, std::min(tiles.height, p_.M - row), block * width);
+    const int64_t blocks = blocks_of(part.N, width), tiles = tiles_.count(p_.M);
+    const Range columns = blocks < tiles ? Range{0, blocks} : team.share(blocks);
+    const Range rows = blocks < tiles ? team.share(tiles) : Range{0, tiles};
+    for (int64_t block = columns.begin; block < columns.end; ++block)
+      for (int64_t tile = rows.begin; tile < rows.end; ++tile) {
+        const int64_t row = tile * tiles_.height;
+        for_rows<most_rows>(part, slab, row, tiles_.end(tile, p_.M) - row, block * width);
+      }
   }
 
   template <int rows>
@@ -117,14 +123,16 @@ class UnpackedProduct {
   const ProductArgs& p_;
   const int64_t row_distance_, k_distance_;  // of A
   const int64_t slab_;                       // rows of B that pass by all of C before the next ones
+  const RowTiles tiles_;                     // of C
 };
 
-// A team as large as the work is worth: C, or B, takes longer to move than to multiply.
+// A team as large as the work is worth: of few rows C, or B, takes longer to move than to multiply.
 template <class S, bool transposed>
 void run_unpacked_product(const ProductArgs& p) {
-  const int64_t moved = (transposed ? p.M : p.K) * p.columns();
+  const int64_t moved = (transposed ? p.M : p.K) * p.columns(), work = p.M * p.columns() * p.K;
   const UnpackedProduct<S, transposed> product(p);
-  const int64_t most = std::min<int64_t>(moved / (int64_t(1) << 16) + 1, product.shares());
+  const int64_t worth = std::max(moved / (int64_t(1) << 16), work / (int64_t(1) << 20)) + 1;
+  const int64_t most = std::min(worth, product.shares());
   run_team(int(std::min<int64_t>(most, p.threads)), [&](const Team& team) { product.run(team); });
 }
 
