@@ -135,10 +135,11 @@ UNPACKED = (
     Layer((40,), 260, 333, directions=2, reset=0.3),
     Layer((20, 20), 330, 331, projection=300, directions=2, bias=False),
     Layer((1,) * 70, 190, 210, directions=2, reset=0.1),  # rows enough to pack the input part
-    Layer((1,) * 100, 1800, 150),  # and then, in a second chunk, too few
+    Layer((1,) * 100, 1800, 150),  # two chunks
     Layer((1,) * 5, 7, 331, directions=2, reset=0.3),  # rows of W_hh wider than the registers
     Layer((4, 3, 3, 1), 5, 70, directions=2, reset=0.3),  # three panels in each direction
     Layer((6,) * 3, 5, 150, projection=70),
+    Layer((1,) * 127, 1100, 210),  # rows enough in the first chunk, too few in the second
 )
 
 # What the benchmarks time: (T, B, I, H).

@@ -15,6 +15,7 @@
 //   pack_block_row, pack_block_columns                  write one block from a row of a matrix, or
 //                       from up to L columns of it, transposed; `count` and `depth` are what is
 //                       there of them
+//   transpose_block     writes a part of a block from one of a panel (Form::upright, product.h)
 //   multiply            a tile times a panel, which may be added to what is there
 //   pair_rows, multiply_pair   a tile of up to so many rows times two panels is faster at once
 //   in_place            whether one row can be multiplied by weights that are not packed

@@ -486,7 +486,7 @@ class Product {
   const RowTiles tiles_[ProductArgs::most_parts];
   const int64_t first_tiles_;  // of the first part
   const int64_t all_tiles_, first_panels_, all_panels_, tile_size_, panel_size_;
-  const bool along_rows_;  // is C written along its rows?
+  const bool along_rows_;  // do others pass by one tile or panel of a group after the other?
   const int64_t group_;    // how many tiles or panels a thread packs at a time
   Scratch<Element> left_, right_, staged_;
   Scratch<T> kept_;
