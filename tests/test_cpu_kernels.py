@@ -67,7 +67,7 @@ BEYOND_CACHES = (
 
 
 @pytest.mark.parametrize("case", BEYOND_CACHES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 8])  # of more than there are cores some are helped
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_beyond_the_caches(
     case: Layer, dtype: torch.dtype, threads: int, instruction_set: str
@@ -172,7 +172,7 @@ def test_nothing_is_saved_for_inference() -> None:
 LONG_AND_SHORT = Layer((5, *(1,) * 30), 6, 10)  # one thread would have nearly all of it
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("case", [LAYERS[6], LAYERS[9], LAYERS[15], LONG_AND_SHORT], ids=str)
 @pytest.mark.parametrize("hidden", [130, 300])  # by sequences, and together
 def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:

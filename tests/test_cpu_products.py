@@ -80,7 +80,7 @@ def test_threads_share_a_product(
         left = torch.randn((depth, rows) if transposed else (rows, depth), dtype=state)
         right, wide = torch.randn(depth, columns).to(dtype), torch.randn(rows, columns + 5)
         before, results = torch.get_num_threads(), []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             out = wide.to(state, copy=True)
             torch.set_num_threads(threads)
             try:

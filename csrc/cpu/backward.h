@@ -53,6 +53,7 @@ class Backward {
         gate_by_gate_(Tiles::gate_by_gate && !in_place_ &&
                       4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
                           l2_cache_bytes() / 2),
+        helps_(!gate_by_gate_ && worth_helping<Tiles>(work(a_), a_.threads)),
         paired_(!in_place_ && !gate_by_gate_ && rows_ <= Tiles::pair_rows),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
@@ -83,7 +84,8 @@ class Backward {
     // many rows.
     return {n.D * blocks_of(n.P, width), rows * weights,
             sequences_worth_a_thread<Tiles>(
-                bytes, bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread)};
+                bytes, args.threads,
+                bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread)};
   }
 
   void walk(const Team& team) {
@@ -116,12 +118,8 @@ class Backward {
               add_gate(item, step, gate, tile, nullptr, idle);
           }
       // There and back again: what the cache still holds of the last step is used first.
-      const int64_t together = paired_ ? 2 : 1;
-      const int64_t groups = blocks_of(outputs.end - outputs.begin, together);
-      for (int64_t k = 0; k < groups; ++k) {
-        const int64_t first = outputs.begin + (s % 2 == 0 ? k : groups - 1 - k) * together;
-        carry({first, std::min(first + together, outputs.end)}, s, advance, unfinished);
-      }
+      team.each_piece(n_.D * output_panels_, paired_ ? 2 : 1, s % 2 != 0, helps_ ? s : Team::alone,
+                      [&](const Range& items) { carry(items, s, advance, unfinished); });
       unfinished.cells.rest();
       team.barrier.wait();
       if (!projected_) continue;
@@ -391,6 +389,7 @@ class Backward {
   const int64_t output_panels_;  // of panel_width outputs
   const bool in_place_;          // are the weights left where they lie?
   const bool gate_by_gate_;      // see add_gate
+  const bool helps_;             // see worth_helping
   const bool paired_;            // are two panels multiplied at once?
   const int64_t da_size_, dh_size_;
   Scratch<Element> recurrent_;   // (D, output_panels) panels of 4 segments of H rows

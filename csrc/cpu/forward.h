@@ -48,6 +48,7 @@ class Forward {
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
+        helps_(!ahead_ && worth_helping<Tiles>(work(a_), a_.threads)),
         chunk_(ahead_ && rows_ > 0
                    ? std::clamp<int64_t>(Inputs::ahead_rows(n_.I) / rows_, 1, walk_.steps())
                    : 1),
@@ -81,7 +82,7 @@ class Forward {
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     const int64_t weights = 4 * n.H * (n.P + (Tiles::ahead(n, rows, args.threads) ? 0 : n.I)) * n.D;
     return {n.D * blocks_of(n.H, L), rows * weights,
-            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights))};
+            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights), args.threads)};
   }
 
   void walk(const Team& team) {
@@ -96,8 +97,9 @@ class Forward {
     for (int64_t s = 0; s < steps(); ++s) {
       if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
       // There and back again: what the cache still holds of the last step is used first.
-      for (int64_t k = 0; k < mine.end - mine.begin; ++k)
-        step_item(item(s % 2 == 0 ? mine.begin + k : mine.end - 1 - k), s, advance, unfinished);
+      team.each_piece(items_, 1, s % 2 != 0, helps_ ? s : Team::alone, [&](const Range& one) {
+        step_item(item(one.begin), s, advance, unfinished);
+      });
       unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
@@ -361,6 +363,7 @@ class Forward {
   const int64_t items_;         // D * groups
   const int64_t out_panels_;    // of a projection, per direction; 0 without one
   const bool ahead_;            // is the input part computed ahead?
+  const bool helps_;            // see worth_helping
   const int64_t chunk_;         // how many steps ahead
   const RowTiles chunk_tiles_;  // of the rows of a chunk
   const int64_t hidden_block_;  // of what a step reads, where h_{t-1} begins

@@ -48,7 +48,10 @@ class Product {
   static constexpr int64_t L = Tiles::L, width = Tiles::width, block = LeftTiles::block_columns;
   static constexpr bool flipped = form == Form::flipped;
   static constexpr bool own_panels = flipped || form == Form::columns;  // of a thread, not tiles
-  static constexpr int64_t buffers = Tiles::has_pauses ? 2 : 1;        // of a thread: one is packed
+  static constexpr int64_t buffers = Tiles::has_pauses ? 2 : 1;  // of a thread: one is packed
+  // The next group is packed while this one is multiplied, or threads do what others have not
+  // begun.
+  static constexpr bool helps = !Tiles::has_pauses;
   static constexpr int64_t most_values = LeftTiles::max_rows * width;  // of a tile of sums
   // Of a block of A that is packed column by column, see Packing::staged_piece.
   static constexpr int64_t staged_pieces =
@@ -72,7 +75,8 @@ class Product {
                    Operand{nullptr, 0, std::max(tiles_[0].height, tiles_[1].height)}.block_size()),
         panel_size_(RightTiles::panel_size(depth_)),
         along_rows_(slab_stays(p_)),
-        group_(group(own_panels ? panel_size_ : tile_size_, along_rows_)),
+        group_(group(threads, own_panels ? all_panels_ : all_tiles_,
+                     own_panels ? panel_size_ : tile_size_, along_rows_)),
         left_((own_panels ? all_tiles_ : threads * buffers * group_) * tile_size_),
         right_((own_panels ? threads * buffers * group_ : all_panels_) * panel_size_),
         staged_(threads * staged_size),
@@ -91,7 +95,7 @@ class Product {
                                       : left_ + team.rank * buffers * group_ * tile_size_;
     Element* const second =
         first + (buffers - 1) * group_ * (own_panels ? panel_size_ : tile_size_);
-    Group group = next({-depth_, mine.end, mine.end}, mine);
+    Group group = helps ? Group{} : next({-depth_, mine.end, mine.end}, mine);
     Element* const staged = staged_ + team.rank * staged_size;
     Packing<!own_panels> packing(*this, group, first, staged);
     Sums sums;
@@ -99,6 +103,16 @@ class Product {
       Packing<own_panels> all(*this, {k, shared.begin, shared.end}, shared_place(shared.begin));
       all.rest();
       team.barrier.wait();
+      if constexpr (helps) {
+        const auto multiply = [&](const Range& own) {
+          group = {k, own.begin, own.end};
+          packing = Packing<!own_panels>(*this, group, first, staged);
+          packing.rest();
+          multiply_group(group, first, packing, sums);
+        };
+        team.each_piece(own_panels ? all_panels_ : all_tiles_, group_, false, k / depth_, multiply);
+        group = {};
+      }
       for (; group.k == k && group.begin < group.end; ++number, group = next(group, mine)) {
         packing.rest();
         Element* const buffer = number % 2 == 0 ? first : second;
@@ -163,9 +177,11 @@ class Product {
 
   // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab that
   // stays there too leaves less for them; one that comes from afar is to come seldom.
-  static int64_t group(int64_t size, bool stays) {
+  // Threads that help each other do so with an eighth of a share.
+  static int64_t group(int threads, int64_t items, int64_t size, bool stays) {
     const int64_t part = Tiles::has_pauses && stays ? 16 : 2;
-    return l2_cache_bytes() / part / buffers / (size * int64_t(sizeof(Element))) + 1;
+    const int64_t most = l2_cache_bytes() / part / buffers / (size * int64_t(sizeof(Element))) + 1;
+    return helps && threads > 1 ? std::min(most, blocks_of(items, int64_t(8) * threads)) : most;
   }
 
   // The group after this one of a thread's share; the last one of all is followed by an empty one.

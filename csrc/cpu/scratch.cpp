@@ -60,18 +60,29 @@ int64_t l2_cache_bytes() {
   return int64_t(1) << 20;
 }
 
-bool is_intel() {
 #if defined(__x86_64__)
-  static const bool intel = [] {
-    unsigned highest, name[3];  // "Genu" "ntel" "ineI"
-    return __get_cpuid(0, &highest, &name[0], &name[1], &name[2]) &&
-           std::memcmp(&name[0], "Genu", 4) == 0 && std::memcmp(&name[1], "ntel", 4) == 0;
-  }();
-  return intel;
-#else
-  return false;
-#endif
+static bool is_made_by(const char (&maker)[13]) {
+  unsigned highest, name[3];  // in the order of the registers: "Genu" "ntel" "ineI"
+  return __get_cpuid(0, &highest, &name[0], &name[1], &name[2]) &&
+         std::memcmp(&name[0], maker, 4) == 0 && std::memcmp(&name[2], maker + 4, 4) == 0 &&
+         std::memcmp(&name[1], maker + 8, 4) == 0;
 }
+bool is_intel() {
+  static const bool intel = is_made_by("GenuineIntel");
+  return intel;
+}
+bool is_amd() {
+  static const bool amd = is_made_by("AuthenticAMD");
+  return amd;
+}
+#else
+bool is_intel() {
+  return false;
+}
+bool is_amd() {
+  return false;
+}
+#endif
 
 // Large blocks that were freed and wait for the next call of the same shape: fresh pages cost a
 // fault and a clearing each, and threads that meet at every step wait for each other's. The oldest

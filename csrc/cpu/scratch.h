@@ -31,8 +31,9 @@ void free_reserve(Block block);
 
 // Bytes of a core's own L2 cache; 1 MiB where the system does not say.
 int64_t l2_cache_bytes();
-// Is this one of Intel's processors? See Advance (operand.h).
+// Whose processor is this? See Advance (operand.h) and split.h.
 bool is_intel();
+bool is_amd();
 
 namespace {
 

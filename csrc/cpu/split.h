@@ -6,6 +6,8 @@
 // hidden units and of the weights, and meet at every step.
 #pragma once
 
+#include <algorithm>
+
 #include "walk.h"
 
 namespace fastlstm {
@@ -16,18 +18,25 @@ constexpr int max_parts = 64;
 constexpr int64_t work_per_thread = 1 << 15;
 // and worth its own sequences from this many on, if the weights leave room in its L2 cache.
 constexpr int64_t sequences_per_thread = 4;
-// With so many, vectors also hide that a part of the weights comes from the L3 cache.
-constexpr int64_t many_sequences = 16;
+// With so many, vectors also hide that weights come from the L3 cache: a part of them on Intel's
+// processors, on AMD's, whose L3 cache gives three times as much, all of them.
+constexpr int64_t many_sequences = 16, some_sequences = 6;
 
 // Where threads walk together, however many sequences there are.
 constexpr int64_t never = 0;
 
 // The sequences that are worth a thread of their own, which reads all weights at every step.
-// `fewest`: where the weights leave room in the L2 cache.
+// `fewest`: where the weights leave room in the L2 cache. (Threads that meet at each step hand each
+// other h or da, and AMD's cores have an L3 cache for some of them: to those of another it is far.
+// Each thread's copy of the weights must find room in it.)
 template <class Tiles>
-int64_t sequences_worth_a_thread(int64_t weight_bytes, int64_t fewest = sequences_per_thread) {
-  if (weight_bytes <= l2_cache_bytes() / 4 * 3) return fewest;
-  return !Tiles::has_pauses && weight_bytes <= l2_cache_bytes() / 4 * 5 ? many_sequences : never;
+int64_t sequences_worth_a_thread(int64_t weight_bytes, int threads,
+                                 int64_t fewest = sequences_per_thread) {
+  const int64_t l2 = l2_cache_bytes();
+  if (weight_bytes <= l2 / 4 * 3) return fewest;
+  if (Tiles::has_pauses) return never;
+  if (is_amd() && weight_bytes <= std::min(4 * l2, 16 * l2 / threads)) return some_sequences;
+  return weight_bytes <= l2 / 4 * 5 ? many_sequences : never;
 }
 
 struct Work {
@@ -35,6 +44,14 @@ struct Work {
   int64_t step;       // multiply-adds of the widest step
   int64_t sequences;  // that are worth a thread of their own, or `never`
 };
+
+// Where threads meet at every step, do they help each other with their items? A step has to take
+// so long that looking for what others have not begun, a few per cent of 5 us, is nothing. (It was
+// measured with vectors. The matrix unit is quick, and weights of another's cache are far.)
+template <class Tiles>
+bool worth_helping(const Work& work, int threads) {
+  return !Tiles::has_pauses && work.step >= (int64_t(1) << 20) * threads;
+}
 
 struct Split {
   int threads;
@@ -107,7 +124,7 @@ template <class Body>
 void run_parts(const Team& team, int count, const Body& body) {
   for (int k = team.rank; k < count; k += team.size) {
     Barrier alone(1);
-    body(k, Team{1, 0, alone});
+    body(k, Team{1, 0, alone, nullptr});
   }
 }
 
