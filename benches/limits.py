@@ -20,6 +20,7 @@ from fastlstm import build
 from fastlstm.cli.timing import Call, seconds_per_call
 
 SECONDS = 0.2  # for each limit
+HOP_SECONDS = 0.01
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -40,7 +41,13 @@ def compiled(instruction_set: str) -> ctypes.CDLL:
         function.argtypes, function.restype = (threads, seconds), ctypes.c_double
     loaded.read_bytes.argtypes = (threads, ctypes.c_int64, seconds)
     loaded.read_bytes.restype = ctypes.c_double
+    loaded.hop_seconds.argtypes, loaded.hop_seconds.restype = (seconds,), ctypes.c_double
     return loaded
+
+
+def hop(machine: ctypes.CDLL) -> float:
+    """Nanoseconds until one thread sees what another writes, as the two lie at present."""
+    return machine.hop_seconds(HOP_SECONDS) * 1e9
 
 
 def caches(folder: Path = CACHES) -> dict[str, int]:

@@ -1,5 +1,9 @@
-// What this machine can do at best: multiply-adds in registers, and reads from each cache.
+// What this machine can do at best: multiply-adds in registers, reads from each cache, and a word
+// from one thread to another.
 // limits.py compiles it for the instruction set that is timed, and calls it by ctypes.
+#include <sched.h>
+
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -181,5 +185,62 @@ double read_bytes(int threads, int64_t bytes, double seconds) {
     };
   });
   return double(count * stride) * passes * threads / best;
+}
+
+// Keeps a thread on the processor that it is on, or the others on all but that one, while it lasts.
+class Pinned {
+ public:
+  Pinned() : here_(sched_getcpu()) {
+    sched_getaffinity(0, sizeof before_, &before_);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(here_, &one);
+    sched_setaffinity(0, sizeof one, &one);
+  }
+  ~Pinned() { sched_setaffinity(0, sizeof before_, &before_); }
+  Pinned(const Pinned&) = delete;
+  void send_away() const {
+    cpu_set_t others = before_;
+    CPU_CLR(here_, &others);
+    if (CPU_COUNT(&others) > 0) sched_setaffinity(0, sizeof others, &others);
+  }
+
+ private:
+  const int here_;
+  cpu_set_t before_;
+};
+
+// Seconds until another thread sees what one writes. It is a tenth where the two processors share
+// an L3 cache, and a virtual machine may move its own at any time.
+double hop_seconds(double seconds) {
+  constexpr int64_t trips = 1000;
+  alignas(64) std::atomic<int64_t> there{0};
+  alignas(64) std::atomic<int64_t> back{0};
+  std::atomic<bool> done{false};
+  const auto wait_for = [](const std::atomic<int64_t>& word, int64_t value, auto given_up) {
+    for (int64_t spins = 1; word.load() < value && !given_up(); ++spins)
+      if (spins % 10000 == 0) std::this_thread::yield();
+  };
+  const Pinned pinned;
+  std::thread other([&] {
+    pinned.send_away();
+    for (int64_t trip = 1; !done.load(); ++trip) {
+      wait_for(there, trip, [&] { return done.load(); });
+      back.store(trip);
+    }
+  });
+  double best = 1e30;
+  const double deadline = now() + seconds;
+  for (int64_t trip = 0; now() < deadline || best == 1e30;) {
+    const double start = now();
+    for (const int64_t last = trip + trips; trip < last;) {
+      there.store(++trip);
+      wait_for(back, trip, [] { return false; });
+    }
+    best = std::min(best, now() - start);
+  }
+  done.store(true);
+  other.join();
+  return best / (2 * trips);
 }
 }

@@ -25,6 +25,7 @@ COLUMNS = (
         "GF/s: ours / rival",
         "% of the FMA peak: ours / rival",
         "% of the limit",
+        "hop, ns",
     ),
 )
 HEADINGS = {
@@ -43,7 +44,9 @@ Ratios are medians over the pairs, with quartiles; above 1, fastlstm is faster. 
 is the time that its products take at the peak named, or its weights to be read from the level of
 cache that holds them, where that is longer (benches/floors.py). The matrix unit makes a float
 product of six bfloat16 ones and a float16 product of three, so its peak is divided by so many. The
-FMA peak is of vector instructions: the matrix unit can surpass it."""
+FMA peak is of vector instructions: the matrix unit can surpass it. The hop is the time until one
+thread sees what another writes, before and after the row and its like: it is long between cores that
+share no L3 cache, and a virtual machine may be moved from such to others."""
 
 
 def limits(result: Result) -> list[str]:
@@ -85,10 +88,15 @@ def cells(row: Row, result: Result) -> list[str]:
     lead = [",".join(map(str, row["shape"])), title(row), MODES[row["mode"]], str(row["threads"])]
     lead.append(row["rival"])
     if "error" in row:
-        return [*lead, *measured(row), "", ""]
+        return [*lead, *measured(row), "", "", hops(row)]
     # The model's work is more than its LSTM's: no rate.
     known = measured(row) if "gflops" in row else [*measured({**row, "gflops": NO_RATE})[:2], ""]
-    return [*lead, *known, *shares(row, result)]
+    return [*lead, *known, *shares(row, result), hops(row)]
+
+
+def hops(row: Row) -> str:
+    """Before and after; nothing of one thread's rows and of older runs."""
+    return " – ".join(f"{ns:.0f}" for ns in row.get("hop_ns", ()))
 
 
 NO_RATE = {"ours": 0.0, "theirs": 0.0}

@@ -97,7 +97,11 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     found: list[Row] = []
     for _, job in progress(jobs):
         torch.set_num_threads(job.threads)
-        found += job.rows()
+        several = job.threads > 1
+        before = limits.hop(machine) if several else 0.0
+        rows = list(job.rows())
+        hops = {"hop_ns": [before, limits.hop(machine)]} if several else {}
+        found += [row | hops for row in rows]
     order = [*PARTS]
     kept = [row for row in result["rows"] if row["part"] not in args.only]
     modes = [*MODES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -245,6 +246,9 @@ def test_limits_are_those_of_a_machine() -> None:
     assert one > 1e9 and two > 0.5 * one
     assert machine.matrix_unit_flops(1, 0.01) == 0  # not of the baseline
     assert machine.read_bytes(2, 2**14, 0.01) > 1e8
+    before = os.sched_getaffinity(0)
+    assert 5 < limits.hop(machine) < 1e6
+    assert os.sched_getaffinity(0) == before
 
 
 def test_caches_are_read_and_may_be_unknown(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
 
   // With few rows the unit waits for its own loads, and there is nothing to gain.
   static constexpr bool overlaps(int64_t rows) { return rows > 8; }
+  static constexpr int64_t few_rows = 0;
 
   template <class Other = Idle>
   static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,

@@ -48,6 +48,7 @@ class Forward {
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
+        few_rows_(rows_ <= Tiles::few_rows),
         helps_(!ahead_ && worth_helping<Tiles>(work(a_), a_.threads)),
         chunk_(ahead_ && rows_ > 0
                    ? std::clamp<int64_t>(Inputs::ahead_rows(n_.I) / rows_, 1, walk_.steps())
@@ -68,7 +69,8 @@ class Forward {
         cells_(items_ * rows_ * L),
         inputs_(n_.D * inputs_size_),
         ahead_gates_(ahead_ ? items_ * chunk_ * rows_ * 4 * L : 0),
-        unprojected_(n_.D * unprojected_size_) {
+        unprojected_(n_.D * unprojected_size_),
+        pre_(few_rows_ ? items_ * rows_ * 4 * L : 0) {
     // What no group of units fills of a block may be multiplied all the same.
     if (Operand::columns > L) {
       state_.clear();
@@ -97,9 +99,13 @@ class Forward {
     for (int64_t s = 0; s < steps(); ++s) {
       if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
       // There and back again: what the cache still holds of the last step is used first.
-      team.each_piece(items_, 1, s % 2 != 0, helps_ ? s : Team::alone, [&](const Range& one) {
-        step_item(item(one.begin), s, advance, unfinished);
-      });
+      const bool back = s % 2 != 0;
+      if (few_rows_)
+        step_few_rows(mine, s, back, advance);
+      else
+        team.each_piece(items_, 1, back, helps_ ? s : Team::alone, [&](const Range& one) {
+          step_item(item(one.begin), s, advance, unfinished);
+        });
       unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
@@ -300,15 +306,54 @@ class Forward {
 
   // ---- one step ----------------------------------------------------------------------------
 
+  Segments segments() const { return ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}}; }
+  // What was computed ahead for an item and a step.
+  const T* ahead_of(const Item& item, const Step& step, int64_t s) const {
+    if (!ahead_) return nullptr;
+    const int64_t begin = chunk_times(item.d, s - s % chunk_).begin;
+    const int64_t row = walk_.rows_before(step.t) - walk_.rows_before(begin);
+    return ahead_gates_ + (item.index * chunk_ * rows_ + row) * 4 * L;
+  }
+
+  // Of a few rows all items are multiplied first. A cell's state takes longer to come than to
+  // compute, so it is computed after the next cell's gates, from one item to the next too.
+  void step_few_rows(const Range& mine, int64_t s, bool back, Advance advance) {
+    Idle idle;
+    for (int d = 0; d < n_.D; ++d) {
+      const int64_t zero = d * groups_;
+      const Range items{std::max(mine.begin, zero), std::min(mine.end, zero + groups_)};
+      if (items.begin >= items.end) continue;
+      const Step step = this->step(d, s);
+      for (int64_t k = 0; k < items.end - items.begin; ++k) {
+        const int64_t index = back ? items.end - 1 - k : items.begin + k;
+        multiply<Tiles>(panels_ + index * 2 * panel_size_, panel_size_, segments(), step.reads, 0,
+                        step.rows, advance, pre_ + index * rows_ * 4 * L, idle);
+      }
+      const T* const ahead = ahead_of({zero, d, 0, 0, 0}, step, s);
+      const auto cells_of = [&](int64_t index) {
+        const int64_t group = index - zero, unit = group * L;
+        const Item item{index, d, group, unit, int(n_.H - unit < L ? n_.H - unit : L)};
+        return Cells(*this, item, step, {0, step.rows}, pre_ + index * rows_ * 4 * L,
+                     ahead ? ahead + group * chunk_ * rows_ * 4 * L : nullptr);
+      };
+      Cells cells = cells_of(items.begin);
+      cells.activate();
+      for (int64_t index = items.begin + 1; index < items.end; ++index) {
+        cells.all_but_last();
+        Cells next = cells_of(index);
+        next.activate();
+        cells.complete();
+        cells = next;
+      }
+      cells.all_but_last();
+      cells.complete();
+    }
+  }
+
   void step_item(const Item& item, int64_t s, Advance advance, Unfinished& unfinished) {
     const Step step = this->step(item.d, s);
-    const Segments segments = ahead_ ? Segments{1, {n_.P}} : Segments{2, {n_.I, n_.P}};
-    const T* ahead = nullptr;
-    if (ahead_) {
-      const int64_t begin = chunk_times(item.d, s - s % chunk_).begin;
-      const int64_t row = walk_.rows_before(step.t) - walk_.rows_before(begin);
-      ahead = ahead_gates_ + (item.index * chunk_ * rows_ + row) * 4 * L;
-    }
+    const Segments segments = this->segments();
+    const T* const ahead = ahead_of(item, step, s);
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       T* const pre = unfinished.next();
@@ -363,6 +408,7 @@ class Forward {
   const int64_t items_;         // D * groups
   const int64_t out_panels_;    // of a projection, per direction; 0 without one
   const bool ahead_;            // is the input part computed ahead?
+  const bool few_rows_;         // see step_few_rows
   const bool helps_;            // see worth_helping
   const int64_t chunk_;         // how many steps ahead
   const RowTiles chunk_tiles_;  // of the rows of a chunk
@@ -379,6 +425,7 @@ class Forward {
   Scratch<InputElement> inputs_;        // (D) Blocked (chunk * rows, I)
   Scratch<T> ahead_gates_;              // (items, chunk * rows, 4L)
   Scratch<Element> unprojected_;        // (D) Blocked (rows, H)
+  Scratch<T> pre_;                      // (items, rows, 4L), of a step of few rows
   bool beyond_ = false;                 // Elements' range
 };
 

@@ -80,17 +80,27 @@ class ForwardCells {
   // The state of a row, which waits for its gates, comes after the gates of the next one.
   [[gnu::always_inline]] void all() {
     if (r_ == last_) return;
+    activate();
+    all_but_last();
+    complete();
+  }
+
+  // The same in parts: the gates of the first row, all rows but the last, and the last one.
+  [[gnu::always_inline]] void activate() {
     activate_input();
     activate_output();
-    for (int64_t left = last_ - r_; left > 0; --left) {
+  }
+  [[gnu::always_inline]] void all_but_last() {
+    for (int64_t left = last_ - r_; left > 1; --left) {
       const Gates<V> gates = s_;
-      if (left > 1) {
-        activate_input();
-        activate_output();
-      }
+      activate();
       step_state(gates);
       keep();
     }
+  }
+  [[gnu::always_inline]] void complete() {
+    step_state(s_);
+    keep();
   }
 
   // All that is left, of rows that were begun too.

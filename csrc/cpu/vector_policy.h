@@ -15,8 +15,12 @@ struct VectorPolicy {
   static constexpr bool overlaps(int64_t) { return false; }
   static constexpr bool has_pauses = false;
 
-  // Is the input part computed ahead, and for how many rows, about? See docs/performance.md.
-  static bool ahead(const Shape&, int64_t rows, int) { return rows < 6; }
+  // Up to so many rows of a step are few: their arithmetic is too little for the weights that it
+  // waits for, and their cells are too few to follow each other closely. See docs/performance.md.
+  static constexpr int64_t few_rows = 5;
+
+  // Is the input part computed ahead, and for how many rows, about?
+  static bool ahead(const Shape&, int64_t rows, int) { return rows <= few_rows; }
   static constexpr int64_t ahead_rows(int64_t) { return 96; }
 
   // How does a thread do well to ask for the weights that it multiplies at each step? They do not
