@@ -45,8 +45,8 @@ is the time that its products take at the peak named, or its weights to be read 
 cache that holds them, where that is longer (benches/floors.py). The matrix unit makes a float
 product of six bfloat16 ones and a float16 product of three, so its peak is divided by so many. The
 FMA peak is of vector instructions: the matrix unit can surpass it. The hop is the time until one
-thread sees what another writes, before and after the row and its like: it is long between cores that
-share no L3 cache, and a virtual machine may be moved from such to others."""
+thread sees what another writes, before and after the row and its like: it is long between cores
+that share no L3 cache, and a virtual machine may be moved from such to others."""
 
 
 def limits(result: Result) -> list[str]:
