@@ -46,7 +46,7 @@ def compiled(instruction_set: str) -> ctypes.CDLL:
 
 
 def hop(machine: ctypes.CDLL) -> float:
-    """Nanoseconds until one thread sees what another writes, as the two lie at present."""
+    """Nanoseconds until a thread on another processor sees what this one writes, at present."""
     return machine.hop_seconds(HOP_SECONDS) * 1e9
 
 

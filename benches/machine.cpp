@@ -190,24 +190,28 @@ double read_bytes(int threads, int64_t bytes, double seconds) {
 // Keeps a thread on the processor that it is on, or the others on all but that one, while it lasts.
 class Pinned {
  public:
-  Pinned() : here_(sched_getcpu()) {
-    sched_getaffinity(0, sizeof before_, &before_);
+  Pinned() : here_(sched_getcpu()), known_(sched_getaffinity(0, sizeof before_, &before_) == 0) {
+    if (!known_) return;
     cpu_set_t one;
     CPU_ZERO(&one);
     CPU_SET(here_, &one);
     sched_setaffinity(0, sizeof one, &one);
   }
-  ~Pinned() { sched_setaffinity(0, sizeof before_, &before_); }
+  ~Pinned() {
+    if (known_) sched_setaffinity(0, sizeof before_, &before_);
+  }
   Pinned(const Pinned&) = delete;
   void send_away() const {
+    if (!known_) return;
     cpu_set_t others = before_;
     CPU_CLR(here_, &others);
     if (CPU_COUNT(&others) > 0) sched_setaffinity(0, sizeof others, &others);
   }
 
  private:
-  const int here_;
   cpu_set_t before_;
+  const int here_;
+  const bool known_;
 };
 
 // Seconds until another thread sees what one writes. It is a tenth where the two processors share

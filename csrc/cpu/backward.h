@@ -53,7 +53,8 @@ class Backward {
         gate_by_gate_(Tiles::gate_by_gate && !in_place_ &&
                       4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
                           l2_cache_bytes() / 2),
-        helps_(!gate_by_gate_ && worth_helping<Tiles>(work(a_), a_.threads)),
+        helps_(rows_ > Tiles::few_rows && !gate_by_gate_ &&
+               worth_helping<Tiles>(work(a_), a_.threads)),
         paired_(!in_place_ && !gate_by_gate_ && rows_ <= Tiles::pair_rows),
         da_size_(Operand::size(4 * gate_blocks_, rows_)),
         dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
@@ -117,7 +118,8 @@ class Backward {
             for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
               add_gate(item, step, gate, tile, nullptr, idle);
           }
-      // There and back again: what the cache still holds of the last step is used first.
+      // There and back again: what the cache still holds of the last step is used first. (The first
+      // step of all carries nothing, so that nobody meets panels that are still being packed.)
       team.each_piece(n_.D * output_panels_, paired_ ? 2 : 1, s % 2 != 0, helps_ ? s : Team::alone,
                       [&](const Range& items) { carry(items, s, advance, unfinished); });
       unfinished.cells.rest();

@@ -138,7 +138,7 @@ class BackwardCells {
   }
 
   void end() {
-    T* dbias = p_->dbias_ + step_.d * 4 * H_ + unit_;  // this thread's own units
+    T* dbias = p_->dbias_ + step_.d * 4 * H_ + unit_;  // nobody else's in this step
     store_some(dbias, load_some(dbias, count_) + sum_.i, count_);
     store_some(dbias + H_, load_some(dbias + H_, count_) + sum_.f, count_);
     store_some(dbias + 2 * H_, load_some(dbias + 2 * H_, count_) + sum_.g, count_);

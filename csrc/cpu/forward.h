@@ -1,11 +1,13 @@
 // The forward pass of one layer.
 //
 // Work is cut into items: one direction and one group of `lanes` hidden units with their four
-// gates. A thread owns its items for the whole sequence: their weights (packed once into two
-// panels, [i f] and [g o]) stay in its cache and their cell states are touched by nobody else.
-// Each step multiplies [x_t | h_{t-1}] by an item's panels, a tile of rows at a time, and
-// finishes the cells while the tile is in the L1 cache. The hidden state is exchanged through two
-// blocked buffers, read and written in turn, with one barrier a step (two with a projection).
+// gates. A thread has its items for the whole sequence: their weights (packed once into two
+// panels, [i f] and [g o]) stay in its cache. (Of a step that takes long it may leave some to
+// others that are done with theirs; nobody else touches an item's cell states in that step.) Each
+// step multiplies [x_t | h_{t-1}] by an item's panels, a tile of rows at a time, and finishes the
+// cells while the tile is in the L1 cache, or, of few rows, those of all items. The hidden state is
+// exchanged through two blocked buffers, read and written in turn, with one barrier a step (two
+// with a projection).
 //
 // With few rows a step, streaming W_ih through the caches at every step costs more than the
 // arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead"). A chunk has
@@ -318,6 +320,7 @@ class Forward {
   // Of a few rows all items are multiplied first. A cell's state takes longer to come than to
   // compute, so it is computed after the next cell's gates, from one item to the next too.
   void step_few_rows(const Range& mine, int64_t s, bool back, Advance advance) {
+    static_assert(Tiles::few_rows <= Tiles::max_rows, "they are one tile");
     Idle idle;
     for (int d = 0; d < n_.D; ++d) {
       const int64_t zero = d * groups_;

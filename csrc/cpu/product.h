@@ -95,9 +95,9 @@ class Product {
                                       : left_ + team.rank * buffers * group_ * tile_size_;
     Element* const second =
         first + (buffers - 1) * group_ * (own_panels ? panel_size_ : tile_size_);
-    Group group = helps ? Group{} : next({-depth_, mine.end, mine.end}, mine);
+    Group group = next({-depth_, mine.end, mine.end}, mine);  // where nobody helps
     Element* const staged = staged_ + team.rank * staged_size;
-    Packing<!own_panels> packing(*this, group, first, staged);
+    Packing<!own_panels> packing(*this, helps ? Group{} : group, first, staged);
     Sums sums;
     for (int64_t k = 0, number = 0; k < p_.K; k += depth_) {
       Packing<own_panels> all(*this, {k, shared.begin, shared.end}, shared_place(shared.begin));
@@ -105,20 +105,20 @@ class Product {
       team.barrier.wait();
       if constexpr (helps) {
         const auto multiply = [&](const Range& own) {
-          group = {k, own.begin, own.end};
-          packing = Packing<!own_panels>(*this, group, first, staged);
+          const Group piece{k, own.begin, own.end};
+          packing = Packing<!own_panels>(*this, piece, first, staged);
           packing.rest();
-          multiply_group(group, first, packing, sums);
+          multiply_group(piece, first, packing, sums);
         };
         team.each_piece(own_panels ? all_panels_ : all_tiles_, group_, false, k / depth_, multiply);
-        group = {};
-      }
-      for (; group.k == k && group.begin < group.end; ++number, group = next(group, mine)) {
-        packing.rest();
-        Element* const buffer = number % 2 == 0 ? first : second;
-        packing = Packing<!own_panels>(*this, next(group, mine), number % 2 == 0 ? second : first,
-                                       staged);
-        multiply_group(group, buffer, packing, sums);
+      } else {
+        for (; group.k == k && group.begin < group.end; ++number, group = next(group, mine)) {
+          packing.rest();
+          Element* const buffer = number % 2 == 0 ? first : second;
+          packing = Packing<!own_panels>(*this, next(group, mine), number % 2 == 0 ? second : first,
+                                         staged);
+          multiply_group(group, buffer, packing, sums);
+        }
       }
       write_rest(sums);
       team.barrier.wait();
@@ -177,7 +177,7 @@ class Product {
 
   // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab that
   // stays there too leaves less for them; one that comes from afar is to come seldom.
-  // Threads that help each other do so with an eighth of a share.
+  // Threads that help each other do so with an eighth of a share at most.
   static int64_t group(int threads, int64_t items, int64_t size, bool stays) {
     const int64_t part = Tiles::has_pauses && stays ? 16 : 2;
     const int64_t most = l2_cache_bytes() / part / buffers / (size * int64_t(sizeof(Element))) + 1;

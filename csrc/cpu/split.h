@@ -3,7 +3,7 @@
 // Sequences are independent of each other: where there are enough of them, and the weights are
 // few enough for every thread's own L2 cache, each thread takes some sequences all the way, with
 // nothing to wait for. Otherwise all threads walk together, each with its own share of the
-// hidden units and of the weights, and meet at every step.
+// hidden units and of the weights, which others may help it with, and meet at every step.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ constexpr int64_t never = 0;
 // The sequences that are worth a thread of their own, which reads all weights at every step.
 // `fewest`: where the weights leave room in the L2 cache. (Threads that meet at each step hand each
 // other h or da, and AMD's cores have an L3 cache for some of them: to those of another it is far.
-// Each thread's copy of the weights must find room in it.)
+// The copies of larger weights must find room in it, so they are fewer with many threads.)
 template <class Tiles>
 int64_t sequences_worth_a_thread(int64_t weight_bytes, int threads,
                                  int64_t fewest = sequences_per_thread) {

@@ -77,7 +77,7 @@ class Begun {
 struct Team {
   int size, rank;
   Barrier& barrier;
-  Begun* begun;  // none for a team of one
+  Begun* begun;  // null where a thread is alone from the start
 
   // This thread's contiguous share of `count` items, or another's.
   Range share(int64_t count) const { return share(count, rank); }
