@@ -64,9 +64,15 @@ BEYOND_CACHES = (
     Layer((200, 200, 90), 130, 403, reset=0.1),
     Layer((1,) * 40, 3400, 320, directions=2, reset=0.1),  # unpacked, inputs in chunks
 )
+# Too many weights for threads to walk apart, and da that leaves room in the cache: on the matrix
+# unit they exchange sums.
+MEETING = (
+    Layer((40, 40, 33, 20, 7), 64, 450, reset=0.1, batch=42),
+    Layer((36, 36, 17), 30, 400, directions=2),
+)
 
 
-@pytest.mark.parametrize("case", BEYOND_CACHES, ids=str)
+@pytest.mark.parametrize("case", [*BEYOND_CACHES, *MEETING], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 8])  # of more than there are cores some are helped
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_beyond_the_caches(
@@ -88,12 +94,13 @@ def test_layer_beyond_the_caches(
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", [*LAYERS, *UNPACKED], ids=str)
 def test_a_walk_in_chunks_is_the_same_walk(
-    case: Layer, threads: int, steps: int, monkeypatch: pytest.MonkeyPatch
+    case: Layer, dtype: torch.dtype, threads: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The backward walk cut after every ``steps`` steps or so, against the whole one."""
-    layer = make_layer(case, torch.float64)
+    layer = make_layer(case, dtype)
     saved = reference.layer_forward(*layer, True, True)
     grads = random_gradients(saved)
     whole = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
@@ -104,7 +111,26 @@ def test_a_walk_in_chunks_is_the_same_walk(
     torch.set_num_threads(threads)
     chunked = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
     torch.set_num_threads(before)
-    compare(chunked, whole, torch.float64, "chunked")
+    compare(chunked, whole, dtype, "chunked")
+
+
+@pytest.mark.parametrize("case", MEETING, ids=str)
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_threads_that_meet_walk_in_chunks(
+    case: Layer, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a chunk of steps leaves reaches each thread's part of the next, against the reference."""
+    layer = make_layer(case, dtype)
+    saved = reference.layer_forward(*layer, True, True)
+    inputs = (random_gradients(saved), *layer, saved.reserve(), need_of(case))
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(cpu, "_CHUNK_ROWS", 2 * case.batch_sizes[-1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    chunked = cpu.layer_backward(*inputs)
+    torch.set_num_threads(before)
+    compare(chunked, reference.layer_backward(*inputs), dtype, "chunked")
 
 
 @pytest.mark.parametrize("case", LAYERS[:14], ids=str)

@@ -7,13 +7,15 @@
 // item's panel of W_hh, which carries the gradient to h of this step, and finishes the cells of
 // those units while the tile is in the L1 cache: one barrier a step. With a projection, the
 // gradient of h is exchanged too and multiplied by W_hr: two barriers a step. (A single sequence's
-// weights are not packed, and what is exchanged are sums: see one_row.h.)
+// weights are not packed, and what is exchanged are sums: see one_row.h. So may be what threads
+// exchange that multiply by the matrix unit: see exchanged_sums.h.)
 #pragma once
 
 #include <algorithm>
 
 #include "backward_cells.h"
 #include "backward_edges.h"
+#include "exchanged_sums.h"
 #include "one_row.h"
 #include "one_row_step.h"
 #include "operand.h"
@@ -53,6 +55,8 @@ class Backward {
         gate_by_gate_(Tiles::gate_by_gate && !in_place_ &&
                       4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
                           l2_cache_bytes() / 2),
+        exchanges_sums_(Tiles::exchanges_sums(n_, a_.threads) && !projected_ && !gate_by_gate_ &&
+                        n_.T > 0 && rows_ == n_.batch_sizes[0]),
         helps_(rows_ > Tiles::few_rows && !gate_by_gate_ &&
                worth_helping<Tiles>(work(a_), a_.threads)),
         paired_(!in_place_ && !gate_by_gate_ && rows_ <= Tiles::pair_rows),
@@ -68,7 +72,9 @@ class Backward {
                             : 0),
         dc_(n_.D * unit_panels_ * panel_vectors * rows_ * L),
         factors_(in_place_ ? n_.D * blocks_of(n_.H, L) * OneRowCells<Backward>::factors * L : 0),
-        exchange_(n_.H, n_.P, n_.D, in_place_ ? std::min<int64_t>(a_.threads, max_parts) : 0) {
+        exchange_(n_.H, n_.P, n_.D, in_place_ ? std::min<int64_t>(a_.threads, max_parts) : 0),
+        given_(exchanges_sums_ ? std::min<int64_t>(a_.threads, max_parts) : 0,
+               n_.D * output_panels_, rows_) {
     dbias_.clear();
     // What no group of columns fills of a block may be multiplied all the same.
     if (Operand::columns > L) {
@@ -93,27 +99,31 @@ class Backward {
     [[maybe_unused]] const typename Tiles::Session session;
     const Range outputs = team.share(n_.D * output_panels_);
     const Range units = projected_ ? team.share(n_.D * unit_panels_) : Range{0, 0};
-    for (int64_t item = outputs.begin; carries_ && !in_place_ && item < outputs.end; ++item)
-      pack_panel(a_.w_hh, n_.P, {4, {n_.H, n_.H, n_.H, n_.H}}, output_panels_, item, recurrent_);
-    for (int64_t item = units.begin; item < units.end; ++item)
-      pack_panel(a_.w_hr, n_.H, {1, {n_.P}}, unit_panels_, item, projection_);
+    Thread thread;
+    for (int d = 0; d < n_.D; ++d)
+      thread.units[d] = exchanges_sums_ ? units_of(outputs, d) : Range{0, n_.H};
+    if (carries_ && !in_place_) pack_recurrent(outputs, thread);
+    for (int64_t item = units.begin; item < units.end; ++item) pack_projection(item);
     const Advance advance =
         Tiles::advance(rows_, (outputs.end - outputs.begin) * 4 * Tiles::panel_size(n_.H));
     if (a_.begin > 0) {
-      Edges::receive(*this, team);
+      Edges::receive(*this, team, thread);
       team.barrier.wait();
     }
-    Unfinished unfinished;
     for (int64_t s = a_.begin; s < a_.end + to_initial_state_; ++s) {
       if (in_place_) {
-        if constexpr (Tiles::in_place)
-          OneRowStep<Backward>::carry(*this, team, outputs, s, unfinished);
+        if constexpr (Tiles::in_place) OneRowStep<Backward>::carry(*this, team, outputs, s, thread);
+        continue;
+      }
+      if (exchanges_sums_) {
+        if constexpr (Tiles::has_pauses)
+          ExchangingStep<Backward>::carry(*this, team, outputs, s, thread);
         continue;
       }
       if (gate_by_gate_)
         for (int gate = 0; gate < 3; ++gate)
           for (int64_t item = outputs.begin; item < outputs.end; ++item) {
-            const Step step = this->step(int(item / output_panels_), s);
+            const Step step = this->step(int(item / output_panels_), s, thread);
             Idle idle;
             for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile)
               add_gate(item, step, gate, tile, nullptr, idle);
@@ -121,16 +131,16 @@ class Backward {
       // There and back again: what the cache still holds of the last step is used first. (The first
       // step of all carries nothing, so that nobody meets panels that are still being packed.)
       team.each_piece(n_.D * output_panels_, paired_ ? 2 : 1, s % 2 != 0, helps_ ? s : Team::alone,
-                      [&](const Range& items) { carry(items, s, advance, unfinished); });
-      unfinished.cells.rest();
+                      [&](const Range& items) { carry(items, s, advance, thread); });
+      thread.cells.rest();
       team.barrier.wait();
       if (!projected_) continue;
-      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s, unfinished);
-      unfinished.cells.rest();
+      for (int64_t item = units.begin; item < units.end; ++item) unproject(item, s, thread);
+      thread.cells.rest();
       team.barrier.wait();
     }
     if (a_.begin < a_.end && a_.end < walk_.all_steps()) {
-      if (in_place_) team.barrier.wait();
+      if (in_place_ || exchanges_sums_) team.barrier.wait();
       Edges::leave(*this, team);
     }
   }
@@ -147,6 +157,7 @@ class Backward {
   friend class BackwardEdges<Backward>;
   friend class OneRowCells<Backward>;
   friend class OneRowStep<Backward>;
+  friend class ExchangingStep<Backward>;
   using Cells = BackwardCells<Backward>;
   using Edges = BackwardEdges<Backward>;
 
@@ -161,12 +172,16 @@ class Backward {
     int64_t start;    // its first packed row
     int64_t after;    // time of the step undone before
     int64_t carried;  // rows of the step undone before, whose gradients are carried here
+    Range units;      // whose da this thread multiplies
   };
 
-  // The tile that was multiplied last, whose cells wait for the multiplication of the next one.
-  struct Unfinished {
-    Cells cells;
-    int buffer = 0;                                  // which one is its own
+  // What a thread has to itself.
+  struct Thread {
+    // Of each direction, the units whose da it multiplies: all, or where sums are exchanged its
+    // own.
+    Range units[max_directions];
+    Cells cells;     // of the tile that was multiplied last, which wait for the next multiplication
+    int buffer = 0;  // which one is its own
     alignas(64) T sums[2][Tiles::max_rows * width];  // (rows of the tile, width)
     T* next() { return sums[buffer = 1 - buffer]; }
   };
@@ -174,8 +189,8 @@ class Backward {
   // The time of the s-th step that is undone in direction d.
   int64_t time(int d, int64_t s) const { return d == 0 ? walk_.all_steps() - 1 - s : s; }
 
-  Step step(int d, int64_t s) const {
-    Step step{d, s, time(d, s), 0, 0, 0, 0};
+  Step step(int d, int64_t s, const Thread& thread) const {
+    Step step{d, s, time(d, s), 0, 0, 0, 0, thread.units[d]};
     if (s < walk_.all_steps()) {
       step.rows = walk_.rows(step.t);
       step.start = walk_.start(step.t);
@@ -193,82 +208,121 @@ class Backward {
     return (d * n_.B + walk_.first() + r) * size;
   }
 
-  // Columns of a row-major (K, columns) weight matrix into the panel of an item.
-  void pack_panel(const void* const* weights, int64_t columns, const Segments& k, int64_t panels,
-                  int64_t item, Element* packed) {
-    const int64_t column = item % panels * width, size = Tiles::panel_size(k.size[0]);
-    const S* w = static_cast<const S*>(weights[item / panels]) + column;
-    for (int64_t segment = 0; segment < k.count; ++segment)
-      note(Tiles::pack_rows(w + segment * k.size[0] * columns, columns, k.size[0], columns - column,
-                            packed + (item * k.count + segment) * size));
+  // Those of some items of outputs that are of direction d, where outputs are units.
+  Range units_of(const Range& items, int64_t d) const {
+    const int64_t first = d * output_panels_, last = first + output_panels_;
+    const int64_t begin = (std::clamp(items.begin, first, last) - first) * width;
+    const int64_t end = (std::clamp(items.end, first, last) - first) * width;
+    return {std::min(begin, n_.H), std::min(end, n_.H)};
   }
 
-  // Blocked da, gate by gate, of the s-th step undone in direction d.
-  Operand da(int d, int64_t s) const {
-    return {da_ + (d * 2 + (s & 1)) * da_size_, 4 * gate_blocks_, tiles_.height};
+  // The panels that a thread multiplies by: of its own columns, or where sums are exchanged of all,
+  // but only its own units' rows.
+  void pack_recurrent(const Range& outputs, const Thread& thread) {
+    for (int64_t item = 0; item < n_.D * output_panels_; ++item) {
+      const int d = int(item / output_panels_);
+      const Range& units = thread.units[d];
+      const bool mine = outputs.begin <= item && item < outputs.end;
+      if (units.begin == units.end || !(mine || exchanges_sums_)) continue;
+      const int64_t panel = item % output_panels_, size = units.end - units.begin;
+      const S* w_hh = static_cast<const S*>(a_.w_hh[d]) + units.begin * n_.P + panel * width;
+      Element* packed = recurrent(d, units, panel);
+      for (int gate = 0; gate < 4; ++gate)
+        note(Tiles::pack_rows(w_hh + gate * n_.H * n_.P, n_.P, size, n_.P - panel * width,
+                              packed + gate * Tiles::panel_size(size)));
+    }
+  }
+  // The panel of W_hh for some columns and the rows of some units.
+  Element* recurrent(int d, const Range& units, int64_t panel) const {
+    const int64_t before = d * Tiles::panel_size(n_.H) + Tiles::panel_size(units.begin);
+    const int64_t size = Tiles::panel_size(units.end - units.begin);
+    return recurrent_ + 4 * (output_panels_ * before + panel * size);
+  }
+
+  void pack_projection(int64_t item) {
+    const int64_t column = item % unit_panels_ * width;
+    note(Tiles::pack_rows(static_cast<const S*>(a_.w_hr[item / unit_panels_]) + column, n_.H, n_.P,
+                          n_.H - column, projection_ + item * Tiles::panel_size(n_.P)));
+  }
+
+  // Blocked da of some units, gate by gate, of the s-th step undone in direction d.
+  Operand da(int d, int64_t s, const Range& units) const {
+    return {
+        da_ + (d * 2 + (s & 1)) * da_size_ + Operand::size(4 * Operand::count(units.begin), rows_),
+        4 * Operand::count(units.end - units.begin), tiles_.height};
+  }
+  static Segments segments(const Range& units) {
+    const int64_t size = units.end - units.begin;
+    return {4, {size, size, size, size}};
   }
   Operand dh(int d) const { return {dh_ + d * dh_size_, output_blocks_, tiles_.height}; }
 
   // (eq. 8) The gradient of h for one or two panels of columns: carried from the step undone
   // before, and then for the sequences that end at this step.
-  void carry(const Range& items, int64_t s, Advance advance, Unfinished& unfinished) {
+  void carry(const Range& items, int64_t s, Advance advance, Thread& thread) {
     const int d = int(items.begin / output_panels_);
     const bool pair = items.end - items.begin == 2 && (items.end - 1) / output_panels_ == d;
-    if (pair) carry_pair(items.begin, s, advance, unfinished);
+    if (pair) carry_pair(items.begin, s, advance, thread);
     for (int64_t item = items.begin; item < items.end; ++item) {
-      if (!pair) carry_tiles(item, s, advance, unfinished);
-      begin_sequences(item, s, unfinished);
+      if (!pair) carry_tiles(item, s, advance, thread);
+      begin_sequences(item, s, thread);
     }
   }
 
   // Tile by tile, for one panel.
-  void carry_tiles(int64_t item, int64_t s, Advance advance, Unfinished& unfinished) {
-    const Step step = this->step(int(item / output_panels_), s);
+  void carry_tiles(int64_t item, int64_t s, Advance advance, Thread& thread) {
+    carry_tiles(item, s, advance, thread, [](const Step&, int64_t, const Range&, T*) {});
+  }
+  // `receive` adds what is not carried by this thread's own multiplication.
+  template <class Receive>
+  void carry_tiles(int64_t item, int64_t s, Advance advance, Thread& thread,
+                   const Receive& receive) {
+    const Step step = this->step(int(item / output_panels_), s, thread);
     const int64_t column = column_of(item);
-    const Segments segments =
-        gate_by_gate_ ? Segments{1, {n_.H}} : Segments{4, {n_.H, n_.H, n_.H, n_.H}};
+    const Segments segments = gate_by_gate_ ? Segments{1, {n_.H}} : this->segments(step.units);
     for (int64_t tile = 0; tile < tiles_.count(step.carried); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.carried);
-      T* const sums = gate_by_gate_ ? sums_of(item, tile) : unfinished.next();
-      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
+      T* const sums = gate_by_gate_ ? sums_of(item, tile) : thread.next();
+      Spread<Cells> meanwhile(thread.cells, thread.cells.pieces(), Tiles::pauses(segments));
       Wanted wanted;
       if (Tiles::asks && !projected_) Cells::ask(*this, wanted, step, {first, last}, column);
       if (gate_by_gate_)
         add_gate(item, step, 3, tile, &wanted, meanwhile);
       else
-        Tiles::multiply(da(step.d, s - 1).tile(tile), tiles_.height, last - first,
-                        recurrent_ + item * 4 * Tiles::panel_size(n_.H), segments, advance, sums,
-                        width, &wanted, false, meanwhile);
-      finish_tile(step, first, last, column, sums, unfinished);
+        Tiles::multiply(da(step.d, s - 1, step.units).tile(tile), tiles_.height, last - first,
+                        recurrent(step.d, step.units, item % output_panels_), segments, advance,
+                        sums, width, &wanted, false, meanwhile);
+      receive(step, item, Range{first, last}, sums);
+      finish_tile(step, first, last, column, sums, thread);
     }
   }
 
   // One tile, for two panels of one direction.
-  void carry_pair(int64_t item, int64_t s, Advance advance, Unfinished& unfinished) {
+  void carry_pair(int64_t item, int64_t s, Advance advance, Thread& thread) {
     if constexpr (Tiles::pair_rows > 0) {
-      const Step step = this->step(int(item / output_panels_), s);
+      const Step step = this->step(int(item / output_panels_), s, thread);
       const int64_t size = 4 * Tiles::panel_size(n_.H), rows = step.carried;
       if (rows == 0) return;
       Wanted wanted;
       for (int panel = 0; panel < 2 && !projected_; ++panel)
         Cells::ask(*this, wanted, step, {0, rows}, column_of(item + panel));
-      Tiles::multiply_pair(da(step.d, s - 1).tile(0), tiles_.height, rows,
-                           {recurrent_ + item * size, size}, {4, {n_.H, n_.H, n_.H, n_.H}}, advance,
-                           {unfinished.sums[0], width, Tiles::max_rows * width}, &wanted);
+      Tiles::multiply_pair(da(step.d, s - 1, step.units).tile(0), tiles_.height, rows,
+                           {recurrent_ + item * size, size}, segments(step.units), advance,
+                           {thread.sums[0], width, Tiles::max_rows * width}, &wanted);
       for (int panel = 0; panel < 2; ++panel)
-        finish_tile(step, 0, rows, column_of(item + panel), unfinished.sums[panel], unfinished);
+        finish_tile(step, 0, rows, column_of(item + panel), thread.sums[panel], thread);
     }
   }
 
   // Those that have this step and not the one undone before are carried nothing.
-  void begin_sequences(int64_t item, int64_t s, Unfinished& unfinished) {
-    const Step step = this->step(int(item / output_panels_), s);
+  void begin_sequences(int64_t item, int64_t s, Thread& thread) {
+    const Step step = this->step(int(item / output_panels_), s, thread);
     for (int64_t first = step.carried; first < step.rows; first += Tiles::max_rows) {
-      T* const sums = unfinished.next();
-      std::memset(sums, 0, sizeof unfinished.sums[0]);
+      T* const sums = thread.next();
+      std::memset(sums, 0, sizeof thread.sums[0]);
       const int64_t left = step.rows - first;
       finish_tile(step, first, first + (left < Tiles::max_rows ? left : Tiles::max_rows),
-                  column_of(item), sums, unfinished);
+                  column_of(item), sums, thread);
     }
   }
 
@@ -280,7 +334,7 @@ class Backward {
   void add_gate(int64_t item, const Step& step, int gate, int64_t tile, const Wanted* wanted,
                 Other& meanwhile) {
     if constexpr (Tiles::gate_by_gate) {
-      const Operand operand = da(step.d, step.index - 1);
+      const Operand operand = da(step.d, step.index - 1, step.units);
       Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
                       tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
                       recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}},
@@ -295,58 +349,35 @@ class Backward {
   // Rows [first, last) of one panel: all of them carried from the step undone before, or none.
   // Their cells may wait.
   void finish_tile(const Step& step, int64_t first, int64_t last, int64_t column, T* sums,
-                   Unfinished& unfinished) {
+                   Thread& thread) {
     const int64_t going_on = step.rows < first ? first : step.rows < last ? step.rows : last;
     const int64_t received = projected_ ? first : going_on;  // by cells
     for (int64_t part = 0; part < width && column + part < n_.P; part += L) {
-      receive(step, received, last, column + part, sums + (received - first) * width + part);
-      if (!projected_) finish_sequences(step, going_on, last, column + part);
+      Edges::join(*this, step, {received, last}, column + part,
+                  sums + (received - first) * width + part);
+      if (!projected_) Edges::finish_sequences(*this, step, {going_on, last}, column + part);
     }
-    if (!projected_) undo(unfinished, Cells(*this, step, {first, going_on}, column, sums));
+    if (!projected_) undo(thread, Cells(*this, step, {first, going_on}, column, sums));
   }
 
   // Undoes cells; what may be put off is done at the latest when the next is.
-  void undo(Unfinished& unfinished, Cells cells) {
-    unfinished.cells.rest();
+  void undo(Thread& thread, Cells cells) {
+    thread.cells.rest();
     if (Tiles::overlaps(cells.rows()))
-      unfinished.cells = cells;
+      thread.cells = cells;
     else
       cells.all();
   }
 
-  // The carried gradient of h joins, in place, what comes in from outside.
-  void receive(const Step step, int64_t first, int64_t last, int64_t column, T* sums) {
-    const int count = int(n_.P - column < L ? n_.P - column : L);
-    const bool ends_here = first >= step.carried, resets = a_.reset != nullptr;
-    const int64_t P = n_.P, D = n_.D, d = step.d;
-    for (int64_t r = first; r < last; ++r, sums += width) {
-      const int64_t state = state_at(d, r, P) + column;
-      V dh = load(sums);
-      if (ends_here && a_.dh_n) dh = load_some(static_cast<const S*>(a_.dh_n) + state, count);
-      if (!ends_here && resets && walk_.cut_before(step.d, step.after, r)) dh = V{};
-      if (r >= step.rows) {  // nothing is left of this sequence but its initial state
-        if (a_.dh0) store_some(static_cast<S*>(a_.dh0) + state, dh, count);
-        continue;
-      }
-      const int64_t here = ((step.start + r) * D + d) * P + column;
-      if (a_.dy) dh += load_some(static_cast<const S*>(a_.dy) + here, count);
-      store(sums, dh);
-      if (!projected_) continue;
-      if (a_.dh_all)
-        store_some(static_cast<T*>(a_.dh_all) + here - a_.first_row[d] * D * P, dh, count);
-      note(this->dh(step.d).put(this->dh(step.d).at(r, 0, column), dh, count));
-    }
-  }
-
   // (eq. 8) dm = dh W_hr for one panel of units, and their cells.
-  void unproject(int64_t item, int64_t s, Unfinished& unfinished) {
-    const Step step = this->step(int(item / unit_panels_), s);
+  void unproject(int64_t item, int64_t s, Thread& thread) {
+    const Step step = this->step(int(item / unit_panels_), s, thread);
     const int64_t unit = item % unit_panels_ * width;
     const Segments segments{1, {n_.P}};
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
-      T* const sums = unfinished.next();
-      Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(), Tiles::pauses(segments));
+      T* const sums = thread.next();
+      Spread<Cells> meanwhile(thread.cells, thread.cells.pieces(), Tiles::pauses(segments));
       Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
                       projection_ + item * Tiles::panel_size(n_.P), segments, Advance::none, sums,
                       width, nullptr, false, meanwhile);
@@ -354,27 +385,17 @@ class Backward {
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried
                                                    : last;
-      if (first < middle) undo(unfinished, Cells(*this, step, {first, middle}, unit, sums));
+      if (first < middle) undo(thread, Cells(*this, step, {first, middle}, unit, sums));
       if (middle < last)
-        undo(unfinished, Cells(*this, step, {middle, last}, unit, sums + (middle - first) * width));
+        undo(thread, Cells(*this, step, {middle, last}, unit, sums + (middle - first) * width));
     }
     for (int64_t part = 0; part < width && unit + part < n_.H; part += L)
-      finish_sequences(step, step.rows, step.carried, unit + part);
+      Edges::finish_sequences(*this, step, {step.rows, step.carried}, unit + part);
   }
 
   // The gradient of the cell state that the step undone before left for sequence r.
   T* carried_cell(int d, int64_t r, int64_t unit) const {
     return dc_ + ((d * unit_panels_ * panel_vectors + unit / L) * rows_ + r) * L;
-  }
-
-  void finish_sequences(const Step& step, int64_t first, int64_t last, int64_t unit) {
-    if (a_.dc0 == nullptr) return;
-    const int count = int(n_.H - unit < L ? n_.H - unit : L);
-    for (int64_t r = first; r < last; ++r) {
-      const bool cut = walk_.cut_before(step.d, step.after, r);
-      const V dc = cut ? V{} : load(carried_cell(step.d, r, unit));
-      store_some(static_cast<S*>(a_.dc0) + state_at(step.d, r, n_.H) + unit, dc, count);
-    }
   }
 
   const BackwardArgs& a_;
@@ -391,6 +412,7 @@ class Backward {
   const int64_t output_panels_;  // of panel_width outputs
   const bool in_place_;          // are the weights left where they lie?
   const bool gate_by_gate_;      // see add_gate
+  const bool exchanges_sums_;    // do threads hand each other sums, and not da?
   const bool helps_;             // see worth_helping
   const bool paired_;            // are two panels multiplied at once?
   const int64_t da_size_, dh_size_;
@@ -403,6 +425,7 @@ class Backward {
   Scratch<T> dc_;                // (D, unit_panels * 2, rows, L)
   Scratch<T> factors_;           // (D, units / L, 6, L), where the weights are not packed
   const OneRow<T> exchange_;     // of sums, where the weights are not packed
+  const GivenSums<T> given_;     // where they are
   bool beyond_ = false;          // Elements' range
 };
 

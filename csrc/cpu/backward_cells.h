@@ -8,9 +8,9 @@ namespace fastlstm {
 namespace {
 
 // The cells of one panel of units and of sequences [first, last), all of them carried from the
-// step undone before, or none: undone unit group by unit group, row by row, and of each row a
-// piece at a time. `sums` (rows, width) is the gradient of m or, where there is no projection,
-// what is carried of the gradient of h.
+// step undone before, or none: undone unit group by unit group, and row by row. `sums` (rows,
+// width) is the gradient of m or, where there is no projection, what is carried of the gradient of
+// h.
 template <class Pass>
 class BackwardCells {
   using Tiles = typename Pass::TilesOf;
@@ -29,7 +29,7 @@ class BackwardCells {
       : p_(&pass), step_(step), rows_(rows), H_(pass.n_.H), sums_(sums) {
     if (rows.begin >= rows.end) return;
     last_unit_ = unit + width < H_ ? unit + width : H_;
-    left_ = (rows.end - rows.begin) * blocks_of(last_unit_ - unit, L) * 4;
+    left_ = (rows.end - rows.begin) * blocks_of(last_unit_ - unit, L);
     begin(unit);
   }
 
@@ -61,39 +61,23 @@ class BackwardCells {
   int64_t rows() const { return rows_.end - rows_.begin; }
   int64_t pieces() const { return left_; }
 
+  // A piece.
   void operator()() {
-    --left_;
-    switch (piece_++) {
-      case 0:
-        return receive();
-      case 1:
-        return undo();
-      case 2:
-        return give_first();
-      default:
-        give_last();
-        piece_ = 0;
-        if (r_ == rows_.end) end();
-    }
+    row();
+    if (r_ == rows_.end) end();
   }
 
   // Where nothing else can point to the object, all of it may be held in registers.
   [[gnu::always_inline]] void all() {
     while (left_ > 0) {
-      left_ -= 4 * (rows_.end - r_);
-      do {
-        receive();
-        undo();
-        give_first();
-        give_last();
-      } while (r_ < rows_.end);
+      do row();
+      while (r_ < rows_.end);
       end();
     }
   }
 
-  // All that is left, of a row that was begun too.
+  // All that is left.
   void rest() {
-    while (piece_ > 0) (*this)();
     if (left_ == 0) return;
     BackwardCells cells(*this);
     cells.all();
@@ -108,7 +92,7 @@ class BackwardCells {
     const int64_t before = Walk::previous(step_.d, step_.t);
     const int64_t state = p_->state_at(step_.d, first, H_) + unit;
     const T* c_all = static_cast<const T*>(a.c_all) + unit;
-    const Operand blocked = p_->da(step_.d, step_.index);
+    const Operand blocked = p_->da(step_.d, step_.index, step_.units);
     r_ = first;
     unit_ = unit;
     count_ = int(H_ - unit < L ? H_ - unit : L);
@@ -127,8 +111,8 @@ class BackwardCells {
     gates_ = static_cast<const S*>(a.gates) + row * 4 * H_ + unit;
     da_ = static_cast<T*>(a.da) + (row - a.first_row[step_.d] * D) * 4 * H_ + unit;
     carried_ = p_->carried_cell(step_.d, first, unit);
-    exchanged_ = blocked.at(first, 0, unit);
-    gate_stride_ = p_->gate_blocks_ * blocked.block_size();
+    exchanged_ = blocked.at(first, 0, unit - step_.units.begin);
+    gate_stride_ = blocked.blocks / 4 * blocked.block_size();
     height_ = blocked.height;
     term_stride_ = height_ * Operand::columns;
     // From the end of one tile's rows of a block to the next tile's.
@@ -147,23 +131,35 @@ class BackwardCells {
     if (left_ > 0) begin(unit_ + L);
   }
 
-  [[gnu::always_inline]] void receive() {
+  // The next row's.
+  [[gnu::always_inline]] void row() {
     const bool resets = p_->a_.reset != nullptr;
+    --left_;
     if (Tiles::has_pauses && unit_ % width == 0) ask_for_next();
-    dm_ = load(sums_at_);
-    dc_ = V{};
+    V dm = load(sums_at_), dc{}, c_prev{};
     if (ends_here_) {
-      if (dh_n_) dm_ = load_some(dh_n_, count_), dh_n_ += H_;
-      if (dc_n_) dc_ = load_some(dc_n_, count_), dc_n_ += H_;
+      if (dh_n_) dm = load_some(dh_n_, count_), dh_n_ += H_;
+      if (dc_n_) dc = load_some(dc_n_, count_), dc_n_ += H_;
     } else if (!resets || !p_->walk_.cut_before(step_.d, step_.after, r_)) {
-      dc_ = load(carried_);
+      dc = load(carried_);
     } else if (!p_->projected_) {
-      dm_ = V{};
+      dm = V{};
     }
-    if (dy_) dm_ += load_some(dy_, count_), dy_ += row_stride_;
-    if (dc_all_) dc_ += load_some(dc_all_, count_), dc_all_ += row_stride_;
-    c_prev_ = V{};
-    if (!resets || !p_->walk_.cut_before(step_.d, step_.t, r_)) c_prev_ = previous_cell();
+    if (dy_) dm += load_some(dy_, count_), dy_ += row_stride_;
+    if (dc_all_) dc += load_some(dc_all_, count_), dc_all_ += row_stride_;
+    if (!resets || !p_->walk_.cut_before(step_.d, step_.t, r_)) c_prev = previous_cell();
+    const Gates<V> saved{load_some(gates_, count_), load_some(gates_ + H_, count_),
+                         load_some(gates_ + 2 * H_, count_), load_some(gates_ + 3 * H_, count_)};
+    const CellGradient<V> gradient =
+        Math::cell_backward(saved, c_prev, load_some(c_, count_), dm, dc);
+    store(carried_, gradient.dc_prev);
+    const Gates<V>& da = gradient.da;
+    sum_.i += da.i, sum_.f += da.f, sum_.g += da.g, sum_.o += da.o;
+    give(0, da.i);
+    give(1, da.f);
+    give(2, da.g);
+    give(3, da.o);
+    advance();
   }
 
   // What the panel's units of the next row need lies kilobytes from theirs of this row, where no
@@ -189,28 +185,12 @@ class BackwardCells {
     return load_some(c0_, count_);
   }
 
-  [[gnu::always_inline]] void undo() {
-    const Gates<V> saved{load_some(gates_, count_), load_some(gates_ + H_, count_),
-                         load_some(gates_ + 2 * H_, count_), load_some(gates_ + 3 * H_, count_)};
-    const CellGradient<V> gradient =
-        Math::cell_backward(saved, c_prev_, load_some(c_, count_), dm_, dc_);
-    store(carried_, gradient.dc_prev);
-    d_ = gradient.da;
-    sum_.i += d_.i, sum_.f += d_.f, sum_.g += d_.g, sum_.o += d_.o;
-  }
-
   // da goes where it is multiplied, and out.
   [[gnu::always_inline]] void give(int gate, V da) {
     beyond_ |= Tiles::put(exchanged_ + gate * gate_stride_, term_stride_, da, count_);
     store_some(da_ + gate * H_, da, count_);
   }
-  [[gnu::always_inline]] void give_first() {
-    give(0, d_.i);
-    give(1, d_.f);
-  }
-  [[gnu::always_inline]] void give_last() {
-    give(2, d_.g);
-    give(3, d_.o);
+  [[gnu::always_inline]] void advance() {
     gates_ += 4 * row_stride_;
     da_ += 4 * row_stride_;
     c_ += row_stride_;
@@ -225,9 +205,8 @@ class BackwardCells {
   Pass* p_ = nullptr;
   Step step_;
   Range rows_{0, 0};
-  int64_t H_ = 0, left_ = 0;  // pieces
+  int64_t H_ = 0, left_ = 0;  // rows of unit groups
   const T* sums_ = nullptr;
-  int piece_ = 0;  // of the row, the next one
   // Of the L units whose turn it is:
   int64_t unit_, last_unit_, r_ = 0, row_stride_, rows_before_;
   int count_;
@@ -240,9 +219,6 @@ class BackwardCells {
   int64_t gate_stride_, term_stride_, height_, next_tile_;
   Gates<V> sum_;
   unsigned beyond_ = 0;
-  // Of the row whose turn it is:
-  V dm_, dc_, c_prev_;
-  Gates<V> d_;
 };
 
 }  // namespace

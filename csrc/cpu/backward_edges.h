@@ -1,5 +1,6 @@
-// Where a backward walk (backward.h) begins and ends: what one call is given by the call before it
-// and leaves for the next, and what is left to do after all parts have walked.
+// Where a backward walk (backward.h) and its sequences begin and end: what one call is given by the
+// call before it and leaves for the next, what comes in from outside and goes to the initial
+// states, and what is left to do after all parts have walked.
 #pragma once
 
 #include <cstring>
@@ -14,23 +15,27 @@ template <class Pass>
 class BackwardEdges {
   using S = typename Pass::S;
   using T = typename Pass::T;
-  static constexpr int64_t L = lanes<T>;
+  using V = Vec<T>;
+  using Step = typename Pass::Step;
+  static constexpr int64_t L = lanes<T>, width = panel_width<T>;
 
  public:
   // What the first step of this call is given by the step undone before it, in another call.
-  static void receive(Pass& p, const Team& team) {
+  static void receive(Pass& p, const Team& team, const typename Pass::Thread& thread) {
     const BackwardArgs& a = p.a_;
     const int64_t H = p.n_.H, begin = a.begin - 1;
     for (int d = 0; d < p.n_.D; ++d) {
-      const auto blocked = p.da(d, begin);
-      const Range share = team.share(p.walk_.rows(p.time(d, begin)));
+      const Range units = thread.units[d];
+      const auto blocked = p.da(d, begin, units);
+      const int64_t rows = p.walk_.rows(p.time(d, begin));
+      const Range share = p.exchanges_sums_ ? Range{0, rows} : team.share(rows);
       for (int64_t r = share.begin; r < share.end; ++r) {
         const T* da = static_cast<const T*>(a.da_carry) + p.state_at(d, r, 4 * H);
         const T* dc = static_cast<const T*>(a.dc_carry) + p.state_at(d, r, H);
-        for (int64_t unit = 0; unit < H; unit += L) {
+        for (int64_t unit = units.begin; unit < units.end; unit += L) {
           const int count = int(H - unit < L ? H - unit : L);
           for (int gate = 0; gate < 4; ++gate)
-            p.note(blocked.put(blocked.at(r, gate * p.gate_blocks_, unit),
+            p.note(blocked.put(blocked.at(r, gate * (blocked.blocks / 4), unit - units.begin),
                                load_some(da + gate * H + unit, count), count));
           store(p.carried_cell(d, r, unit), load_some(dc + unit, count));
         }
@@ -53,6 +58,44 @@ class BackwardEdges {
         for (int64_t unit = 0; unit < H; unit += L)
           store_some(dc + unit, load(p.carried_cell(d, r, unit)), int(H - unit < L ? H - unit : L));
       }
+    }
+  }
+
+  // The carried gradient of h of some rows, all of them carried or none, for L columns: what comes
+  // in from outside joins it, in place.
+  static void join(Pass& p, const Step& step, const Range& rows, int64_t column, T* sums) {
+    const BackwardArgs& a = p.a_;
+    const int64_t P = p.n_.P, D = p.n_.D, d = step.d;
+    const int count = int(P - column < L ? P - column : L);
+    const bool ends_here = rows.begin >= step.carried, resets = a.reset != nullptr;
+    for (int64_t r = rows.begin; r < rows.end; ++r, sums += width) {
+      const int64_t state = p.state_at(d, r, P) + column;
+      V dh = load(sums);
+      if (ends_here && a.dh_n) dh = load_some(static_cast<const S*>(a.dh_n) + state, count);
+      if (!ends_here && resets && p.walk_.cut_before(step.d, step.after, r)) dh = V{};
+      if (r >= step.rows) {  // nothing is left of this sequence but its initial state
+        if (a.dh0) store_some(static_cast<S*>(a.dh0) + state, dh, count);
+        continue;
+      }
+      const int64_t here = ((step.start + r) * D + d) * P + column;
+      if (a.dy) dh += load_some(static_cast<const S*>(a.dy) + here, count);
+      store(sums, dh);
+      if (!p.projected_) continue;
+      if (a.dh_all)
+        store_some(static_cast<T*>(a.dh_all) + here - a.first_row[d] * D * P, dh, count);
+      p.note(p.dh(step.d).put(p.dh(step.d).at(r, 0, column), dh, count));
+    }
+  }
+
+  // The gradient of the initial cell state of sequences that this step carries to it, of L units.
+  static void finish_sequences(const Pass& p, const Step& step, const Range& rows, int64_t unit) {
+    const BackwardArgs& a = p.a_;
+    if (a.dc0 == nullptr) return;
+    const int count = int(p.n_.H - unit < L ? p.n_.H - unit : L);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const bool cut = p.walk_.cut_before(step.d, step.after, r);
+      const V dc = cut ? V{} : load(p.carried_cell(step.d, r, unit));
+      store_some(static_cast<S*>(a.dc0) + p.state_at(step.d, r, p.n_.H) + unit, dc, count);
     }
   }
 

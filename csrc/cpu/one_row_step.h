@@ -43,7 +43,7 @@ class OneRowCells {
     dc_ = pass.carried_cell(d, 0, 0);
     dbias_ = pass.dbias_ + d * 4 * H_;
     factors_ = pass.factors_ + d * blocks_of(H_, L) * factors * L;
-    exchanged_ = pass.da(d, step.index).data;
+    exchanged_ = pass.da(d, step.index, step.units).data;
     gate_distance_ = pass.gate_blocks_ * L;
   }
 
@@ -113,43 +113,35 @@ class OneRowStep {
   using T = typename Pass::T;
   using Step = typename Pass::Step;
   using Cells = typename Pass::Cells;
-  using Unfinished = typename Pass::Unfinished;
+  using Thread = typename Pass::Thread;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
 
  public:
   // Every thread's part of the products, and then the cells of its own panels of units.
-  static void carry(Pass& p, const Team& team, const Range& items, int64_t s,
-                    Unfinished& unfinished) {
-    for (int d = 0; d < p.n_.D; ++d) multiply(p, team, units_of(p, items, d), s, d);
+  static void carry(Pass& p, const Team& team, const Range& items, int64_t s, Thread& thread) {
+    for (int d = 0; d < p.n_.D; ++d) multiply(p, team, p.units_of(items, d), s, d, thread);
     team.barrier.wait();
     for (int d = 0; d < p.n_.D; ++d) {
-      const Step step = p.step(d, s);
-      const Range units = units_of(p, items, d);
+      const Step step = p.step(d, s, thread);
+      const Range units = p.units_of(items, d);
       if (step.carried > 0 && step.rows > 0) {
         const OneRowCells<Pass> cells(p, step);
         for (int64_t unit = units.begin; unit < units.end; unit += L)
           cells.undo(unit, p.exchange_.sum(team, s, d, unit));
       } else {
         for (int64_t unit = units.begin; unit < units.end; unit += width)
-          begin_or_end(p, team, step, unit, unfinished);
+          begin_or_end(p, team, step, unit, thread);
       }
     }
   }
 
  private:
-  // Those of a thread's items that are of direction d.
-  static Range units_of(const Pass& p, const Range& items, int d) {
-    const int64_t first = d * p.output_panels_, last = first + p.output_panels_;
-    const int64_t begin = (std::clamp(items.begin, first, last) - first) * width;
-    const int64_t end = (std::clamp(items.end, first, last) - first) * width;
-    return {std::min(begin, p.n_.H), std::min(end, p.n_.H)};
-  }
-
-  static void multiply(const Pass& p, const Team& team, const Range& units, int64_t s, int d) {
-    const Step step = p.step(d, s);
+  static void multiply(const Pass& p, const Team& team, const Range& units, int64_t s, int d,
+                       const Thread& thread) {
+    const Step step = p.step(d, s, thread);
     if (step.carried == 0) return;
     Wanted wanted;
-    ask_for_next(p, wanted, d, s, units);
+    ask_for_next(p, wanted, d, s, units, thread);
     const OneRowCells<Pass> cells(p, step);
     int64_t unit = units.begin;
     auto prepare = [&] {
@@ -158,14 +150,15 @@ class OneRowStep {
     };
     const int64_t pieces = step.rows > 0 ? blocks_of(units.end - units.begin, L) : 0;
     Spread<decltype(prepare)> meanwhile(prepare, pieces, p.exchange_.pauses(units));
-    p.exchange_.multiply(team, s, d, units, p.da(d, s - 1).data, p.gate_blocks_ * L,
+    p.exchange_.multiply(team, s, d, units, p.da(d, s - 1, step.units).data, p.gate_blocks_ * L,
                          static_cast<const T*>(p.a_.w_hh[d]), wanted, meanwhile);
   }
 
   // What is prepared while the next step's products are made.
-  static void ask_for_next(const Pass& p, Wanted& wanted, int d, int64_t s, const Range& units) {
+  static void ask_for_next(const Pass& p, Wanted& wanted, int d, int64_t s, const Range& units,
+                           const Thread& thread) {
     if (s + 1 >= p.a_.end) return;
-    const Step next = p.step(d, s + 1);
+    const Step next = p.step(d, s + 1, thread);
     for (int64_t unit = units.begin; unit < units.end && wanted.has_room(Cells::most_asked);
          unit += width)
       Cells::ask(p, wanted, next, {0, 1}, unit);
@@ -173,14 +166,14 @@ class OneRowStep {
 
   // A panel of units at the step that the sequence ends with, or before the one it begins with.
   static void begin_or_end(Pass& p, const Team& team, const Step& step, int64_t unit,
-                           Unfinished& unfinished) {
+                           Thread& thread) {
     if (step.carried > 0) {
-      T* const sums = unfinished.next();
+      T* const sums = thread.next();
       for (int64_t v = 0; v < width; v += L)
         store(sums + v, p.exchange_.sum(team, step.index, step.d, unit + v));
-      p.finish_tile(step, 0, 1, unit, sums, unfinished);
+      p.finish_tile(step, 0, 1, unit, sums, thread);
     }
-    p.begin_sequences(step.d * p.output_panels_ + unit / width, step.index, unfinished);
+    p.begin_sequences(step.d * p.output_panels_ + unit / width, step.index, thread);
   }
 };
 

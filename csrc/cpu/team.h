@@ -20,14 +20,19 @@ class Barrier {
  public:
   explicit Barrier(int members) : members_(members) {}
 
-  void wait() {
-    if (members_ == 1) return;
+  void wait() { wait(arrive()); }
+
+  // The same in two parts, with work of one's own between them.
+  int arrive() {
     const int phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members_) {
+    if (members_ > 1 && __atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members_) {
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
-      return;
     }
+    return phase;
+  }
+  void wait(int phase) {
+    if (members_ == 1) return;
     for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase;)
       if (++spins > spins_before_yield)
         sched_yield();  // more threads than cores
