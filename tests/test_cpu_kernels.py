@@ -65,7 +65,7 @@ BEYOND_CACHES = (
     Layer((1,) * 40, 3400, 320, directions=2, reset=0.1),  # unpacked, inputs in chunks
 )
 # Too many weights for threads to walk apart, and da that leaves room in the cache: on the matrix
-# unit they exchange sums.
+# unit they exchange sums, of two directions where three or more of them do not have one each.
 MEETING = (
     Layer((40, 40, 33, 20, 7), 64, 450, reset=0.1, batch=42),
     Layer((36, 36, 17), 30, 400, directions=2),
@@ -120,7 +120,7 @@ def test_a_walk_in_chunks_is_the_same_walk(
 def test_threads_that_meet_walk_in_chunks(
     case: Layer, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a chunk of steps leaves reaches each thread's part of the next, against the reference."""
+    """What a chunk of steps leaves reaches each thread's part of the next one."""
     layer = make_layer(case, dtype)
     saved = reference.layer_forward(*layer, True, True)
     inputs = (random_gradients(saved), *layer, saved.reserve(), need_of(case))

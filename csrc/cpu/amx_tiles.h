@@ -10,7 +10,6 @@
 
 #include <algorithm>
 
-#include "dispatch.h"
 #include "scratch.h"
 #include "split.h"
 #include "term_tiles.h"
@@ -205,11 +204,6 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
 
   // Panels are asked for wherever they come from.
   static Advance advance(int64_t, int64_t) { return Advance::none; }
-
-  // A multiplication by fewer units is over before the unit has caught its stride.
-  static bool exchanges_sums(const Shape& n, int threads) {
-    return threads > 1 && (!spares_matrix_unit() || n.H >= int64_t(128) * threads);
-  }
 
   struct Session {
     ~Session() { TileShape::release(); }

@@ -52,11 +52,11 @@ class Backward {
         unit_panels_(blocks_of(n_.H, width)),
         output_panels_(blocks_of(n_.P, width)),
         in_place_(Tiles::in_place && rows_ == 1 && !projected_),
-        gate_by_gate_(Tiles::gate_by_gate && !in_place_ &&
-                      4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)) >
-                          l2_cache_bytes() / 2),
-        exchanges_sums_(Tiles::exchanges_sums(n_, a_.threads) && !projected_ && !gate_by_gate_ &&
-                        n_.T > 0 && rows_ == n_.batch_sizes[0]),
+        exchanges_sums_(worth_exchanging_sums<Tiles>(n_, a_.threads) && !projected_ && n_.T > 0 &&
+                        rows_ == n_.batch_sizes[0] &&
+                        da_bytes() <= l2_cache_bytes() / 2 * a_.threads),
+        gate_by_gate_(Tiles::gate_by_gate && !in_place_ && !exchanges_sums_ &&
+                      da_bytes() > l2_cache_bytes() / 2),
         helps_(rows_ > Tiles::few_rows && !gate_by_gate_ &&
                worth_helping<Tiles>(work(a_), a_.threads)),
         paired_(!in_place_ && !gate_by_gate_ && rows_ <= Tiles::pair_rows),
@@ -172,13 +172,13 @@ class Backward {
     int64_t start;    // its first packed row
     int64_t after;    // time of the step undone before
     int64_t carried;  // rows of the step undone before, whose gradients are carried here
-    Range units;      // whose da this thread multiplies
+    Range units;      // the thread's: see below
   };
 
   // What a thread has to itself.
   struct Thread {
-    // Of each direction, the units whose da it multiplies: all, or where sums are exchanged its
-    // own.
+    // Of each direction, the units whose da it multiplies by packed weights: all, or its own where
+    // sums are exchanged.
     Range units[max_directions];
     Cells cells;     // of the tile that was multiplied last, which wait for the next multiplication
     int buffer = 0;  // which one is its own
@@ -202,6 +202,9 @@ class Backward {
   void note(unsigned beyond) {
     if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
   }
+
+  // Of one step and direction, as it is multiplied.
+  int64_t da_bytes() const { return 4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)); }
 
   // The place of sequence r's state in a (D, B, size) tensor.
   int64_t state_at(int64_t d, int64_t r, int64_t size) const {
@@ -411,11 +414,12 @@ class Backward {
   const int64_t unit_panels_;    // of panel_width hidden units
   const int64_t output_panels_;  // of panel_width outputs
   const bool in_place_;          // are the weights left where they lie?
-  const bool gate_by_gate_;      // see add_gate
   const bool exchanges_sums_;    // do threads hand each other sums, and not da?
+  const bool gate_by_gate_;      // see add_gate
   const bool helps_;             // see worth_helping
   const bool paired_;            // are two panels multiplied at once?
   const int64_t da_size_, dh_size_;
+  // Where sums are exchanged, what is said of H rows and all blocks is each thread's part of them.
   Scratch<Element> recurrent_;   // (D, output_panels) panels of 4 segments of H rows
   Scratch<Element> projection_;  // (D, unit_panels) panels of P rows
   Scratch<Element> da_;          // (D, 2) Blocked (rows, 4 * gate_blocks)

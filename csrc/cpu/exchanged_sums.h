@@ -1,8 +1,7 @@
 // A step of the backward walk (backward.h) by threads that hand each other sums. What one thread
 // writes at a step and another reads has to come from the other's cache. Of da that is 4H values a
 // row. Here each thread multiplies the da that it has made itself by the rows of W_hh that belong
-// to it, and gives the others what comes of it for their columns: of their P values a row no more
-// than they have.
+// to it, and gives the others the sums for their columns, at most P values a row.
 //
 // What others need is multiplied first. So it is there when they look for it, and meeting once a
 // step, between the two, costs nearly nothing.
@@ -39,7 +38,6 @@ template <class Pass>
 class ExchangingStep {
   using Tiles = typename Pass::TilesOf;
   using T = typename Pass::T;
-  using V = Vec<T>;
   using Step = typename Pass::Step;
   using Thread = typename Pass::Thread;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;

@@ -25,8 +25,6 @@
 //   has_pauses, pauses  whether multiply calls what is given as `meanwhile` while it waits, and
 //                       how often
 //   overlaps            whether that is worth doing for cells, with a tile of so many rows
-//   exchanges_sums      whether threads that walk backward together hand each other sums, not da
-//                       (exchanged_sums.h)
 //   few_rows            up to so many rows all items are multiplied before any of their cells
 //   ahead, ahead_rows(inputs), Inputs  see forward.h
 //   own_sequences       that a thread should have to walk backward with many weights by itself

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
 #include "walk.h"
 
 namespace fastlstm {
@@ -51,6 +52,15 @@ struct Work {
 template <class Tiles>
 bool worth_helping(const Work& work, int threads) {
   return !Tiles::has_pauses && work.step >= (int64_t(1) << 20) * threads;
+}
+
+// Where threads meet at every step of a backward walk, do they hand each other sums, not da
+// (exchanged_sums.h)? (It is worth one per cent to vectors, which then can't help each other. On
+// the matrix unit a multiplication by a few units is over before it is in full swing.)
+template <class Tiles>
+bool worth_exchanging_sums(const Shape& shape, int threads) {
+  return Tiles::has_pauses && threads > 1 &&
+         (!spares_matrix_unit() || shape.D * shape.H >= int64_t(128) * threads);
 }
 
 struct Split {

@@ -14,8 +14,6 @@ struct VectorPolicy {
   static int64_t pauses(const Segments&) { return 0; }
   static constexpr bool overlaps(int64_t) { return false; }
   static constexpr bool has_pauses = false;
-  // It is worth one per cent to them, and those who exchange sums can't help each other.
-  static bool exchanges_sums(const Shape&, int) { return false; }
 
   // Up to so many rows of a step are few: their arithmetic is too little for the weights that it
   // waits for, and their cells are too few to follow each other closely. See docs/performance.md.
