@@ -153,6 +153,18 @@ print(lazily_freed())
 """
 
 
+SMALLER = """
+from test_kept_memory import forward, lazily_freed
+
+forward(16000)
+for _ in range(3):
+    forward(5000)  # less than 128 MiB
+before = lazily_freed()
+out = forward(5000)
+print(before, before - lazily_freed())
+"""
+
+
 HOLDING = """
 import resource
 import torch
@@ -193,6 +205,11 @@ def test_gradients_are_kept_and_are_tensors_like_others():
 
 def test_little_is_held_as_it_is():
     assert int(run(HELD)) == 0
+
+
+def test_a_small_model_after_a_large_one_is_held_as_it_is():
+    offered, taken = map(int, run(SMALLER).split())
+    assert offered > 64 * MIB and taken < 32 * MIB
 
 
 def test_a_program_that_holds_an_output_finds_the_rest_again():

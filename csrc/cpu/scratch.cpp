@@ -124,7 +124,17 @@ class Store {
     while (count_ == capacity || kept_ + block.bytes > most_) freed.add(remove(0));
     blocks_[count_++] = block;
     kept_ += block.bytes;
+    fresh_ += block.bytes;
     return true;
+  }
+
+  // Has the pages of all but so many bytes of the newest blocks offered to the system, once. A
+  // block is not here meanwhile, so that nobody takes it and writes to what is being offered.
+  void offer(size_t newest) {
+    for (Block block; (block = take_older(newest)).memory != nullptr;) {
+      offer_pages(block);
+      if (!put_back(block)) std::free(block.memory);
+    }
   }
 
  private:
@@ -144,18 +154,35 @@ class Store {
     }
   };
 
+  Block take_older(size_t newest) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    return lock && fresh_ > newest ? remove(offered_) : Block{nullptr, 0};
+  }
+  bool put_back(Block block) {
+    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || count_ == capacity) return false;
+    for (int k = count_++; k > offered_; --k) blocks_[k] = blocks_[k - 1];
+    blocks_[offered_++] = block;
+    kept_ += block.bytes;
+    return true;
+  }
+
   Block remove(int k) {
     const Block block = blocks_[k];
     kept_ -= block.bytes;
+    if (k < offered_)
+      --offered_;
+    else
+      fresh_ -= block.bytes;
     for (--count_; k < count_; ++k) blocks_[k] = blocks_[k + 1];
     return block;
   }
 
   const size_t most_;
   std::mutex mutex_;
-  Block blocks_[capacity];  // oldest first
-  int count_ = 0;
-  size_t kept_ = 0;
+  Block blocks_[capacity];       // oldest first
+  int count_ = 0, offered_ = 0;  // how many of them, the oldest, were offered to the system
+  size_t kept_ = 0, fresh_ = 0;  // bytes of all, and of those that were not
 };
 
 // Never destroyed: a call may outlive static destructors.
@@ -220,13 +247,15 @@ Block allocate_reserve(size_t bytes) {
   return block;
 }
 
-// A small model's blocks stay as they are: offering pages takes a few per cent of its training
-// step, mostly afterwards, when they are written to.
+// What was in use last stays as it is: offering pages takes some per cent of a small model's
+// training step, of two threads up to a quarter, mostly afterwards, when they are written to. So a
+// large model that is not run any more does not slow a small one down.
 void free_reserve(Block block) {
   in_use -= block.bytes;
-  const size_t kept = reserve_store().kept();
-  if (kept > most_held || block.bytes > most_held - kept) offer_pages(block);
-  if (!reserve_store().keep(block)) std::free(block.memory);
+  if (reserve_store().keep(block))
+    reserve_store().offer(most_held);
+  else
+    std::free(block.memory);
 }
 
 }  // namespace fastlstm
