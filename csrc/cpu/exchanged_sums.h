@@ -14,7 +14,7 @@
 namespace fastlstm {
 namespace {
 
-// What each thread gives the others, by items: panels of columns.
+// What each thread gives the others, by items: panels of columns. (one_row.h has some too.)
 template <class T>
 class GivenSums {
   static constexpr int64_t width = panel_width<T>;

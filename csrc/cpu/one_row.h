@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
+#include "exchanged_sums.h"
 #include "operand.h"
-#include "scratch.h"
 #include "team.h"
 
 namespace fastlstm {
@@ -105,7 +105,7 @@ class OneRow {
  public:
   // Nothing is exchanged without `threads`.
   OneRow(int64_t H, int64_t P, int64_t D, int64_t threads)
-      : H_(H), P_(P), D_(D), size_(blocks_of(P, width) * width), sums_(threads * 2 * D * size_) {}
+      : H_(H), P_(P), panels_(blocks_of(P, width)), sums_(threads, D * panels_, 1) {}
 
   // The contribution of units [begin, end), of whose gradients at one step `da` has those of gate k
   // from k * gate_distance on.
@@ -114,7 +114,7 @@ class OneRow {
                 int64_t gate_distance, const T* w_hh, const Wanted& wanted,
                 Other& meanwhile) const {
     T* const c = sums(team.rank, s, d);
-    std::fill_n(c, size_, T{});
+    std::fill_n(c, panels_ * width, T{});
     const char* const* pair = wanted.pairs;
     const char* const* const end = pair + wanted.count;
     const int64_t chunks = pauses(units) / 4;
@@ -140,13 +140,11 @@ class OneRow {
   }
 
  private:
-  // Those of one step are read while those of the next are written.
-  T* sums(int64_t rank, int64_t s, int64_t d) const {
-    return sums_ + ((rank * 2 + (s & 1)) * D_ + d) * size_;
-  }
+  // Of all columns: the panels of a single row lie side by side.
+  T* sums(int rank, int64_t s, int64_t d) const { return sums_.at(rank, s, d * panels_, 0); }
 
-  const int64_t H_, P_, D_, size_;
-  Scratch<T> sums_;  // (threads, 2, D, columns up to whole panels)
+  const int64_t H_, P_, panels_;
+  const GivenSums<T> sums_;
 };
 
 }  // namespace
