@@ -141,7 +141,8 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
 
   // Two products of 32 rows keep the unit busy for 64 cycles, in which the rest of the core waits
   // (the unit's registers can't be loaded far ahead) or does what is to be done `meanwhile`: at
-  // each pause a piece of some 60 instructions is free, a larger one is not.
+  // each pause a piece of some 60 instructions is free. (One of 200, a backward cell, is not, but
+  // costs no more than in four pieces, which hand each other its state through memory.)
   static int64_t pauses(const Segments& segments) {
     return blocks(segments) * AmxProduct<terms, weight_terms>::pauses();
   }
