@@ -187,6 +187,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
   }
 
   static constexpr int64_t pair_rows = 0;
+  static int64_t walk_rows(int64_t, int64_t) { return max_rows; }
   static constexpr bool in_place = false;
 
   // Where a thread's weights would not stay in its L2 cache.
@@ -195,7 +196,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
            weight_bytes(4 * n.H * (n.I + n.P) * n.D) / threads > l2_cache_bytes() / 4 * 3;
   }
   // The rows of a chunk stay in the L2 cache while all panels pass by.
-  static int64_t ahead_rows(int64_t inputs) {
+  static int64_t ahead_rows(int64_t inputs, int64_t) {
     const int64_t row =
         blocks_of(std::max<int64_t>(inputs, 1), block_columns) * terms * block_columns * 2;
     return std::clamp<int64_t>(l2_cache_bytes() / 8 * 3 / row, max_rows, 256);

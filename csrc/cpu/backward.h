@@ -43,7 +43,7 @@ class Backward {
         n_(args.shape),
         walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
-        tiles_(rows_, Tiles::max_rows),
+        tiles_(rows_, Tiles::walk_rows(rows_, 4 * Tiles::panel_size(n_.H))),
         projected_(args.w_hr[0] != nullptr),
         to_initial_state_(a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr)),
         carries_(a_.end + to_initial_state_ > std::max<int64_t>(a_.begin, 1)),
@@ -59,9 +59,9 @@ class Backward {
                       da_bytes() > l2_cache_bytes() / 2),
         helps_(rows_ > Tiles::few_rows && !gate_by_gate_ &&
                worth_helping<Tiles>(work(a_), a_.threads)),
-        paired_(!in_place_ && !gate_by_gate_ && rows_ <= Tiles::pair_rows),
-        da_size_(Operand::size(4 * gate_blocks_, rows_)),
-        dh_size_(projected_ ? Operand::size(output_blocks_, rows_) : 0),
+        paired_(!in_place_ && !gate_by_gate_ && tiles_.height <= Tiles::pair_rows),
+        da_size_(Operand::size(4 * gate_blocks_, rows_, tiles_)),
+        dh_size_(projected_ ? Operand::size(output_blocks_, rows_, tiles_) : 0),
         recurrent_(carries_ && !in_place_ ? n_.D * output_panels_ * 4 * Tiles::panel_size(n_.H)
                                           : 0),
         projection_(projected_ ? n_.D * unit_panels_ * Tiles::panel_size(n_.P) : 0),
@@ -250,9 +250,9 @@ class Backward {
 
   // Blocked da of some units, gate by gate, of the s-th step undone in direction d.
   Operand da(int d, int64_t s, const Range& units) const {
-    return {
-        da_ + (d * 2 + (s & 1)) * da_size_ + Operand::size(4 * Operand::count(units.begin), rows_),
-        4 * Operand::count(units.end - units.begin), tiles_.height};
+    return {da_ + (d * 2 + (s & 1)) * da_size_ +
+                Operand::size(4 * Operand::count(units.begin), rows_, tiles_),
+            4 * Operand::count(units.end - units.begin), tiles_.height};
   }
   static Segments segments(const Range& units) {
     const int64_t size = units.end - units.begin;
@@ -300,20 +300,22 @@ class Backward {
     }
   }
 
-  // One tile, for two panels of one direction.
+  // The same for two panels of one direction.
   void carry_pair(int64_t item, int64_t s, Advance advance, Thread& thread) {
     if constexpr (Tiles::pair_rows > 0) {
       const Step step = this->step(int(item / output_panels_), s, thread);
       const int64_t size = 4 * Tiles::panel_size(n_.H), rows = step.carried;
-      if (rows == 0) return;
-      Wanted wanted;
-      for (int panel = 0; panel < 2 && !projected_; ++panel)
-        Cells::ask(*this, wanted, step, {0, rows}, column_of(item + panel));
-      Tiles::multiply_pair(da(step.d, s - 1, step.units).tile(0), tiles_.height, rows,
-                           {recurrent_ + item * size, size}, segments(step.units), advance,
-                           {thread.sums[0], width, Tiles::max_rows * width}, &wanted);
-      for (int panel = 0; panel < 2; ++panel)
-        finish_tile(step, 0, rows, column_of(item + panel), thread.sums[panel], thread);
+      for (int64_t tile = 0; tile < tiles_.count(rows); ++tile) {
+        const int64_t first = tile * tiles_.height, last = tiles_.end(tile, rows);
+        Wanted wanted;
+        for (int panel = 0; panel < 2 && !projected_; ++panel)
+          Cells::ask(*this, wanted, step, {first, last}, column_of(item + panel));
+        Tiles::multiply_pair(da(step.d, s - 1, step.units).tile(tile), tiles_.height, last - first,
+                             {recurrent_ + item * size, size}, segments(step.units), advance,
+                             {thread.sums[0], width, Tiles::max_rows * width}, &wanted);
+        for (int panel = 0; panel < 2; ++panel)
+          finish_tile(step, first, last, column_of(item + panel), thread.sums[panel], thread);
+      }
     }
   }
 

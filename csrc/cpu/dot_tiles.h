@@ -89,6 +89,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   }
 
   static constexpr int64_t pair_rows = 0;
+  static int64_t walk_rows(int64_t, int64_t) { return max_rows; }
   static constexpr bool in_place = false;
   static constexpr bool gate_by_gate = false, asks = true;
 

@@ -72,7 +72,8 @@ class FewSteps {
         chunk_(mine_.end - mine_.begin < rows_ ? 1 : chunk(n_, rows_, steps_)),
         panel_size_(packs(0) ? Inputs::panel_size(n_.I) : 0),
         chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
-        inputs_size_(packs(0) ? Operand::size(Operand::count(n_.I), chunk_ * rows_) : 0),
+        inputs_size_(packs(0) ? Operand::size(Operand::count(n_.I), chunk_ * rows_, chunk_tiles_)
+                              : 0),
         inputs_(n_.D * inputs_size_),
         panels_(std::min<int64_t>(a_.threads, max_parts) * 2 * panel_size_),
         ahead_(chunk_ > 1 ? n_.D * groups_ * chunk_ * rows_ * 4 * L : 0),

@@ -45,23 +45,25 @@ class Forward {
         n_(args.shape),
         walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
-        tiles_(rows_, Tiles::max_rows),
         groups_(blocks_of(n_.H, L)),
         items_(n_.D * groups_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
         few_rows_(rows_ <= Tiles::few_rows),
-        helps_(!ahead_ && worth_helping<Tiles>(work(a_), a_.threads)),
+        helps_(worth_helping<Tiles>(work(a_), a_.threads)),
         chunk_(ahead_ && rows_ > 0
-                   ? std::clamp<int64_t>(Inputs::ahead_rows(n_.I) / rows_, 1, walk_.steps())
+                   ? std::clamp<int64_t>(Inputs::ahead_rows(n_.I, rows_) / rows_, 1, walk_.steps())
                    : 1),
         chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
         hidden_block_(ahead_ ? 0 : Operand::count(n_.I)),
         state_blocks_(hidden_block_ + Operand::count(n_.P)),
-        state_size_(Operand::size(state_blocks_, rows_)),
-        inputs_size_(ahead_ ? InputOperand::size(InputOperand::count(n_.I), chunk_ * rows_) : 0),
-        unprojected_size_(out_panels_ > 0 ? Operand::size(Operand::count(n_.H), rows_) : 0),
         panel_size_(Tiles::panel_size(ahead_ ? 0 : n_.I) + Tiles::panel_size(n_.P)),
+        tiles_(rows_, Tiles::walk_rows(rows_, panel_size_)),
+        state_size_(Operand::size(state_blocks_, rows_, tiles_)),
+        inputs_size_(
+            ahead_ ? InputOperand::size(InputOperand::count(n_.I), chunk_ * rows_, chunk_tiles_)
+                   : 0),
+        unprojected_size_(out_panels_ > 0 ? Operand::size(Operand::count(n_.H), rows_, tiles_) : 0),
         input_panel_size_(ahead_ ? Inputs::panel_size(n_.I) : 0),
         panels_(items_ * 2 * panel_size_),
         input_panels_(items_ * 2 * input_panel_size_),
@@ -285,6 +287,7 @@ class Forward {
                          ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
     }
+    if (helps_) team.barrier.wait();
   }
 
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels.
@@ -405,8 +408,7 @@ class Forward {
   const ForwardArgs& a_;
   const Shape& n_;
   const Walk walk_;
-  const int64_t rows_;  // of the widest step
-  const RowTiles tiles_;
+  const int64_t rows_;          // of the widest step
   const int64_t groups_;        // of L hidden units, the last one padded
   const int64_t items_;         // D * groups
   const int64_t out_panels_;    // of a projection, per direction; 0 without one
@@ -417,8 +419,9 @@ class Forward {
   const RowTiles chunk_tiles_;  // of the rows of a chunk
   const int64_t hidden_block_;  // of what a step reads, where h_{t-1} begins
   const int64_t state_blocks_;  // of what a step reads
-  const int64_t state_size_, inputs_size_, unprojected_size_;
-  const int64_t panel_size_, input_panel_size_;
+  const int64_t panel_size_;
+  const RowTiles tiles_;
+  const int64_t state_size_, inputs_size_, unprojected_size_, input_panel_size_;
   Scratch<Element> panels_;             // (items, 2) panels of I and P rows, or of P rows
   Scratch<InputElement> input_panels_;  // (items, 2) panels of I rows; none unless ahead
   Scratch<T> bias_;                     // (items, 4, L)

@@ -26,7 +26,10 @@
 //                       how often
 //   overlaps            whether that is worth doing for cells, with a tile of so many rows
 //   few_rows            up to so many rows all items are multiplied before any of their cells
-//   ahead, ahead_rows(inputs), Inputs  see forward.h
+//   walk_rows           of a tile of a walk, given a step's rows and the size of a panel: max_rows
+//   or
+//                       pair_rows
+//   ahead, ahead_rows(inputs, rows), Inputs  see forward.h
 //   own_sequences       that a thread should have to walk backward with many weights by itself
 //   Session             held by a thread while it multiplies
 // What writes Elements of a walk returns nonzero if a value was beyond what may be multiplied. (Of
@@ -136,8 +139,7 @@ struct Blocked {
 
   // How many blocks a segment of `size` columns takes.
   static int64_t count(int64_t size) { return blocks_of(size, columns); }
-  static int64_t size(int64_t blocks, int64_t rows) {
-    const RowTiles tiles(rows, Tiles::max_rows);
+  static int64_t size(int64_t blocks, int64_t rows, const RowTiles& tiles) {
     return tiles.count(rows) * tiles.height * blocks * Tiles::terms * columns;
   }
   Element* tile(int64_t tile) const { return data + tile * blocks * block_size(); }

@@ -170,11 +170,11 @@ class Product {
     return elements * int64_t(sizeof(Element));
   }
 
-  // A group takes a quarter of the L2 cache, and another one is packed beside it. A slab that
-  // stays there too leaves less for them; one that comes from afar is to come seldom.
+  // Where a slab stays in the L2 cache, groups leave it room. One that comes from afar is to come
+  // seldom: then they take half of the cache, together with the one that is packed beside.
   // Threads that help each other do so with an eighth of a share at most.
   static int64_t group(int threads, int64_t items, int64_t size, bool stays) {
-    const int64_t part = has_pauses && stays ? 16 : 2;
+    const int64_t part = stays ? (has_pauses ? 16 : 8) : 2;
     const int64_t most = l2_cache_bytes() / part / buffers / (size * int64_t(sizeof(Element))) + 1;
     return helps && threads > 1 ? std::min(most, blocks_of(items, int64_t(8) * threads)) : most;
   }

@@ -41,15 +41,16 @@ constexpr int unrolled_columns = lanes<T> < 4 ? lanes<T> : 4;
 template <class T>
 using LaneIndex = typename Vector<T>::mask;
 
-// sum += a * b. Where a tile takes all 16 registers, GCC left to itself forms products in place of
-// their factors, which costs copies and a sum kept in memory: here they are added to the sum.
+// sum += a * b. Where a tile takes all registers but one, GCC left to itself forms products in
+// place of their factors, which costs copies and sums kept in memory: here they are added to the
+// sum.
 template <class T>
 FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
-#if defined(__FMA__) && FASTLSTM_VECTOR_REGISTERS == 16
+#if defined(__AVX512F__) || defined(__FMA__)
   if constexpr (sizeof(T) == 4)
-    asm("vfmadd231ps %1, %2, %0" : "+x"(sum) : "x"(b), "x"(a));
+    asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(b), "v"(a));
   else
-    asm("vfmadd231pd %1, %2, %0" : "+x"(sum) : "x"(b), "x"(a));
+    asm("vfmadd231pd %1, %2, %0" : "+v"(sum) : "v"(b), "v"(a));
 #else
   sum += a * b;
 #endif

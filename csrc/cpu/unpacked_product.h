@@ -14,14 +14,16 @@ namespace fastlstm {
 namespace {
 
 // With more rows packing pays: see docs/performance.md. (What is packed is (M + N) K values, for M
-// N K products; those of half precision have to be converted too.)
+// N K products; those of half precision have to be converted too.) But a row of A that meets one
+// full tile of columns only is read once, packed or not.
 inline bool is_unpacked_product(const ProductArgs& args) {
   constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
   const bool exact = args.storage == Storage::f32 || args.storage == Storage::f64;
   const int64_t M = args.M, N = args.columns();
   if ((args.transposed ? args.K : M) <= (wide ? 64 : 24)) return true;
-  return exact && !args.transposed && args.K >= 16 && M <= (wide ? 512 : 128) &&
-         M * N <= 80 * (M + N);
+  if (!exact || args.transposed || args.K < 16) return false;
+  const int64_t tile = 4 * (args.storage == Storage::f32 ? lanes<float> : lanes<double>);
+  return (wide && N == tile) || (M <= (wide ? 512 : 128) && M * N <= 80 * (M + N));
 }
 
 template <class S, bool transposed>
@@ -34,7 +36,7 @@ class UnpackedProduct {
   static constexpr int most_rows = transposed ? 4 : 6;
   static constexpr int most_vectors = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
   static constexpr int64_t width = most_vectors * L;
-  static constexpr int64_t slab_rows = 128;
+  static constexpr int64_t slab_rows = 256;
   static constexpr int64_t ahead = 16;  // rows of B that are asked for before they are read
 
  public:

@@ -1,6 +1,8 @@
 // What all Tiles (operand.h) that multiply by vectors decide alike: VectorTiles and DotTiles.
 #pragma once
 
+#include <algorithm>
+
 #include "../layer.h"
 #include "operand.h"
 #include "scratch.h"
@@ -19,9 +21,14 @@ struct VectorPolicy {
   // waits for, and their cells are too few to follow each other closely. See docs/performance.md.
   static constexpr int64_t few_rows = 5;
 
-  // Is the input part computed ahead, and for how many rows, about?
-  static bool ahead(const Shape&, int64_t rows, int) { return rows <= few_rows; }
-  static constexpr int64_t ahead_rows(int64_t) { return 96; }
+  // Is the input part computed ahead, and for how many rows, about? With few rows, and where an L3
+  // cache that is slow would have to give it at every step besides.
+  static bool ahead(const Shape& n, int64_t rows, int threads) {
+    if (rows <= few_rows) return true;
+    const int64_t bytes = 4 * n.H * (n.I + n.P) * n.D * int64_t(sizeof(Element));
+    return is_intel() && rows <= 64 && n.I >= 64 && bytes / threads > l2_cache_bytes();
+  }
+  static int64_t ahead_rows(int64_t, int64_t rows) { return std::max<int64_t>(96, 4 * rows); }
 
   // How does a thread do well to ask for the weights that it multiplies at each step? They do not
   // stay in its L2 cache if they are many; with few rows the arithmetic is too short to hide it.
