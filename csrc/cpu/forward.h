@@ -9,8 +9,8 @@
 // exchanged through two blocked buffers, read and written in turn, with one barrier a step (two
 // with a projection).
 //
-// With few rows a step, streaming W_ih through the caches at every step costs more than the
-// arithmetic: then the input part of a chunk of steps is multiplied at once ("ahead"). A chunk has
+// With few rows a step, or many weights, streaming W_ih through the caches at every step costs too
+// much: then the input part of a chunk of steps is multiplied at once ("ahead"). A chunk has
 // many rows, so that part may have Tiles of its own, Tiles::Inputs.
 #pragma once
 
@@ -50,7 +50,8 @@ class Forward {
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
         few_rows_(rows_ <= Tiles::few_rows),
-        helps_(worth_helping<Tiles>(work(a_), a_.threads)),
+        helps_(!few_rows_ && !(ahead_ && Inputs::has_pauses) &&
+               worth_helping<Tiles>(work(a_), a_.threads)),
         chunk_(ahead_ && rows_ > 0
                    ? std::clamp<int64_t>(Inputs::ahead_rows(n_.I, rows_) / rows_, 1, walk_.steps())
                    : 1),
@@ -100,14 +101,15 @@ class Forward {
     prepare_step(team, 0);
     team.barrier.wait();
     Unfinished unfinished;
+    int64_t turn = 0;
     for (int64_t s = 0; s < steps(); ++s) {
-      if (ahead_ && s % chunk_ == 0) compute_ahead(team, mine, s);
+      if (ahead_ && s % chunk_ == 0) compute_ahead(team, s, helps_ ? turn++ : Team::alone);
       // There and back again: what the cache still holds of the last step is used first.
       const bool back = s % 2 != 0;
       if (few_rows_)
         step_few_rows(mine, s, back, advance);
       else
-        team.each_piece(items_, 1, back, helps_ ? s : Team::alone, [&](const Range& one) {
+        team.each_piece(items_, 1, back, helps_ ? turn++ : Team::alone, [&](const Range& one) {
           step_item(item(one.begin), s, advance, unfinished);
         });
       unfinished.cells.rest();
@@ -263,7 +265,7 @@ class Forward {
   }
 
   // W_ih x for the steps of a chunk, into ahead_gates_ (item, row of the chunk, 4L).
-  void compute_ahead(const Team& team, const Range& mine, int64_t s) {
+  void compute_ahead(const Team& team, int64_t s, int64_t turn) {
     for (int d = 0; d < n_.D; ++d) {
       const InputOperand blocked = inputs(d);
       const Range times = chunk_times(d, s), share = team.share(times.end - times.begin);
@@ -276,7 +278,8 @@ class Forward {
     team.barrier.wait();
     const Segments segments{1, {n_.I}};
     Idle idle;
-    for (int64_t k = mine.begin; k < mine.end; ++k) {
+    team.each_piece(items_, 1, false, turn, [&](const Range& one) {
+      const int64_t k = one.begin;
       const int d = item(k).d;
       const Range times = chunk_times(d, s);
       const int64_t rows = walk_.rows_before(times.end) - walk_.rows_before(times.begin);
@@ -286,8 +289,8 @@ class Forward {
                          inputs(d), tile, chunk_tiles_.end(tile, rows) - first, Advance::none,
                          ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
-    }
-    if (helps_) team.barrier.wait();
+    });
+    if (helps_) team.barrier.wait();  // Whose items others will take is not known.
   }
 
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels.

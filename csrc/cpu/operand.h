@@ -26,9 +26,8 @@
 //                       how often
 //   overlaps            whether that is worth doing for cells, with a tile of so many rows
 //   few_rows            up to so many rows all items are multiplied before any of their cells
-//   walk_rows           of a tile of a walk, given a step's rows and the size of a panel: max_rows
-//   or
-//                       pair_rows
+//   walk_rows           of a tile of a walk, given a step's rows and a panel's Elements: max_rows,
+//                       or pair_rows where it is to be multiplied by two panels
 //   ahead, ahead_rows(inputs, rows), Inputs  see forward.h
 //   own_sequences       that a thread should have to walk backward with many weights by itself
 //   Session             held by a thread while it multiplies

@@ -41,9 +41,8 @@ constexpr int unrolled_columns = lanes<T> < 4 ? lanes<T> : 4;
 template <class T>
 using LaneIndex = typename Vector<T>::mask;
 
-// sum += a * b. Where a tile takes all registers but one, GCC left to itself forms products in
-// place of their factors, which costs copies and sums kept in memory: here they are added to the
-// sum.
+// sum += a * b. Where a tile takes all registers, or all but one, GCC left to itself forms products
+// in place of their factors, which costs copies and sums kept in memory: the instruction is named.
 template <class T>
 FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
 #if defined(__AVX512F__) || defined(__FMA__)

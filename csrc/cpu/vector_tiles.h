@@ -96,7 +96,8 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
 
   static constexpr int64_t pair_rows = max_pair_rows;
   // Intel's processors load 1.3 vectors of 64 bytes a cycle, where a tile of 8 rows times one panel
-  // would need 1.25, of 6 rows times two 0.8.
+  // would need 1.25, of 6 rows times two 0.8. More tiles read their panels more often, so a single
+  // one is not cut, and two panels have to stay in the L2 cache.
   static int64_t walk_rows(int64_t rows, int64_t panel_size) {
     const bool pairs = !short_vectors && is_intel() && rows > max_rows &&
                        2 * panel_size * int64_t(sizeof(T)) <= l2_cache_bytes() / 2;
