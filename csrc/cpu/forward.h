@@ -290,7 +290,7 @@ class Forward {
                          ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
       }
     });
-    if (helps_) team.barrier.wait();  // Whose items others will take is not known.
+    if (helps_) team.barrier.wait();  // others may take this thread's items
   }
 
   // (eq. 1) pre (rows, 4L) = a tile times an item's two panels.

@@ -21,8 +21,8 @@ struct VectorPolicy {
   // waits for, and their cells are too few to follow each other closely. See docs/performance.md.
   static constexpr int64_t few_rows = 5;
 
-  // Is the input part computed ahead, and for how many rows, about? With few rows, and where an L3
-  // cache that is slow would have to give it at every step besides.
+  // Is the input part computed ahead, and for how many rows, about? With few rows, and where W_ih
+  // would have to come from a slow L3 cache at every step.
   static bool ahead(const Shape& n, int64_t rows, int threads) {
     if (rows <= few_rows) return true;
     const int64_t bytes = 4 * n.H * (n.I + n.P) * n.D * int64_t(sizeof(Element));
