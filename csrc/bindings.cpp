@@ -22,13 +22,14 @@ std::tuple<Tensor, Tensor, Tensor> cpu_recompute(Tensor pre, const Tensor& batch
   Inputs input;
   const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
   fastlstm::RecomputeArgs args{};
-  args.shape = shape_of(input, pre.size(0), batch_sizes, c0, 1);
+  States states(c0);
+  args.shape = shape_of(input, pre.size(0), batch_sizes, states, 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = args.shape;
   if (D != 1) fail("c0: expected one direction");
   args.pre = input("pre", pre, {N, 4 * H}, state);
-  args.c0 = input("c0", c0, {1, B, H}, dtype);
+  args.c0 = input("c0", c0, states.of(H), dtype);
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
   Tensor c_all = output({N, H}, state), m = absent();
   Tensor gates = dtype == state ? pre : output({N, 4 * H}, dtype);

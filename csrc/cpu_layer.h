@@ -33,17 +33,18 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
                           const Tensors& bias, const Tensors& w_hr, const Optional& reset,
                           bool need_reserve, bool need_cells) {
   Rows rows(x);
+  States states(c0);
   Inputs input;
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::ForwardArgs args{};
-  args.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  args.shape = shape_of(input, rows.count(), batch_sizes, states, output_size_of(w_hh));
   args.shape.I = x.size(x.dim() - 1);
   args.storage = storage_of(dtype);
   args.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = args.shape;
   args.x = input("x", x, rows.of(I), dtype);
-  args.h0 = input("h0", h0, {D, B, P}, dtype);
-  args.c0 = input("c0", c0, {D, B, H}, dtype);
+  args.h0 = input("h0", h0, states.of(P), dtype);
+  args.c0 = input("c0", c0, states.of(H), dtype);
   input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
   input.each("w_hh", w_hh, D, {4 * H, P}, dtype, args.w_hh, true);
   input.each("bias", bias, D, {4 * H}, dtype, args.bias);
@@ -52,7 +53,7 @@ ForwardResult cpu_forward(const Tensor& x, const Tensor& batch_sizes, const Tens
   args.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
 
   Tensor y = (need_reserve ? reserved : output)(rows.of(D * P), dtype);
-  Tensor h_n = output({D, B, P}, dtype), c_n = output({D, B, H}, dtype);
+  Tensor h_n = output(states.of(P), dtype), c_n = output(states.of(H), dtype);
   Tensor c_all = absent(), gates = absent(), m = absent();
   args.y = y.mutable_data_ptr();
   args.h_n = h_n.mutable_data_ptr();
@@ -124,12 +125,13 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
                             const Optional& m, const std::vector<bool>& need, int64_t chunk_rows,
                             int64_t chunk_bytes) {
   Rows rows(x);
+  States states(c0);
   Inputs input;
   if (need.size() != 7) fail("need: expected seven flags");
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::LayerBackwardArgs args{};
   fastlstm::BackwardArgs& walk = args.walk;
-  walk.shape = shape_of(input, rows.count(), batch_sizes, c0, output_size_of(w_hh));
+  walk.shape = shape_of(input, rows.count(), batch_sizes, states, output_size_of(w_hh));
   walk.shape.I = x.size(x.dim() - 1);
   walk.storage = storage_of(dtype);
   walk.threads = threads();
@@ -138,11 +140,11 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   args.chunk_rows = std::max(chunk_rows, chunk_bytes / row_bytes);
   walk.dy = input("dy", dy, rows.of(D * P), dtype);
   walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
-  walk.dh_n = input("dh_n", dh_n, {D, B, P}, dtype);
-  walk.dc_n = input("dc_n", dc_n, {D, B, H}, dtype);
+  walk.dh_n = input("dh_n", dh_n, states.of(P), dtype);
+  walk.dc_n = input("dc_n", dc_n, states.of(H), dtype);
   args.x = input("x", x, rows.of(I), dtype);
-  args.h0 = input("h0", h0, {D, B, P}, dtype);
-  walk.c0 = input("c0", c0, {D, B, H}, dtype);
+  args.h0 = input("h0", h0, states.of(P), dtype);
+  walk.c0 = input("c0", c0, states.of(H), dtype);
   input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
   input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
   input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
@@ -155,8 +157,8 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
 
   Tensor dx = need[0] ? reserved(rows.of(I), state) : absent();
-  Tensor dh0 = need[1] ? output({D, B, P}, dtype) : absent();
-  Tensor dc0 = need[2] ? output({D, B, H}, dtype) : absent();
+  Tensor dh0 = need[1] ? output(states.of(P), dtype) : absent();
+  Tensor dc0 = need[2] ? output(states.of(H), dtype) : absent();
   if (need[0]) args.dx = dx.mutable_data_ptr();
   if (need[1]) walk.dh0 = dh0.mutable_data_ptr();
   if (need[2]) walk.dc0 = dc0.mutable_data_ptr();

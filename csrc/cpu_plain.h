@@ -125,7 +125,7 @@ Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c
                           bool need_reserve) {
   PlainCall call{x,          given(h0), given(c0),   weights,    given(reset),
                  directions, biased,    hidden_size, output_size};
-  if (!call.fits() || (need_reserve && (call.layers != 1 || call.step))) return {};
+  if (!call.fits() || (need_reserve && call.layers != 1)) return {};
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P, L = call.layers;
   const int64_t h_bytes = D * B * P * x.element_size(), c_bytes = D * B * H * x.element_size();
   const std::vector<int64_t> batch_sizes(size_t(T), B);
@@ -185,8 +185,7 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
                            int64_t chunk_bytes) {
   PlainCall call{x,          given(h0), given(c0),   weights,    given(reset),
                  directions, biased,    hidden_size, output_size};
-  if (!call.fits() || call.layers != 1 || call.step)
-    fail("weights: they do not make a layer for x, h0 and c0");
+  if (!call.fits() || call.layers != 1) fail("weights: they do not make a layer for x, h0 and c0");
   const int64_t T = call.T, B = call.B, D = call.D, H = call.H, P = call.P;
   if (reserve.size() != (P == H ? 3 : 4)) fail("reserve: expected y, c_all, gates[, m]");
   Tensor batch_sizes = empty({T}, ScalarType::Long);
@@ -200,10 +199,10 @@ Tensors cpu_plain_backward(const Optional& dy, const Optional& dh_n, const Optio
   }
   const auto [dx, dh0, dc0, dw_ih, dw_hh, dbias, dw_hr] =
       cpu_backward(dy, std::nullopt, dh_n, dc_n, x, batch_sizes,
-                   h0 ? *h0 : filled_with_zeros({D, B, P}, call.dtype),
-                   c0 ? *c0 : filled_with_zeros({D, B, H}, call.dtype), w_ih, w_hh, w_hr, reset,
-                   reserve[0], reserve[1], reserve[2], P == H ? std::nullopt : Optional(reserve[3]),
-                   need, chunk_rows, chunk_bytes);
+                   h0 ? *h0 : filled_with_zeros(call.state_sizes(P), call.dtype),
+                   c0 ? *c0 : filled_with_zeros(call.state_sizes(H), call.dtype), w_ih, w_hh, w_hr,
+                   reset, reserve[0], reserve[1], reserve[2],
+                   P == H ? std::nullopt : Optional(reserve[3]), need, chunk_rows, chunk_bytes);
   Tensors gradients{dx, dh0, dc0};
   const Tensor nothing = absent();
   const auto add = [&](const Tensors& of, int64_t d) {

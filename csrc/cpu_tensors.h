@@ -50,20 +50,44 @@ class Inputs {
   Tensors copies_;
 };
 
-// Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these three
-// tensors; the caller adds I where it matters.
-fastlstm::Shape shape_of(Inputs& input, int64_t rows, const Tensor& batch_sizes, const Tensor& c0,
-                         int64_t output_size) {
+// States of a layer: (D, B, size), or (B, size) where c0 comes so, as LSTMCell's do.
+class States {
+ public:
+  explicit States(const Tensor& c0) : several_(c0.dim() == 3) {
+    const int64_t first = several_ ? 1 : 0;
+    if ((c0.dim() != 2 && !several_) || c0.size(0) < first || c0.size(first + 1) < 1 ||
+        (several_ && c0.size(0) > max_directions))
+      fail("c0: expected shape (D, B, H) with D 1 or 2 and H at least 1, or (B, H)");
+    shape_[0] = several_ ? c0.size(0) : 1;
+    shape_[1] = c0.size(first);
+    hidden_size_ = c0.size(first + 1);
+  }
+  int64_t directions() const { return shape_[0]; }
+  int64_t batch() const { return shape_[1]; }
+  int64_t hidden_size() const { return hidden_size_; }
+  // Until the next call.
+  Sizes of(int64_t size) {
+    shape_[2] = size;
+    return {shape_ + !several_, several_ ? size_t(3) : size_t(2)};
+  }
+
+ private:
+  const bool several_;
+  int64_t shape_[3], hidden_size_;
+};
+
+// Shape and the values of batch_sizes, which index memory. T, B, D, H and P come from these; the
+// caller adds I where it matters.
+fastlstm::Shape shape_of(Inputs& input, int64_t rows, const Tensor& batch_sizes,
+                         const States& states, int64_t output_size) {
   if (batch_sizes.dim() != 1) fail("batch_sizes: expected a vector");
-  if (c0.dim() != 3 || c0.size(0) < 1 || c0.size(0) > max_directions || c0.size(2) < 1)
-    fail("c0: expected shape (D, B, H) with D 1 or 2 and H at least 1");
   if (output_size < 1) fail("w_hh: expected at least one column");
   fastlstm::Shape shape{};
   shape.T = batch_sizes.size(0);
   shape.N = rows;
-  shape.D = c0.size(0);
-  shape.B = c0.size(1);
-  shape.H = c0.size(2);
+  shape.D = states.directions();
+  shape.B = states.batch();
+  shape.H = states.hidden_size();
   shape.P = output_size;
   shape.batch_sizes =
       static_cast<const int64_t*>(input("batch_sizes", batch_sizes, {shape.T}, ScalarType::Long));

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import aten, cpu, cuda, dispatch, reference, triton
+from . import aten, cpu, cuda, dispatch, native, reference, triton
 from .contract import Gradients, Outputs, Reserve, Weights
 
 
@@ -166,18 +166,17 @@ def _recorded(call: Call) -> list[Backend]:
     return [_TABLE[name] for name in names]
 
 
-def is_torchs_own_step(input: Tensor, hidden_size: int) -> bool:
+def is_torchs_own_step(input: Tensor, hidden_size: int, graph: bool) -> bool:
     """Does ``backend="auto"`` leave a plain call of an LSTMCell, ``input (B, I)``, to torch's own?
 
-    With gradients it always does, see cell.py.  Without, our kernels are the faster ones but for
-    many rows by weights that are neither few nor many, and in half precision for several rows by
-    many weights: see docs/performance.md.
+    Our kernels are the faster ones but in bfloat16, where the processor has instructions for it,
+    by many weights: see docs/performance.md.  ``graph``: will there be a backward pass?
     """
+    if input.dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
+        return False
     rows, inputs = input.shape
     weights = (inputs + hidden_size) * 4 * hidden_size
-    if input.dtype in (torch.float16, torch.bfloat16):
-        return rows > 4 and weights > 1 << 19
-    return rows > 16 and 1 << 16 <= weights < 1 << 18 and rows * weights < 1 << 23
+    return weights > 1 << 18 if graph else rows > 4 and weights > 1 << 19
 
 
 def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bool) -> bool:

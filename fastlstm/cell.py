@@ -18,8 +18,7 @@ class LSTMCell(Stock):
     """A drop-in for ``torch.nn.LSTMCell``: same equations, parameters, arguments and errors.
 
     It is an ``isinstance`` of ``nn.LSTMCell``, which torch.compile does not mind.  Where all
-    steps of the input are known at once, ``fastlstm.LSTM`` is much faster: with gradients
-    ``backend="auto"`` is torch's own cell, without them in few sizes only.
+    steps of the input are known at once, ``fastlstm.LSTM`` is much faster.
 
     Args:
         input_size: features of the input, I.

@@ -28,6 +28,12 @@ def instruction_sets() -> tuple[str, ...]:
     return () if missing() else tuple(str(torch.ops.fastlstm_C.cpu_instruction_sets()).split())
 
 
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Has the processor instructions for it, which torch's own kernels use too?"""
+    return not {"amx", "avx512_bf16"}.isdisjoint(instruction_sets())
+
+
 def use_instruction_set(name: str) -> str:
     """Let the CPU's kernels use this one of ``instruction_sets()``; returns the one before."""
     return str(torch.ops.fastlstm_C.cpu_use_instruction_set(name))

@@ -95,15 +95,13 @@ def run(
 
 
 def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
-    """What an LSTMCell, whose weights have these ``names``, returns for a step without gradients;
-    or None, as ``run``."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return None
-    if not _is_plain(input) or _is_in_a_mode():
+    """What an LSTMCell, whose weights have these ``names``, returns; or None, as ``run``."""
+    if torch.compiler.is_compiling() or not _is_plain(input) or _is_in_a_mode():
         return None
     if input.dim() != 2 or input.size(1) != module.input_size or type(hx) is list:
         return None  # nn.LSTMCell takes no list
-    if module.backend == "auto" and backends.is_torchs_own_step(input, module.hidden_size):
+    hidden_size, graph = module.hidden_size, torch.is_grad_enabled()
+    if module.backend == "auto" and backends.is_torchs_own_step(input, hidden_size, graph):
         return None
     hx = _plain_states(hx)
     held: dict[str, Any] = module._parameters
@@ -112,9 +110,12 @@ def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor
     if hx is None or backend is None or not _are_weights(weights, input):
         return None
     h0, c0 = hx or (None, None)
-    call = Call(backend, 1, module.bias, module.hidden_size, module.hidden_size)
+    call = Call(backend, 1, module.bias, hidden_size, hidden_size)
     try:
-        _, h_n, c_n = call.forward(input, h0, c0, weights, None, need_reserve=False)
+        if graph and any(map(_requires_grad, (input, *hx, *weights))):
+            _, h_n, c_n = PlainLayer.apply(call, None, input.contiguous(), h0, c0, *weights)
+        else:
+            _, h_n, c_n = call.forward(input, h0, c0, weights, None, need_reserve=False)
     except _MisfitError:
         return None
     return h_n, c_n
@@ -198,7 +199,7 @@ def _train(
 class PlainLayer(torch.autograd.Function):
     """(call, reset, x, h0, c0, *weights as nn.LSTM holds them) -> y, h_n, c_n.
 
-    reset (N,) uint8 and the states may be None.
+    reset (N,) uint8 and the states may be None.  A step of LSTMCell is x (B, I) with states (B, H).
     """
 
     @staticmethod
@@ -282,8 +283,13 @@ def _long_gradients(
     reset: Tensor | None,
 ) -> list[Tensor | None]:
     """The gradients that ``PlainLayer.backward`` returns, with a graph, or batched."""
-    steps, batch, _ = x.shape
+    single = x.dim() == 2  # a step of LSTMCell: rows as packed ones, states without a direction
+    steps, batch = (1, x.size(0)) if single else x.shape[:2]
     batch_sizes = torch.full((steps,), batch, dtype=torch.int64, device="cpu")
+    if single:
+        dy, dc_all, *states = grads
+        dh_n, dc_n, h0, c0 = (t if t is None else t.unsqueeze(0) for t in (*states, h0, c0))
+        grads = (dy, dc_all, dh_n, dc_n)
     if h0 is None:
         h0 = x.new_zeros(call.directions, batch, call.output_size)
     if c0 is None:
@@ -302,7 +308,9 @@ def _long_gradients(
     )
     size = len(Weights._fields)
     by_direction = [Weights(*got[k : k + size]) for k in range(3, len(got), size)]  # type: ignore[arg-type]
-    ordered: list[Tensor | None] = list(got[:3])
+    ordered: list[Tensor | None] = [
+        t.squeeze(0) if single and k > 0 and t is not None else t for k, t in enumerate(got[:3])
+    ]
     for grad, weight in zip(by_direction, layer, strict=True):
         ordered += (grad.w_ih, grad.w_hh)
         ordered += (grad.bias, grad.b_hh) if call.biased else ()

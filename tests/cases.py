@@ -140,6 +140,7 @@ UNPACKED = (
     Layer((4, 3, 3, 1), 5, 70, directions=2, reset=0.3),  # three panels in each direction
     Layer((6,) * 3, 5, 150, projection=70),
     Layer((1,) * 127, 1100, 210),  # rows enough in the first chunk, too few in the second
+    Layer((40,), 60, 131, directions=2),  # the gradient of h0 is a product
 )
 
 # What the benchmarks time: (T, B, I, H).

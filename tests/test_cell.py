@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import fastlstm
 from cases import tolerance
-from fastlstm import backends
+from fastlstm import backends, native
 
 BACKENDS = ["auto", "reference", "aten", "cpu"]
 B, IN, H = 3, 4, 6
@@ -76,36 +76,106 @@ def test_single_steps_are_the_whole_sequence(backend, dtype):
         torch.testing.assert_close(a, b, **near)
 
 
-def test_a_large_step_without_gradients_runs_on_the_kernels(monkeypatch):
-    """And a small one, one of a single row of this size, or one with gradients, on torch's own."""
+@pytest.mark.parametrize("graph", [False, True])
+def test_steps_of_a_batch_run_on_the_kernels(monkeypatch, graph):
+    """One without rows, or of a sequence that comes alone, on torch's own."""
     seen = []
     real = torch._VF.lstm_cell
     monkeypatch.setattr(torch._VF, "lstm_cell", lambda *a: seen.append(a) or real(*a))
-    stock, ours = nn.LSTMCell(400, 400), fastlstm.LSTMCell(400, 400)
-    ours.load_state_dict(stock.state_dict())
-    x = torch.randn(5, 400)
-    want = stock(x)
-    del seen[:]
-    with torch.no_grad():
-        assert_same(flat(ours(x)), flat(want), x.dtype)
+    ours, x = fastlstm.LSTMCell(400, 400), torch.randn(5, 400)
+    with torch.set_grad_enabled(graph):
+        for rows in (x, x[:1]):
+            ours(rows)
         fastlstm.LSTMCell(40, 40)(x[:, :40])
         assert not seen
         ours(x[:0])
         ours(x[0])
-        fastlstm.LSTMCell(128, 128)(torch.randn(17, 128))
-    ours(x)
-    assert len(seen) == 4
+        assert len(seen) == 2
 
 
-@pytest.mark.parametrize(("rows", "hidden_size"), [(16, 128), (17, 64), (17, 256), (64, 128)])
-def test_few_rows_and_few_or_many_weights_are_ours(rows, hidden_size):
-    assert not backends.is_torchs_own_step(torch.randn(rows, hidden_size), hidden_size)
-    assert backends.is_torchs_own_step(torch.randn(17, 128), 128)
-    for dtype in (torch.float16, torch.bfloat16):
-        half = torch.zeros(rows, hidden_size, dtype=dtype)
-        assert not backends.is_torchs_own_step(half, hidden_size)
-        assert not backends.is_torchs_own_step(half[:4], 512)
-        assert backends.is_torchs_own_step(half[:5], 512)
+@pytest.mark.parametrize("instructions", [False, True])
+def test_only_large_steps_in_bfloat16_are_torchs_own(monkeypatch, instructions):
+    """Where the processor has instructions for it."""
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: instructions)
+
+    def is_torchs_own(rows: int, size: int, graph: bool, dtype: torch.dtype = torch.bfloat16):
+        return backends.is_torchs_own_step(torch.zeros(rows, size, dtype=dtype), size, graph)
+
+    assert is_torchs_own(1, 256, graph=True) is instructions
+    assert is_torchs_own(5, 512, graph=False) is instructions
+    assert not is_torchs_own(64, 128, graph=True)
+    assert not is_torchs_own(64, 256, graph=False)
+    assert not is_torchs_own(4, 512, graph=False)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        for graph in (False, True):
+            assert not is_torchs_own(64, 512, graph, dtype)
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_a_gradient_is_made_of_whatever_asks_for_one(backend):
+    """Each of the arguments and weights alone, and of those two that share their product."""
+    stock, ours = make_pair(backend=backend)
+    sizes = dict(x=IN, h=H, c=H)
+    leaves = {name: torch.randn(B, n, dtype=torch.float64) for name, n in sizes.items()}
+    names = [*leaves, *dict(stock.named_parameters())]
+    for asked in [{name} for name in names] + [{"h", "c"}, {"weight_ih", "weight_hh"}]:
+        grads = []
+        for module in (stock, ours):
+            made = {n: t.clone().requires_grad_(n in asked) for n, t in leaves.items()}
+            for name, weight in module.named_parameters():
+                weight.requires_grad_(name in asked)
+            h, c = module(made["x"], (made["h"], made["c"]))
+            wanted = {**made, **dict(module.named_parameters())}
+            grads.append(
+                torch.autograd.grad((h * c).sum(), [wanted[n] for n in names if n in asked])
+            )
+        assert_same(*grads, torch.float64)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_second_order_is_that_of_nn_lstm_cell(biased):
+    stock, ours = make_pair(bias=biased)
+    leaves = [torch.randn(B, n, dtype=torch.float64, requires_grad=True) for n in (IN, H, H)]
+
+    def second(module):
+        inputs = [*leaves, *module.parameters()]
+        h, c = module(leaves[0], (leaves[1], leaves[2]))
+        first = torch.autograd.grad((h.sin() * c).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    assert_same(second(ours), second(stock), torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda x, h, c: ours(x, (h, c)), [t.detach().clone().requires_grad_() for t in leaves]
+    )
+
+
+def test_gradients_come_in_batches_too():
+    stock, ours = make_pair()
+    x = torch.randn(B, IN, dtype=torch.float64, requires_grad=True)
+    hx = [torch.randn(B, H, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    seeds = torch.randn(4, B, H, dtype=torch.float64)
+    got, want = (
+        torch.autograd.grad(module(x, tuple(hx))[0], [x, *hx], seeds, is_grads_batched=True)
+        for module in (ours, stock)
+    )
+    assert_same(got, want, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_large_steps_with_gradients_are_those_of_nn_lstm_cell(rows, dtype):
+    stock, ours = nn.LSTMCell(60, 131, dtype=dtype), fastlstm.LSTMCell(60, 131, dtype=dtype)
+    ours.load_state_dict(stock.state_dict())
+    leaves = [torch.randn(3, rows, 60, dtype=dtype), *torch.randn(2, rows, 131, dtype=dtype)]
+
+    def run(module, x, *hx):
+        for step in x:
+            hx = module(step, hx)
+        return hx
+
+    assert_same(
+        values_and_gradients(ours, run, leaves), values_and_gradients(stock, run, leaves), dtype
+    )
 
 
 def test_one_row_of_a_large_cell_is_as_the_stock_one():

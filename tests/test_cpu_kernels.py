@@ -309,7 +309,6 @@ def test_overflowing_products_saturate(instruction_set: str) -> None:
 
 def bad_calls():
     """(what is wrong, a change to good arguments of cpu_forward, a piece of the message)"""
-    narrow = torch.zeros(2, 3)
     return [
         ("rows", dict(x=torch.zeros(5, 3)), "batch_sizes"),
         ("increasing", dict(batch_sizes=torch.tensor([2, 4])), "never increase"),
@@ -319,7 +318,8 @@ def bad_calls():
         ("batch_sizes rank", dict(batch_sizes=torch.tensor([[3], [3]])), "batch_sizes"),
         ("h0 shape", dict(h0=torch.zeros(1, 2, 4)), "h0"),
         ("h0 dtype", dict(h0=torch.zeros(1, 3, 4).double()), "h0"),
-        ("c0 rank", dict(c0=narrow), "c0"),
+        ("c0 rank", dict(c0=torch.zeros(3, 4)), "h0"),  # h0 has another
+        ("c0 vector", dict(c0=torch.zeros(4)), "c0"),
         ("c0 directions", dict(c0=torch.zeros(3, 3, 4)), "c0"),
         ("no weights", dict(w_hh=[]), "w_hh"),
         ("two weights", dict(w_ih=[torch.zeros(16, 3)] * 2), "w_ih"),

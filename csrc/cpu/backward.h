@@ -45,8 +45,9 @@ class Backward {
         rows_(walk_.max_rows()),
         tiles_(rows_, Tiles::walk_rows(rows_, 4 * Tiles::panel_size(n_.H))),
         projected_(args.w_hr[0] != nullptr),
-        to_initial_state_(a_.end == walk_.all_steps() && (a_.dh0 != nullptr || a_.dc0 != nullptr)),
-        carries_(a_.end + to_initial_state_ > std::max<int64_t>(a_.begin, 1)),
+        last_(a_.end == walk_.all_steps()),
+        carried_end_(a_.end + (last_ && a_.dh0 != nullptr)),
+        carries_(carried_end_ > std::max<int64_t>(a_.begin, 1)),
         gate_blocks_(Operand::count(n_.H)),
         output_blocks_(Operand::count(n_.P)),
         unit_panels_(blocks_of(n_.H, width)),
@@ -110,7 +111,7 @@ class Backward {
       Edges::receive(*this, team, thread);
       team.barrier.wait();
     }
-    for (int64_t s = a_.begin; s < a_.end + to_initial_state_; ++s) {
+    for (int64_t s = a_.begin; s < carried_end_; ++s) {
       if (in_place_) {
         if constexpr (Tiles::in_place) OneRowStep<Backward>::carry(*this, team, outputs, s, thread);
         continue;
@@ -139,10 +140,11 @@ class Backward {
       thread.cells.rest();
       team.barrier.wait();
     }
-    if (a_.begin < a_.end && a_.end < walk_.all_steps()) {
-      if (in_place_ || exchanges_sums_) team.barrier.wait();
-      Edges::leave(*this, team);
-    }
+    const bool leaves = a_.begin < a_.end && !last_;
+    const bool finishes = last_ && a_.dh0 == nullptr && a_.dc0 != nullptr;
+    if ((leaves || finishes) && (in_place_ || exchanges_sums_)) team.barrier.wait();
+    if (leaves) Edges::leave(*this, team);
+    if (finishes) Edges::finish_cells(*this, team, thread);
   }
 
   // Did any value not fit the Elements? Then nothing that was written counts.
@@ -409,7 +411,8 @@ class Backward {
   const int64_t rows_;  // of the widest step
   const RowTiles tiles_;
   const bool projected_;
-  const bool to_initial_state_;  // does it end with a gradient of h_0 or c_0?
+  const bool last_;              // of the calls that walk through these sequences?
+  const int64_t carried_end_;    // of the steps that are carried a gradient of h
   const bool carries_;           // does it multiply W_hh? The step undone first is carried nothing.
   const int64_t gate_blocks_;    // of hidden units
   const int64_t output_blocks_;  // of outputs

@@ -99,6 +99,17 @@ class BackwardEdges {
     }
   }
 
+  // The same of the step undone last, where nobody wants the gradient of the initial h: a thread's
+  // share of the units.
+  static void finish_cells(const Pass& p, const Team& team, const typename Pass::Thread& thread) {
+    const int64_t groups = blocks_of(p.n_.H, L);
+    const Range share = team.share(p.n_.D * groups);
+    for (int64_t k = share.begin; k < share.end; ++k) {
+      const Step step = p.step(int(k / groups), p.walk_.all_steps(), thread);
+      finish_sequences(p, step, {0, step.carried}, k % groups * L);
+    }
+  }
+
   // Sequences without steps: what comes in for their final state goes out for their initial one.
   // The bias gradients of the parts add up, in their order.
   static void finish(const BackwardArgs& args, Pass* const* parts, int count) {

@@ -33,6 +33,8 @@ class LayerBackward {
         steps_per_chunk_(steps_per_chunk()),
         several_(steps_per_chunk_ < whole_.all_steps()),
         equal_(args.walk.reset == nullptr && n_.T * n_.B == n_.N),
+        multiplies_dh0_(a_.walk.dh0 != nullptr && equal_ && n_.T == 1 && n_.B > 1 &&
+                        state_ == storage_),
         most_rows_(most_rows()),
         da_(most_rows_ * n_.D * 4 * n_.H * state_),
         dh_all_(a_.dw_hr[0] ? most_rows_ * n_.D * n_.P * state_ : 0),
@@ -49,6 +51,7 @@ class LayerBackward {
     walk.dbias = static_cast<char*>(dbias_);
     walk.da_carry = static_cast<char*>(da_carry_);
     walk.dc_carry = static_cast<char*>(dc_carry_);
+    if (multiplies_dh0_) walk.dh0 = nullptr;
     const int64_t steps = whole_.all_steps();
     for (int64_t begin = 0; begin == 0 || begin < steps; begin += steps_per_chunk_) {
       walk.begin = begin;
@@ -116,6 +119,9 @@ class LayerBackward {
     if (a_.dx)
       multiply({rows.count, 4 * H}, da, D * 4 * H, false, d == 1 || (several_ && D == 2),
                {{I, a_.w_ih[d], I, at(a_.dx, rows.first * I * state_), I}});
+    if (multiplies_dh0_)
+      multiply({n_.B, 4 * H}, da, D * 4 * H, false, false,
+               {{P, a_.walk.w_hh[d], P, at(a_.walk.dh0, d * n_.B * P * state_), P}});
     add_weights(d, rows, first);
     if (a_.dw_hr[d])
       multiply({P, rows.count}, dh_all_ + d * P * state_, D * P, true, !first,
@@ -227,6 +233,8 @@ class LayerBackward {
   const int64_t steps_per_chunk_;
   const bool several_;  // chunks
   const bool equal_;    // sizes of all steps, and no cuts
+  // Is the gradient of h0 a product like the others? To pack W_hh does not pay for a single step.
+  const bool multiplies_dh0_;
   const int64_t most_rows_;
   Bytes da_;        // (most_rows, D, 4H), state
   Bytes dh_all_;    // (most_rows, D*P), state
