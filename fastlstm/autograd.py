@@ -293,13 +293,20 @@ def _batched_gradients(
     inputs: Sequence[Tensor | None],
     asked: Sequence[bool],
 ) -> list[Tensor | None]:
-    """First order through the reference, for gradients that a transform has wrapped."""
+    """Through the reference, for gradients that a transform has wrapped."""
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [
-            t if t is None else t.detach().requires_grad_(a)
-            for t, a in zip(inputs, asked, strict=True)
-        ]
-        return _composite_gradients(run, batch_sizes, reset, [*grads, *leaves])
+        leaves = _aliases(inputs, asked, again)
+        return _composite_gradients(run, batch_sizes, reset, [*grads, *leaves], again)
+
+
+def _aliases(tensors: Sequence[Tensor | None], asked: Sequence[bool], again: bool) -> list[Any]:
+    """Of each tensor one of its own, so that one given for two arguments counts once in each;
+    with the graph that leads to it, if it is to be differentiated ``again``."""
+    return [
+        t if t is None else t.view_as(t) if again else t.detach().requires_grad_(a)
+        for t, a in zip(tensors, asked, strict=True)
+    ]
 
 
 def _requested(flags: Sequence[bool]) -> Requested:
@@ -343,21 +350,17 @@ class LSTMLayerBackward(torch.autograd.Function):
         asked = ctx.needs_input_grad[5:]
         with without_autocast(saved[4].device):
             with torch.enable_grad():
-                # Aliases, so that one tensor given for two arguments counts once in each.
-                tensors: list[Any] = [
-                    t if t is None else t.view_as(t) if again else t.detach().requires_grad_(a)
-                    for t, a in zip(saved, asked, strict=True)
-                ]
-                first = _composite_gradients(ctx.run, batch_sizes, reset, tensors)
+                tensors = _aliases(saved, asked, again)
+                first = _composite_gradients(ctx.run, batch_sizes, reset, tensors, True)
             wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
             second = iter(_grad(first, wanted, grads_of_grads, create_graph=again))
         return (None,) * 5 + tuple(next(second) if a else None for a in asked)
 
 
 def _composite_gradients(
-    run: Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any]
+    run: Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any], create_graph: bool
 ) -> list[Tensor | None]:
-    """Gradients of (x, h0, c0, *flat weights) through the reference, with a graph."""
+    """Gradients of (x, h0, c0, *flat weights) through the reference."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
     weights = [w.summed() for w in _unflatten(flat)]
     out = reference.layer_forward(
@@ -365,7 +368,7 @@ def _composite_gradients(
     )
     rows = [None if r is None else _shaped(r, x) for r in (out.y, out.c_all)]
     inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]
-    found = iter(_grad((*rows, out.h_n, out.c_n), inputs, grads, create_graph=True))
+    found = iter(_grad((*rows, out.h_n, out.c_n), inputs, grads, create_graph))
     return [next(found) if t is not None and t.requires_grad else None for t in tensors[4:]]
 
 

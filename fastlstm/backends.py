@@ -170,7 +170,7 @@ def is_torchs_own_step(input: Tensor, hidden_size: int, graph: bool) -> bool:
     """Does ``backend="auto"`` leave a plain call of an LSTMCell, ``input (B, I)``, to torch's own?
 
     Our kernels are the faster ones but in bfloat16, where the processor has instructions for it,
-    by many weights: see docs/performance.md.  ``graph``: will there be a backward pass?
+    by many weights: see docs/performance.md.  ``graph``: may there be a backward pass?
     """
     if input.dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
         return False

@@ -30,7 +30,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Has the processor instructions for it, which torch's own kernels use too?"""
+    """Has this library instructions for it here?  Then torch's own kernels have them too."""
     return not {"amx", "avx512_bf16"}.isdisjoint(instruction_sets())
 
 

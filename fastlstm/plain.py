@@ -2,7 +2,7 @@
 
 Most calls are such, and of a small one Python takes longer than the arithmetic.  Here one operator
 does all that a call needs.  Whatever is not plain goes the long way of ``functional.py``, which has
-the same results, and the errors.
+the same results, and the errors; a step of an ``LSTMCell`` the one of its own (``cell.py``).
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def run(
     """What a module returns for its arguments, or None where that goes the long way."""
     if torch.compiler.is_compiling() or not _is_plain(input) or _is_in_a_mode():
         return None
-    if input.dim() != 3 or input.size(2) != module.input_size:
-        return None
-    if module.dropout and module.training and module.num_layers > 1:
+    if input.dim() not in (2, 3) or input.size(-1) != module.input_size:
         return None
     if module._forward_hooks and per_sample.hooks_of_opacus(module) is not None:
         return None
@@ -75,23 +73,32 @@ def run(
     output_size = module.proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
     call = Call(backend, directions, module.bias, hidden_size, output_size)
+    batched = input.dim() == 3
+    batch_first = module.batch_first and batched
     if reset is not None:
         if not _is_plain_reset(reset, input):
             return None
-        reset = (reset.t() if module.batch_first else reset).flatten().view(torch.uint8)
-    rows = input.transpose(0, 1) if module.batch_first else input
+        reset = (reset.t() if batch_first else reset).flatten().view(torch.uint8)
+    if not batched:  # one sequence is a batch of one
+        input, hx = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in hx)
+    rows = input.transpose(0, 1) if batch_first else input
+    layers = module.num_layers
+    dropout = module.dropout if module.training and layers > 1 else 0.0
+    graph = torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights)))
+    if graph and module.checkpoint:
+        return None
     try:
-        if torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights))):
-            if module.checkpoint:
-                return None
+        if graph or dropout:
             # What is saved is then nobody else's to change, and no more than is needed.
-            y, h_n, c_n = _train(call, rows.contiguous(), hx, weights, reset, module.num_layers)
+            y, h_n, c_n = _by_layers(call, rows.contiguous(), hx, weights, reset, layers, dropout)
         else:
             h0, c0 = hx or (None, None)
             y, h_n, c_n = call.forward(rows, h0, c0, weights, reset, need_reserve=False)
     except _MisfitError:
         return None
-    return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n)
+    if not batched:
+        return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+    return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
 
 
 def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
@@ -147,7 +154,7 @@ def _is_plain_reset(reset: Any, input: Tensor) -> bool:
         and reset.is_cpu
         and reset.layout is torch.strided
         and reset.dtype is torch.bool
-        and reset.shape == input.shape[:2]
+        and reset.shape == input.shape[:-1]
     )
 
 
@@ -171,23 +178,27 @@ def _is_in_a_mode() -> bool:
     )
 
 
-def _train(
+def _by_layers(
     call: Call,
     rows: Tensor,
     hx: tuple[Tensor, ...],
     weights: list[Any],
     reset: Tensor | None,
     layers: int,
+    dropout: float,
 ) -> Sequence[Tensor]:
-    """y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), differentiably."""
+    """y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), differentiably where that is wanted."""
     if layers == 1:
         return PlainLayer.apply(call, reset, rows, *(hx or (None, None)), *weights)
     h_in, c_in = (state.split(call.directions) for state in hx) if hx else ([None] * layers,) * 2
     each = len(weights) // layers
     h_out, c_out = [], []
+    graph = torch.is_grad_enabled()
     for k in range(layers):
+        if dropout and k > 0:
+            rows = nn.functional.dropout(rows, dropout)
         h0, c0, here = h_in[k], c_in[k], weights[k * each : (k + 1) * each]
-        if any(t is not None and t.requires_grad for t in (rows, h0, c0, *here)):
+        if graph and any(t is not None and t.requires_grad for t in (rows, h0, c0, *here)):
             rows, h_n, c_n = PlainLayer.apply(call, reset, rows, h0, c0, *here)
         else:  # the first layers may be frozen
             rows, h_n, c_n = call.forward(rows, h0, c0, here, reset, need_reserve=False)

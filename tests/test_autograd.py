@@ -255,7 +255,14 @@ def test_batched_gradients(backend: str) -> None:
     for k in range(3):
         alone = torch.autograd.grad(y, inputs, several[k], retain_graph=True)
         for a, b in zip(together, alone, strict=True):
+            assert not a.requires_grad  # nobody has asked for a graph
             torch.testing.assert_close(a[k], b, **tolerance(torch.float64))
+    graphs = torch.autograd.grad(y, inputs, several, is_grads_batched=True, create_graph=True)
+    second = torch.autograd.grad(sum(g[1].square().sum() for g in graphs), inputs)
+    alone = torch.autograd.grad(y, inputs, several[1], create_graph=True)
+    want = torch.autograd.grad(sum(g.square().sum() for g in alone), inputs)
+    for a, b in zip(second, want, strict=True):
+        torch.testing.assert_close(a, b, **tolerance(torch.float64))
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)

@@ -113,7 +113,7 @@ def test_only_large_steps_in_bfloat16_are_torchs_own(monkeypatch, instructions):
 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 def test_a_gradient_is_made_of_whatever_asks_for_one(backend):
-    """Each of the arguments and weights alone, and of those two that share their product."""
+    """Each of the arguments and weights alone, and some two of them."""
     stock, ours = make_pair(backend=backend)
     sizes = dict(x=IN, h=H, c=H)
     leaves = {name: torch.randn(B, n, dtype=torch.float64) for name, n in sizes.items()}
@@ -154,11 +154,15 @@ def test_gradients_come_in_batches_too():
     x = torch.randn(B, IN, dtype=torch.float64, requires_grad=True)
     hx = [torch.randn(B, H, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     seeds = torch.randn(4, B, H, dtype=torch.float64)
-    got, want = (
-        torch.autograd.grad(module(x, tuple(hx))[0], [x, *hx], seeds, is_grads_batched=True)
-        for module in (ours, stock)
-    )
-    assert_same(got, want, torch.float64)
+    for graph in (False, True):
+        got, want = (
+            torch.autograd.grad(
+                module(x, tuple(hx))[0], [x, *hx], seeds, is_grads_batched=True, create_graph=graph
+            )
+            for module in (ours, stock)
+        )
+        assert_same(got, want, torch.float64)
+        assert all(t.requires_grad is graph for t in got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -114,6 +114,22 @@ def test_a_walk_in_chunks_is_the_same_walk(
     compare(chunked, whole, dtype, "chunked")
 
 
+@pytest.mark.parametrize("case", [*LAYERS, *UNPACKED, *MEETING], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_initial_cells_alone(case: Layer, threads: int, instruction_set: str) -> None:
+    """The gradient of c_0 without that of h_0, for which the walk takes one step more."""
+    layer = make_layer(case, torch.float32)
+    saved = reference.layer_forward(*layer, True, True)
+    inputs = (random_gradients(saved), *layer, saved.reserve())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    whole = cpu.layer_backward(*inputs, need_of(case))
+    alone = cpu.layer_backward(*inputs, Requested(*(name == "c0" for name in Requested._fields)))
+    torch.set_num_threads(before)
+    assert torch.equal(alone.c0, whole.c0)
+    assert alone.h0 is None
+
+
 @pytest.mark.parametrize("case", MEETING, ids=str)
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

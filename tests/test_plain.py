@@ -107,6 +107,55 @@ def test_both_ways_give_the_same_bits(config, with_reset, with_hx, batch_first, 
         assert a.shape == b.shape and torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("with_reset", [False, True], ids=["", "reset"])
+@pytest.mark.parametrize("config", [{}, CONFIGS["all_of_it"] | {"batch_first": True}], ids=str)
+def test_so_does_a_sequence_that_comes_alone(config, with_reset, with_hx, dtype, ways):
+    options = {"reset": torch.rand(T) < 0.3} if with_reset else {}
+    module = fastlstm.LSTM(IN, H, dtype=dtype, **config)
+    hx = tuple(state[:, 0].clone() for state in make_state(module)) if with_hx else None
+    x = torch.randn(T, IN).to(dtype)
+    for leaf in (x, *(hx or ())):
+        leaf.requires_grad_()
+    short = everything(module, x, hx, **options)
+    with torch.no_grad():
+        inferred = module(x, hx, **options)
+    assert ways == [True, True]
+    with long_way():
+        long = everything(module, x, hx, **options)
+        with torch.no_grad():
+            long_inferred = module(x, hx, **options)
+    for a, b in zip((*short, inferred[0]), (*long, long_inferred[0]), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("config", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
+def test_so_do_layers_with_dropout_between_them(config, with_hx, training, ways):
+    """And they draw the same masks, and leave the generator where it was left."""
+    module = fastlstm.LSTM(IN, H, num_layers=3, dropout=0.4, **config).train(training)
+    hx = make_state(module) if with_hx else None
+    x = torch.randn(T, B, IN).requires_grad_()
+    for leaf in hx or ():
+        leaf.requires_grad_()
+
+    def both() -> list[Tensor]:
+        torch.manual_seed(3)
+        results = everything(module, x, hx)
+        with torch.no_grad():
+            y, (h_n, c_n) = module(x, hx)
+        return [*results, y, h_n, c_n, torch.rand(3)]
+
+    short = both()
+    assert ways == [True, True]
+    with long_way():
+        long = both()
+    for a, b in zip(short, long, strict=True):
+        assert a.shape == b.shape and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("frozen", [("x",), ("w_ih",), ("w_hh", "b_hh"), ("h0", "b_ih", "b_hh")])
 @pytest.mark.parametrize("config", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
 def test_gradients_are_made_of_what_asks_for_them(config, frozen, ways):
@@ -372,10 +421,8 @@ def changed(change: Callable[[fastlstm.LSTM], Any], **config: Any) -> fastlstm.L
 
 
 LONG: dict[str, Callable[[], tuple[fastlstm.LSTM, Tensor]]] = {
-    "unbatched": lambda: (fastlstm.LSTM(IN, H), X[:, 0]),
     "a_subclass": lambda: (fastlstm.LSTM(IN, H), X.as_subclass(Subclass)),
     "another_backend": lambda: (fastlstm.LSTM(IN, H, backend="reference"), X),
-    "dropout": lambda: (fastlstm.LSTM(IN, H, num_layers=2, dropout=0.5), X),
     "pruned": lambda: (changed(lambda m: prune.random_unstructured(m, "weight_hh_l0", 0.5)), X),
     "parametrized": lambda: (
         changed(lambda m: parametrizations.weight_norm(m, "weight_hh_l0")),
