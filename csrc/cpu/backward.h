@@ -92,7 +92,7 @@ class Backward {
     // many rows.
     return {n.D * blocks_of(n.P, width), rows * weights,
             sequences_worth_a_thread<Tiles>(
-                bytes, args.threads,
+                bytes, args.threads, n.N, rows_worth_a_plain_copy,
                 bytes > l2_cache_bytes() / 2 ? Tiles::own_sequences : sequences_per_thread)};
   }
 

@@ -95,7 +95,8 @@ class FewSteps {
     // where there are few, each must be worth more.
     const int64_t dearer = std::clamp<int64_t>(64 * n.batch_sizes[0] / n.N, 1, 8);
     return {n.D * blocks_of(n.H, L), n.batch_sizes[0] * weights / dearer,
-            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights), args.threads)};
+            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights), args.threads, n.N,
+                                            rows_worth_a_copy)};
   }
 
   void walk(const Team& team) {

@@ -89,7 +89,8 @@ class Forward {
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     const int64_t weights = 4 * n.H * (n.P + (Tiles::ahead(n, rows, args.threads) ? 0 : n.I)) * n.D;
     return {n.D * blocks_of(n.H, L), rows * weights,
-            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights), args.threads)};
+            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights), args.threads, n.N,
+                                            rows_worth_a_copy)};
   }
 
   void walk(const Team& team) {

@@ -23,19 +23,24 @@ constexpr int64_t sequences_per_thread = 4;
 // processors, on AMD's, whose L3 cache gives three times as much, all of them.
 constexpr int64_t many_sequences = 16, some_sequences = 6;
 
+// Many weights take long to pack, for each thread again: of all steps, so many of a thread's rows
+// have to meet its copy, transposed and not.
+constexpr int64_t rows_worth_a_copy = 256, rows_worth_a_plain_copy = 128;
+
 // Where threads walk together, however many sequences there are.
 constexpr int64_t never = 0;
 
 // The sequences that are worth a thread of their own, which reads all weights at every step.
-// `fewest`: where the weights leave room in the L2 cache. (Threads that meet at each step hand each
+// `fewest`: where the weights leave room in the L2 cache. Elsewhere `rows` of all steps have to be
+// `least` for each thread. (Threads that meet at each step hand each
 // other h or da, and AMD's cores have an L3 cache for some of them: to those of another it is far.
 // The copies of larger weights must find room in it, so they are fewer with many threads.)
 template <class Tiles>
-int64_t sequences_worth_a_thread(int64_t weight_bytes, int threads,
+int64_t sequences_worth_a_thread(int64_t weight_bytes, int threads, int64_t rows, int64_t least,
                                  int64_t fewest = sequences_per_thread) {
   const int64_t l2 = l2_cache_bytes();
   if (weight_bytes <= l2 / 4 * 3) return fewest;
-  if (Tiles::has_pauses) return never;
+  if (Tiles::has_pauses || rows < least * threads) return never;
   if (is_amd() && weight_bytes <= std::min(4 * l2, 16 * l2 / threads)) return some_sequences;
   return weight_bytes <= l2 / 4 * 5 ? many_sequences : never;
 }
