@@ -83,9 +83,15 @@ class UnpackedProduct {
                 int64_t column) const {
     if constexpr (rows > 1)
       if (count < rows) return for_rows<rows - 1>(part, slab, row, count, column);
-    if (column + width <= part.N) return multiply<rows, most_vectors>(part, slab, row, column, L);
-    for (; column < part.N; column += L)
-      multiply<rows, 1>(part, slab, row, column, int(std::min(L, part.N - column)));
+    for_columns<rows, most_vectors>(part, slab, row, column);
+  }
+
+  template <int rows, int vectors>
+  void for_columns(const ProductPart& part, const Range& slab, int64_t row, int64_t column) const {
+    const int64_t left = part.N - column - (vectors - 1) * L;  // for the last vector
+    if constexpr (vectors > 1)
+      if (left <= 0) return for_columns<rows, vectors - 1>(part, slab, row, column);
+    multiply<rows, vectors>(part, slab, row, column, int(std::min(L, left)));
   }
 
   // A tile of C (rows, vectors), of whose last vector `count` columns are there. (What is in
@@ -101,12 +107,14 @@ class UnpackedProduct {
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v)
-        sum[r][v] = p_.add || slab.begin > 0 ? load_some(c + r * part.ldc + v * L, count) : V{};
+        sum[r][v] = p_.add || slab.begin > 0
+                        ? load_some(c + r * part.ldc + v * L, v + 1 < vectors ? int(L) : count)
+                        : V{};
     for (int64_t k = slab.begin; k < slab.end; ++k, a += k_distance_, b += part.ldb) {
       V values[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
-        values[v] = in_register<rows>(load_some(b + v * L, count));
+        values[v] = in_register<rows>(load_some(b + v * L, v + 1 < vectors ? int(L) : count));
         if (!transposed) __builtin_prefetch(b + ahead * part.ldb + v * L);
       }
 #pragma GCC unroll 8
@@ -119,7 +127,8 @@ class UnpackedProduct {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) store_some(c + r * part.ldc + v * L, sum[r][v], count);
+      for (int v = 0; v < vectors; ++v)
+        store_some(c + r * part.ldc + v * L, sum[r][v], v + 1 < vectors ? int(L) : count);
   }
 
   const ProductArgs& p_;
