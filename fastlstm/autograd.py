@@ -296,7 +296,8 @@ def _batched_gradients(
     """Through the reference, for gradients that a transform has wrapped."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = _aliases(inputs, asked, again)
+        # (A transform lets no tensor be made a leaf.)
+        leaves = _aliases(inputs, asked, again or _needs_composite())
         return _composite_gradients(run, batch_sizes, reset, [*grads, *leaves], again)
 
 

@@ -80,6 +80,8 @@ def run(
             return None
         reset = (reset.t() if batch_first else reset).flatten().view(torch.uint8)
     if not batched:  # one sequence is a batch of one
+        if any(state.dim() != 2 for state in hx):
+            return None
         input, hx = input.unsqueeze(1), tuple(state.unsqueeze(1) for state in hx)
     rows = input.transpose(0, 1) if batch_first else input
     layers = module.num_layers
@@ -190,6 +192,8 @@ def _by_layers(
     """y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), differentiably where that is wanted."""
     if layers == 1:
         return PlainLayer.apply(call, reset, rows, *(hx or (None, None)), *weights)
+    if any(state.dim() != 3 or state.size(0) != layers * call.directions for state in hx):
+        raise _MisfitError
     h_in, c_in = (state.split(call.directions) for state in hx) if hx else ([None] * layers,) * 2
     each = len(weights) // layers
     h_out, c_out = [], []

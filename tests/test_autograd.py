@@ -257,6 +257,8 @@ def test_batched_gradients(backend: str) -> None:
         for a, b in zip(together, alone, strict=True):
             assert not a.requires_grad  # nobody has asked for a graph
             torch.testing.assert_close(a[k], b, **tolerance(torch.float64))
+    mapped = torch.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(several)
+    torch.testing.assert_close(mapped, together[0], **tolerance(torch.float64))
     graphs = torch.autograd.grad(y, inputs, several, is_grads_batched=True, create_graph=True)
     second = torch.autograd.grad(sum(g[1].square().sum() for g in graphs), inputs)
     alone = torch.autograd.grad(y, inputs, several[1], create_graph=True)

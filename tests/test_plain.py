@@ -489,6 +489,34 @@ def test_errors_are_those_of_the_long_way(error, make, grad):
     assert str(short.value) == str(long.value) and short.type is long.type
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize(
+    "config", [{}, {"num_layers": 2}, {"num_layers": 2, "dropout": 0.3}], ids=str
+)
+@pytest.mark.parametrize("x", [X, X[:, 0]], ids=["batch", "alone"])
+@pytest.mark.parametrize(
+    "size", [(), (H,), (1, H), (2, H), (3, H), (1, B, H), (2, B, H), (3, B, H)]
+)
+@pytest.mark.parametrize("wrong", [(0, 1), (1,)], ids=["both", "c0"])
+def test_states_that_do_not_fit_are_named(wrong, size, x, config, grad):
+    """More of them than there are layers, fewer, or of another rank; no mask is drawn."""
+    module, layers = fastlstm.LSTM(IN, H, **config), config.get("num_layers", 1)
+    fits = (layers, B, H) if x.dim() == 3 else (layers, H)
+    hx = tuple(torch.zeros(size if k in wrong else fits) for k in range(2))
+    outcomes = []
+    for way in (contextlib.nullcontext, long_way):
+        torch.manual_seed(0)
+        with way(), torch.set_grad_enabled(grad):
+            try:
+                outcomes.append([module(x, hx)[0]])
+            except RuntimeError as error:
+                outcomes.append([str(error)])
+        outcomes[-1].append(torch.rand(1))
+    assert (size == fits) is isinstance(outcomes[0][0], Tensor)
+    for short, long in zip(*outcomes, strict=True):
+        assert short == long if isinstance(short, str) else torch.equal(short, long)
+
+
 def weight(name: str, value: Tensor) -> Callable[[fastlstm.LSTM], None]:
     return lambda module: setattr(module, name, nn.Parameter(value, requires_grad=False))
 
