@@ -77,6 +77,28 @@ def everything(
     return [y, h_n, c_n, *gradients]
 
 
+def assert_same_bits_both_ways(
+    module: fastlstm.LSTM, x: Tensor, hx: Any, ways: list[bool], **options: Any
+) -> None:
+    """With gradients and without; whoever draws numbers leaves the generator alike."""
+    for leaf in (x, *(hx or ())):
+        leaf.requires_grad_()
+
+    def results() -> list[Tensor]:
+        torch.manual_seed(3)
+        trained = everything(module, x, hx, **options)
+        with torch.no_grad():
+            y, (h_n, c_n) = module(x, hx, **options)
+        return [*trained, y, h_n, c_n, torch.rand(3)]
+
+    short = results()
+    assert ways == [True, True]
+    with long_way():
+        long = results()
+    for a, b in zip(short, long, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch_first"])
 @pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
@@ -89,22 +111,7 @@ def test_both_ways_give_the_same_bits(config, with_reset, with_hx, batch_first, 
     module = fastlstm.LSTM(IN, H, batch_first=batch_first, dtype=dtype, **config)
     hx = make_state(module) if with_hx else None
     x = torch.randn((B, T, IN) if batch_first else (T, B, IN)).to(dtype)
-    for leaf in (x, *(hx or ())):
-        leaf.requires_grad_()
-    short = everything(module, x, hx, **options)
-    with torch.no_grad():
-        inferred = module(x, hx, **options)
-    assert ways == [True, True]
-    with long_way():
-        long = everything(module, x, hx, **options)
-        with torch.no_grad():
-            long_inferred = module(x, hx, **options)
-    for a, b in zip(short, long, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-    for a, b in zip(
-        (inferred[0], *inferred[1]), (long_inferred[0], *long_inferred[1]), strict=True
-    ):
-        assert a.shape == b.shape and torch.equal(a, b)
+    assert_same_bits_both_ways(module, x, hx, ways, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,45 +122,16 @@ def test_so_does_a_sequence_that_comes_alone(config, with_reset, with_hx, dtype,
     options = {"reset": torch.rand(T) < 0.3} if with_reset else {}
     module = fastlstm.LSTM(IN, H, dtype=dtype, **config)
     hx = tuple(state[:, 0].clone() for state in make_state(module)) if with_hx else None
-    x = torch.randn(T, IN).to(dtype)
-    for leaf in (x, *(hx or ())):
-        leaf.requires_grad_()
-    short = everything(module, x, hx, **options)
-    with torch.no_grad():
-        inferred = module(x, hx, **options)
-    assert ways == [True, True]
-    with long_way():
-        long = everything(module, x, hx, **options)
-        with torch.no_grad():
-            long_inferred = module(x, hx, **options)
-    for a, b in zip((*short, inferred[0]), (*long, long_inferred[0]), strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    assert_same_bits_both_ways(module, torch.randn(T, IN).to(dtype), hx, ways, **options)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("with_hx", [False, True], ids=["zeros", "hx"])
 @pytest.mark.parametrize("config", [{}, {"bidirectional": True, "proj_size": 2}], ids=str)
 def test_so_do_layers_with_dropout_between_them(config, with_hx, training, ways):
-    """And they draw the same masks, and leave the generator where it was left."""
     module = fastlstm.LSTM(IN, H, num_layers=3, dropout=0.4, **config).train(training)
     hx = make_state(module) if with_hx else None
-    x = torch.randn(T, B, IN).requires_grad_()
-    for leaf in hx or ():
-        leaf.requires_grad_()
-
-    def both() -> list[Tensor]:
-        torch.manual_seed(3)
-        results = everything(module, x, hx)
-        with torch.no_grad():
-            y, (h_n, c_n) = module(x, hx)
-        return [*results, y, h_n, c_n, torch.rand(3)]
-
-    short = both()
-    assert ways == [True, True]
-    with long_way():
-        long = both()
-    for a, b in zip(short, long, strict=True):
-        assert a.shape == b.shape and torch.equal(a, b)
+    assert_same_bits_both_ways(module, torch.randn(T, B, IN), hx, ways)
 
 
 @pytest.mark.parametrize("frozen", [("x",), ("w_ih",), ("w_hh", "b_hh"), ("h0", "b_ih", "b_hh")])
