@@ -165,8 +165,8 @@ class Backward {
 
   // A step to undo, and the step undone before it, of one direction. There is one more than
   // there are steps, walked where the gradient of h_0 is wanted: it has no rows of its own and only
-  // carries gradients to the initial state.
-  // Steps are counted over all sequences: a part of shorter ones has no rows in some of them.
+  // carries gradients to the initial state. Steps are counted over all sequences: a part of shorter
+  // ones has no rows in some of them.
   struct Step {
     int d;
     int64_t index;    // how many steps were undone before

@@ -31,10 +31,10 @@ constexpr int64_t rows_worth_a_copy = 256, rows_worth_a_plain_copy = 128;
 constexpr int64_t never = 0;
 
 // The sequences that are worth a thread of their own, which reads all weights at every step.
-// `fewest`: where the weights leave room in the L2 cache. Elsewhere `rows` of all steps have to be
-// `least` for each thread. (Threads that meet at each step hand each
-// other h or da, and AMD's cores have an L3 cache for some of them: to those of another it is far.
-// The copies of larger weights must find room in it, so they are fewer with many threads.)
+// `fewest`: where the weights leave room in the L2 cache. Elsewhere `rows`, of all steps, have to
+// be `least` for each thread. (Threads that meet at each step hand each other h or da, and AMD's
+// cores have an L3 cache for some of them: to those of another it is far. The copies of larger
+// weights must find room in it, so they are fewer with many threads.)
 template <class Tiles>
 int64_t sequences_worth_a_thread(int64_t weight_bytes, int threads, int64_t rows, int64_t least,
                                  int64_t fewest = sequences_per_thread) {
