@@ -127,8 +127,9 @@ LAYERS = (
 )
 
 # Steps whose weights the CPU's kernels do not pack, because they are many: one row a step, one step
-# of many rows, and a few of some; and few rows that two panels of weights are multiplied by at
-# once. (In Triton's interpreter they would take minutes.)
+# of many rows, and a few of some; few rows that two panels of weights are multiplied by at once;
+# and tiles of rows with so few units left over that their gates share vectors. (In Triton's
+# interpreter they would take minutes.)
 UNPACKED = (
     Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
     Layer((1,) * 17, 300, 37, projection=143, bias=False),
@@ -141,6 +142,9 @@ UNPACKED = (
     Layer((6,) * 3, 5, 150, projection=70),
     Layer((1,) * 127, 1100, 210),  # rows enough in the first chunk, too few in the second
     Layer((40,), 60, 131, directions=2),  # the gradient of h0 is a product
+    Layer((30, 30, 17), 140, 38, directions=2, reset=0.2),  # six units left over, or two
+    Layer((20, 20), 70, 50, projection=36),  # two units left over, and four outputs
+    Layer((5,) * 30, 70, 24, directions=2, bias=False),  # half a vector of them, and few rows
 )
 
 # What the benchmarks time: (T, B, I, H).

@@ -152,7 +152,7 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
   static constexpr int64_t few_rows = 0;
 
   template <class Other = Idle>
-  static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
+  static void multiply(const bf16* tile, int64_t height, int64_t rows, const Panel<bf16>& panel,
                        const Segments& segments, Advance, float* c, int64_t ldc, const Wanted*,
                        bool add = false, Other&& meanwhile = {}) {
     const int64_t blocks = Layout::blocks(segments);
@@ -176,11 +176,11 @@ struct AmxTiles : TermTiles<Storage, left_terms, right_terms> {
       _tile_zero(3);
     }
     if (lower > 0) {
-      Product::template run<true>(tile, height, upper, panel, blocks, meanwhile);
+      Product::template run<true>(tile, height, upper, panel.first, blocks, meanwhile);
       _tile_stored(2, below, stride);
       _tile_stored(3, below + L, stride);
     } else {
-      Product::template run<false>(tile, height, upper, panel, blocks, meanwhile);
+      Product::template run<false>(tile, height, upper, panel.first, blocks, meanwhile);
     }
     _tile_stored(0, c, stride);
     _tile_stored(1, c + L, stride);

@@ -296,8 +296,8 @@ class Backward {
         add_gate(item, step, 3, tile, &wanted, meanwhile);
       else
         Tiles::multiply(da(step.d, s - 1, step.units).tile(tile), tiles_.height, last - first,
-                        recurrent(step.d, step.units, item % output_panels_), segments, advance,
-                        sums, width, &wanted, false, meanwhile);
+                        {recurrent(step.d, step.units, item % output_panels_), n_.P - column},
+                        segments, advance, sums, width, &wanted, false, meanwhile);
       receive(step, item, Range{first, last}, sums);
       finish_tile(step, first, last, column, sums, thread);
     }
@@ -343,10 +343,11 @@ class Backward {
                 Other& meanwhile) {
     if constexpr (Tiles::gate_by_gate) {
       const Operand operand = da(step.d, step.index - 1, step.units);
-      Tiles::multiply(operand.tile(tile) + gate * gate_blocks_ * operand.block_size(),
-                      tiles_.height, tiles_.end(tile, step.carried) - tile * tiles_.height,
-                      recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), {1, {n_.H}},
-                      Advance::none, sums_of(item, tile), width, wanted, gate > 0, meanwhile);
+      Tiles::multiply(
+          operand.tile(tile) + gate * gate_blocks_ * operand.block_size(), tiles_.height,
+          tiles_.end(tile, step.carried) - tile * tiles_.height,
+          {recurrent_ + (item * 4 + gate) * Tiles::panel_size(n_.H), n_.P - column_of(item)},
+          {1, {n_.H}}, Advance::none, sums_of(item, tile), width, wanted, gate > 0, meanwhile);
     }
   }
 
@@ -387,8 +388,8 @@ class Backward {
       T* const sums = thread.next();
       Spread<Cells> meanwhile(thread.cells, thread.cells.pieces(), Tiles::pauses(segments));
       Tiles::multiply(dh(step.d).tile(tile), tiles_.height, last - first,
-                      projection_ + item * Tiles::panel_size(n_.P), segments, Advance::none, sums,
-                      width, nullptr, false, meanwhile);
+                      {projection_ + item * Tiles::panel_size(n_.P), n_.H - unit}, segments,
+                      Advance::none, sums, width, nullptr, false, meanwhile);
       // As everywhere: rows that are carried here and rows that are not are finished apart.
       const int64_t middle = step.carried < first  ? first
                              : step.carried < last ? step.carried

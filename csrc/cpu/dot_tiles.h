@@ -27,19 +27,20 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
   static constexpr int64_t max_rows = 14;
 
-  // C (rows, 32) = or += a tile times a panel. A segment's last block is multiplied as far as it is
-  // filled. A tile of few rows has too few accumulators to fill the pipelines: it keeps `split`
-  // partial sums.
-  template <int rows, int split, bool in_advance>
+  // C (rows, 16 * vectors) = or += a tile times a panel or the first half of one. A segment's last
+  // block is multiplied as far as it is filled. A tile of few rows has too few accumulators to fill
+  // the pipelines: it keeps `split` partial sums.
+  template <int rows, int vectors, int split, bool in_advance>
   static void multiply_rows(const bf16* a, int64_t height, const bf16* b, const Segments& segments,
                             float* c, int64_t ldc, const Wanted* wanted, bool add) {
     constexpr int64_t ahead = 4 * 2 * register_size;  // how far a panel is asked for in advance
     constexpr int unrolled = 4;
     const char* const* pair_of_lines = wanted ? wanted->pairs : nullptr;
     const char* const* const end = wanted ? pair_of_lines + wanted->count : nullptr;
-    __m512 sum[split][rows][2];
+    __m512 sum[split][rows][vectors];
     for (auto& part : sum)
-      for (auto& row : part) row[0] = row[1] = _mm512_setzero_ps();
+      for (auto& row : part)
+        for (__m512& value : row) value = _mm512_setzero_ps();
     for (int64_t s = 0; s < segments.count; ++s)
       for (int64_t left = segments.size[s]; left > 0; left -= block_columns) {
         const int pairs = left < block_columns ? int(left + 1) / 2 : block_columns / 2;
@@ -50,16 +51,19 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
           for (int u = 0; u < unrolled; ++u) {
             const bf16* const at = b + 32 * (pair + u);
             if (in_advance) {
-              __builtin_prefetch(at + ahead, 0, 2);
-              __builtin_prefetch(at + ahead + register_size, 0, 2);
+              for (int v = 0; v < vectors; ++v)
+                __builtin_prefetch(at + ahead + v * register_size, 0, 2);
             }
-            const __m512bh low = load_pairs<rows>(at), high = load_pairs<rows>(at + register_size);
+            __m512bh weights[vectors];
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; ++v) weights[v] = load_pairs<rows>(at + v * register_size);
 #pragma GCC unroll 14
             for (int r = 0; r < rows; ++r) {
               const __m512bh value = spread(a + r * block_columns + 2 * (pair + u));
               __m512* const sums = sum[u % split][r];
-              sums[0] = _mm512_dpbf16_ps(sums[0], value, low);
-              sums[1] = _mm512_dpbf16_ps(sums[1], value, high);
+#pragma GCC unroll 2
+              for (int v = 0; v < vectors; ++v)
+                sums[v] = _mm512_dpbf16_ps(sums[v], value, weights[v]);
             }
           }
         }
@@ -68,24 +72,28 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
       }
 #pragma GCC unroll 14
     for (int r = 0; r < rows; ++r)
-      for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
 #pragma GCC unroll 8
         for (int part = 1; part < split; ++part)
-          sum[0][r][half] = _mm512_add_ps(sum[0][r][half], sum[part][r][half]);
-        float* const place = c + r * ldc + half * L;
-        if (add) sum[0][r][half] = _mm512_add_ps(_mm512_loadu_ps(place), sum[0][r][half]);
-        _mm512_storeu_ps(place, sum[0][r][half]);
+          sum[0][r][v] = _mm512_add_ps(sum[0][r][v], sum[part][r][v]);
+        float* const place = c + r * ldc + v * L;
+        if (add) sum[0][r][v] = _mm512_add_ps(_mm512_loadu_ps(place), sum[0][r][v]);
+        _mm512_storeu_ps(place, sum[0][r][v]);
       }
   }
 
   template <class Other = Idle>
-  static void multiply(const bf16* tile, int64_t height, int64_t rows, const bf16* panel,
+  static void multiply(const bf16* tile, int64_t height, int64_t rows, const Panel<bf16>& panel,
                        const Segments& segments, Advance advance, float* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
     constexpr std::make_integer_sequence<int, max_rows> all{};
-    const auto multiply_tile =
-        advance != Advance::none ? tile_function<true>(rows, all) : tile_function<false>(rows, all);
-    multiply_tile(tile, height, panel, segments, c, ldc, wanted, add);
+    const bool asks = advance != Advance::none;
+    const auto multiply_tile = panel.columns > L ? asks ? tile_function<2, true>(rows, all)
+                                                        : tile_function<2, false>(rows, all)
+                               : asks            ? tile_function<1, true>(rows, all)
+                                                 : tile_function<1, false>(rows, all);
+    multiply_tile(tile, height, panel.first, segments, c, ldc, wanted, add);
   }
 
   static constexpr int64_t pair_rows = 0;
@@ -107,12 +115,14 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
 
   // A dot product takes five or six cycles, and some processors begin two in each. (A single row
   // waits for the panel.)
-  static constexpr int split_of(int rows) { return rows <= 3 ? 4 : rows <= 7 ? 2 : 1; }
+  static constexpr int split_of(int rows, int vectors) {
+    return rows <= 3 ? 4 : rows <= 7 || vectors == 1 ? 2 : 1;
+  }
 
-  template <bool in_advance, int... less>
+  template <int vectors, bool in_advance, int... less>
   static auto tile_function(int64_t rows, std::integer_sequence<int, less...>) {
-    static constexpr decltype(&multiply_rows<1, 1, in_advance>) table[] = {
-        multiply_rows<less + 1, split_of(less + 1), in_advance>...};
+    static constexpr decltype(&multiply_rows<1, 1, 1, in_advance>) table[] = {
+        multiply_rows<less + 1, vectors, split_of(less + 1, vectors), in_advance>...};
     return table[rows - 1];
   }
 };

@@ -77,7 +77,7 @@ class ExchangingStep {
       for (int64_t tile = 0; tile < p.tiles_.count(step.carried); ++tile) {
         const int64_t first = tile * p.tiles_.height;
         Tiles::multiply(da.tile(tile), p.tiles_.height, p.tiles_.end(tile, step.carried) - first,
-                        p.recurrent(step.d, step.units, panel), segments, Advance::none,
+                        {p.recurrent(step.d, step.units, panel), width}, segments, Advance::none,
                         p.given_.at(team.rank, step.index, item, first), width, nullptr);
       }
     }

@@ -216,7 +216,7 @@ class FewSteps {
       const int64_t first = tile * chunk_tiles_.height;
       for (int half = 0; half < 2; ++half)
         Inputs::multiply(inputs(units.d).tile(tile), chunk_tiles_.height,
-                         chunk_tiles_.end(tile, rows) - first, panels + half * panel_size_,
+                         chunk_tiles_.end(tile, rows) - first, {panels + half * panel_size_, width},
                          {1, {n_.I}}, Advance::none, ahead + first * 4 * L + half * width, 4 * L,
                          nullptr);
     }

@@ -1,13 +1,12 @@
 // The forward pass of one layer.
 //
-// Work is cut into items: one direction and one group of `lanes` hidden units with their four
-// gates. A thread has its items for the whole sequence: their weights (packed once into two
-// panels, [i f] and [g o]) stay in its cache. (Of a step that takes long it may leave some to
-// others that are done with theirs; nobody else touches an item's cell states in that step.) Each
-// step multiplies [x_t | h_{t-1}] by an item's panels, a tile of rows at a time, and finishes the
-// cells while the tile is in the L1 cache, or, of few rows, those of all items. The hidden state is
-// exchanged through two blocked buffers, read and written in turn, with one barrier a step (two
-// with a projection).
+// Work is cut into items (forward_items.h): one direction and one group of `lanes` hidden units
+// with their four gates. A thread has its items for the whole sequence: their weights (packed once)
+// stay in its cache. (Of a step that takes long it may leave some to others that are done with
+// theirs; nobody else touches an item's cell states in that step.) Each step multiplies [x_t |
+// h_{t-1}] by an item's panels, a tile of rows at a time, and finishes the cells while the tile is
+// in the L1 cache, or, of few rows, those of all items. The hidden state is exchanged through two
+// blocked buffers, read and written in turn, with one barrier a step (two with a projection).
 //
 // With few rows a step, or many weights, streaming W_ih through the caches at every step costs too
 // much: then the input part of a chunk of steps is multiplied at once ("ahead"). A chunk has
@@ -17,6 +16,7 @@
 #include <algorithm>
 
 #include "forward_cells.h"
+#include "forward_items.h"
 #include "operand.h"
 #include "split.h"
 
@@ -32,6 +32,8 @@ class Forward {
   using Operand = Blocked<Tiles>;
   using Inputs = typename Tiles::Inputs;
   using InputElement = typename Inputs::Element;
+  using Items = ForwardItems<Tiles>;
+  using Item = fastlstm::Item<T>;
   using InputOperand = Blocked<Inputs>;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
@@ -45,10 +47,9 @@ class Forward {
         n_(args.shape),
         walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
-        groups_(blocks_of(n_.H, L)),
-        items_(n_.D * groups_),
-        out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         ahead_(Tiles::ahead(n_, rows_, args.threads)),
+        items_(args, ahead_),
+        out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         few_rows_(rows_ <= Tiles::few_rows),
         helps_(!few_rows_ && !(ahead_ && Inputs::has_pauses) &&
                worth_helping<Tiles>(work(a_), a_.threads)),
@@ -58,24 +59,19 @@ class Forward {
         chunk_tiles_(chunk_ * rows_, Inputs::max_rows),
         hidden_block_(ahead_ ? 0 : Operand::count(n_.I)),
         state_blocks_(hidden_block_ + Operand::count(n_.P)),
-        panel_size_(Tiles::panel_size(ahead_ ? 0 : n_.I) + Tiles::panel_size(n_.P)),
-        tiles_(rows_, Tiles::walk_rows(rows_, panel_size_)),
+        tiles_(rows_, Tiles::walk_rows(rows_, items_.panel_size())),
         state_size_(Operand::size(state_blocks_, rows_, tiles_)),
         inputs_size_(
             ahead_ ? InputOperand::size(InputOperand::count(n_.I), chunk_ * rows_, chunk_tiles_)
                    : 0),
         unprojected_size_(out_panels_ > 0 ? Operand::size(Operand::count(n_.H), rows_, tiles_) : 0),
-        input_panel_size_(ahead_ ? Inputs::panel_size(n_.I) : 0),
-        panels_(items_ * 2 * panel_size_),
-        input_panels_(items_ * 2 * input_panel_size_),
-        bias_(items_ * 4 * L),
         out_weights_(n_.D * out_panels_ * Tiles::panel_size(n_.H)),
         state_(n_.D * 2 * state_size_),
-        cells_(items_ * rows_ * L),
+        cells_(items_.count() * rows_ * L),
         inputs_(n_.D * inputs_size_),
-        ahead_gates_(ahead_ ? items_ * chunk_ * rows_ * 4 * L : 0),
+        ahead_gates_(ahead_ ? items_.count() * chunk_ * rows_ * 4 * L : 0),
         unprojected_(n_.D * unprojected_size_),
-        pre_(few_rows_ ? items_ * rows_ * 4 * L : 0) {
+        pre_(few_rows_ ? items_.count() * rows_ * 4 * L : 0) {
     // What no group of units fills of a block may be multiplied all the same.
     if (Operand::columns > L) {
       state_.clear();
@@ -95,9 +91,10 @@ class Forward {
 
   void walk(const Team& team) {
     [[maybe_unused]] const typename Inputs::Session session;
-    const Range mine = team.share(items_), my_panels = team.share(n_.D * out_panels_);
-    const Advance advance = Tiles::advance(rows_, (mine.end - mine.begin) * 2 * panel_size_);
-    for (int64_t k = mine.begin; k < mine.end; ++k) pack_item(item(k));
+    const Range mine = team.share(items_.count()), my_panels = team.share(n_.D * out_panels_);
+    const Advance advance =
+        Tiles::advance(rows_, (mine.end - mine.begin) * 2 * items_.panel_size());
+    for (int64_t k = mine.begin; k < mine.end; ++k) begin_item(items_[k]);
     for (int64_t k = my_panels.begin; k < my_panels.end; ++k) pack_projection(k);
     prepare_step(team, 0);
     team.barrier.wait();
@@ -110,9 +107,9 @@ class Forward {
       if (few_rows_)
         step_few_rows(mine, s, back, advance);
       else
-        team.each_piece(items_, 1, back, helps_ ? turn++ : Team::alone, [&](const Range& one) {
-          step_item(item(one.begin), s, advance, unfinished);
-        });
+        team.each_piece(
+            items_.count(), 1, back, helps_ ? turn++ : Team::alone,
+            [&](const Range& one) { step_item(items_[one.begin], s, advance, unfinished); });
       unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
@@ -144,13 +141,6 @@ class Forward {
   friend class ForwardCells<Forward>;
   using Cells = ForwardCells<Forward>;
 
-  // An item: which direction, which group of units, and how many of its lanes are units.
-  struct Item {
-    int64_t index;
-    int d;
-    int64_t group, unit;
-    int count;
-  };
   // What one direction does at its s-th step.
   struct Step {
     int64_t t, rows, start;   // time, sequences, first packed row
@@ -167,11 +157,6 @@ class Forward {
   };
 
   int64_t steps() const { return walk_.steps(); }
-
-  Item item(int64_t index) const {
-    const int64_t group = index % groups_, unit = group * L;
-    return {index, int(index / groups_), group, unit, int(n_.H - unit < L ? n_.H - unit : L)};
-  }
 
   // Blocked [x_t | h_{t-1}], or h_{t-1} alone, that step s of direction d reads.
   Operand state(int d, int64_t s) const {
@@ -194,25 +179,10 @@ class Forward {
     return (d * n_.B + walk_.first() + r) * size;
   }
 
-  // ---- packing -----------------------------------------------------------------------------
+  // ---- before the first step -----------------------------------------------------------------
 
-  void pack_item(const Item& item) {
-    const S* w_ih = static_cast<const S*>(a_.w_ih[item.d]);
-    const S* w_hh = static_cast<const S*>(a_.w_hh[item.d]);
-    const S* bias = static_cast<const S*>(a_.bias[item.d]);
-    for (int gate = 0; gate < 4; ++gate) {
-      const int64_t row = gate * n_.H + item.unit;
-      const int64_t index = item.index * 2 + gate / 2;
-      Element* const panel = panels_ + index * panel_size_;
-      if (ahead_)
-        note(Inputs::pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, gate % 2,
-                                     input_panels_ + index * input_panel_size_));
-      else
-        note(Tiles::pack_transposed(w_ih + row * n_.I, n_.I, n_.I, item.count, gate % 2, panel));
-      note(Tiles::pack_transposed(w_hh + row * n_.P, n_.P, n_.P, item.count, gate % 2,
-                                  panel + Tiles::panel_size(ahead_ ? 0 : n_.I)));
-      store(bias_ + (item.index * 4 + gate) * L, bias ? load_some(bias + row, item.count) : V{});
-    }
+  void begin_item(const Item& item) {
+    note(items_.pack(item));
     const S* c0 = static_cast<const S*>(a_.c0) + state_at(item.d, 0, n_.H) + item.unit;
     for (int64_t r = 0; r < rows_; ++r) {
       const bool cut = item.d == 0 && walk_.cut_before(0, 0, r);
@@ -279,34 +249,19 @@ class Forward {
     team.barrier.wait();
     const Segments segments{1, {n_.I}};
     Idle idle;
-    team.each_piece(items_, 1, false, turn, [&](const Range& one) {
-      const int64_t k = one.begin;
-      const int d = item(k).d;
-      const Range times = chunk_times(d, s);
+    team.each_piece(items_.count(), 1, false, turn, [&](const Range& one) {
+      const Item item = items_[one.begin];
+      const Range times = chunk_times(item.d, s);
       const int64_t rows = walk_.rows_before(times.end) - walk_.rows_before(times.begin);
       for (int64_t tile = 0; tile < chunk_tiles_.count(rows); ++tile) {
         const int64_t first = tile * chunk_tiles_.height;
-        multiply<Inputs>(input_panels_ + k * 2 * input_panel_size_, input_panel_size_, segments,
-                         inputs(d), tile, chunk_tiles_.end(tile, rows) - first, Advance::none,
-                         ahead_gates_ + (k * chunk_ * rows_ + first) * 4 * L, idle);
+        Items::template multiply<Inputs>(
+            item, items_.input_panels(item), segments, inputs(item.d), tile,
+            chunk_tiles_.end(tile, rows) - first, Advance::none,
+            ahead_gates_ + (item.index * chunk_ * rows_ + first) * 4 * L, idle);
       }
     });
     if (helps_) team.barrier.wait();  // others may take this thread's items
-  }
-
-  // (eq. 1) pre (rows, 4L) = a tile times an item's two panels.
-  template <class Multiplier, class Other>
-  static void multiply(const typename Multiplier::Element* panels, int64_t panel_size,
-                       const Segments& segments, const Blocked<Multiplier>& blocked, int64_t tile,
-                       int64_t rows, Advance advance, T* pre, Other& meanwhile) {
-    if constexpr (Multiplier::pair_rows > 0)
-      if (rows <= Multiplier::pair_rows)
-        return Multiplier::multiply_pair(blocked.tile(tile), blocked.height, rows,
-                                         {panels, panel_size}, segments, advance,
-                                         {pre, 4 * L, width}, nullptr);
-    for (int half = 0; half < 2; ++half)
-      Multiplier::multiply(blocked.tile(tile), blocked.height, rows, panels + half * panel_size,
-                           segments, advance, pre + half * width, 4 * L, nullptr, false, meanwhile);
   }
 
   void note(unsigned beyond) {
@@ -330,21 +285,20 @@ class Forward {
     static_assert(Tiles::few_rows <= Tiles::max_rows, "they are one tile");
     Idle idle;
     for (int d = 0; d < n_.D; ++d) {
-      const int64_t zero = d * groups_;
-      const Range items{std::max(mine.begin, zero), std::min(mine.end, zero + groups_)};
+      const int64_t groups = items_.groups(), zero = d * groups;
+      const Range items{std::max(mine.begin, zero), std::min(mine.end, zero + groups)};
       if (items.begin >= items.end) continue;
       const Step step = this->step(d, s);
       for (int64_t k = 0; k < items.end - items.begin; ++k) {
-        const int64_t index = back ? items.end - 1 - k : items.begin + k;
-        multiply<Tiles>(panels_ + index * 2 * panel_size_, panel_size_, segments(), step.reads, 0,
-                        step.rows, advance, pre_ + index * rows_ * 4 * L, idle);
+        const Item item = items_[back ? items.end - 1 - k : items.begin + k];
+        Items::template multiply<Tiles>(item, items_.panels(item), segments(), step.reads, 0,
+                                        step.rows, advance, pre_ + item.index * rows_ * 4 * L,
+                                        idle);
       }
-      const T* const ahead = ahead_of({zero, d, 0, 0, 0}, step, s);
+      const T* const ahead = ahead_of(items_[zero], step, s);
       const auto cells_of = [&](int64_t index) {
-        const int64_t group = index - zero, unit = group * L;
-        const Item item{index, d, group, unit, int(n_.H - unit < L ? n_.H - unit : L)};
-        return Cells(*this, item, step, {0, step.rows}, pre_ + index * rows_ * 4 * L,
-                     ahead ? ahead + group * chunk_ * rows_ * 4 * L : nullptr);
+        return Cells(*this, items_[index], step, {0, step.rows}, pre_ + index * rows_ * 4 * L,
+                     ahead ? ahead + (index - zero) * chunk_ * rows_ * 4 * L : nullptr);
       };
       Cells cells = cells_of(items.begin);
       cells.activate();
@@ -368,9 +322,9 @@ class Forward {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       T* const pre = unfinished.next();
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
-                              2 * Tiles::pauses(segments));
-      multiply<Tiles>(panels_ + item.index * 2 * panel_size_, panel_size_, segments, step.reads,
-                      tile, last - first, advance, pre, meanwhile);
+                              item.panels() * Tiles::pauses(segments));
+      Items::template multiply<Tiles>(item, items_.panels(item), segments, step.reads, tile,
+                                      last - first, advance, pre, meanwhile);
       unfinished.cells.rest();
       Cells cells(*this, item, step, {first, last}, pre, ahead ? ahead + first * 4 * L : nullptr);
       if (Tiles::overlaps(last - first))
@@ -386,16 +340,17 @@ class Forward {
     const int d = int(panel / out_panels_);
     const Step step = this->step(d, s);
     const Segments segments{1, {n_.H}};
+    const int64_t column = panel % out_panels_ * width;
     for (int64_t tile = 0; tile < tiles_.count(step.rows); ++tile) {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       Tiles::multiply(unprojected(d).tile(tile), tiles_.height, last - first,
-                      out_weights_ + panel * Tiles::panel_size(n_.H), segments, Advance::none, sums,
-                      width, nullptr);
+                      {out_weights_ + panel * Tiles::panel_size(n_.H), n_.P - column}, segments,
+                      Advance::none, sums, width, nullptr);
       for (int64_t r = first; r < last; ++r) {
         const bool final = r >= step.next_rows;
         const bool cut = !final && walk_.cut_before(d, step.next, r);
         for (int64_t part = 0; part < width; part += L) {
-          const int64_t unit = panel % out_panels_ * width + part;
+          const int64_t unit = column + part;
           if (unit >= n_.P) break;
           const int count = int(n_.P - unit < L ? n_.P - unit : L);
           const V h = rounded_to_storage<S>(load(sums + (r - first) * width + part));
@@ -413,30 +368,25 @@ class Forward {
   const Shape& n_;
   const Walk walk_;
   const int64_t rows_;          // of the widest step
-  const int64_t groups_;        // of L hidden units, the last one padded
-  const int64_t items_;         // D * groups
-  const int64_t out_panels_;    // of a projection, per direction; 0 without one
   const bool ahead_;            // is the input part computed ahead?
+  Items items_;                 // with their weights
+  const int64_t out_panels_;    // of a projection, per direction; 0 without one
   const bool few_rows_;         // see step_few_rows
   const bool helps_;            // see worth_helping
   const int64_t chunk_;         // how many steps ahead
   const RowTiles chunk_tiles_;  // of the rows of a chunk
   const int64_t hidden_block_;  // of what a step reads, where h_{t-1} begins
   const int64_t state_blocks_;  // of what a step reads
-  const int64_t panel_size_;
   const RowTiles tiles_;
-  const int64_t state_size_, inputs_size_, unprojected_size_, input_panel_size_;
-  Scratch<Element> panels_;             // (items, 2) panels of I and P rows, or of P rows
-  Scratch<InputElement> input_panels_;  // (items, 2) panels of I rows; none unless ahead
-  Scratch<T> bias_;                     // (items, 4, L)
-  Scratch<Element> out_weights_;        // (D, out_panels) panels of H rows
-  Scratch<Element> state_;              // (D, 2) Blocked (rows, state_blocks)
-  Scratch<T> cells_;                    // (items, rows, L)
-  Scratch<InputElement> inputs_;        // (D) Blocked (chunk * rows, I)
-  Scratch<T> ahead_gates_;              // (items, chunk * rows, 4L)
-  Scratch<Element> unprojected_;        // (D) Blocked (rows, H)
-  Scratch<T> pre_;                      // (items, rows, 4L), of a step of few rows
-  bool beyond_ = false;                 // Elements' range
+  const int64_t state_size_, inputs_size_, unprojected_size_;
+  Scratch<Element> out_weights_;  // (D, out_panels) panels of H rows
+  Scratch<Element> state_;        // (D, 2) Blocked (rows, state_blocks)
+  Scratch<T> cells_;              // (items, rows, L)
+  Scratch<InputElement> inputs_;  // (D) Blocked (chunk * rows, I)
+  Scratch<T> ahead_gates_;        // (items, chunk * rows, 4L)
+  Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
+  Scratch<T> pre_;                // (items, rows, 4L), of a step of few rows
+  bool beyond_ = false;           // Elements' range
 };
 
 }  // namespace

@@ -34,7 +34,7 @@ class ForwardCells {
         last_(rows.end),
         pre_(pre),
         ahead_(ahead),
-        bias_(pass.bias_ + item.index * 4 * L),
+        bias_(pass.items_.bias(item)),
         cell_(pass.cells_ + (item.index * pass.rows_ + r_) * L),
         projected_(pass.out_panels_ > 0) {
     const ForwardArgs& a = pass.a_;

@@ -16,7 +16,7 @@
 //                       from up to L columns of it, transposed; `count` and `depth` are what is
 //                       there of them
 //   transpose_block     writes a part of a block from one of a panel (Form::upright, product.h)
-//   multiply            a tile times a panel, which may be added to what is there
+//   multiply            a tile times a Panel, which may be added to what is there
 //   pair_rows, multiply_pair   a tile of up to so many rows times two panels is faster at once
 //   in_place            whether one row can be multiplied by weights that are not packed
 //   gate_by_gate        whether of da, where it is too large for the L2 cache, a gate's part is
@@ -55,6 +55,13 @@ struct Segments {
   int64_t size[4];
 };
 
+// A panel of weights. Of its columns so many are wanted: what else there is of the last vector may
+// be computed or not.
+template <class Element>
+struct Panel {
+  const Element* first;
+  int64_t columns;
+};
 // Panels side by side.
 template <class Element>
 struct Panels {

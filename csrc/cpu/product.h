@@ -226,8 +226,9 @@ class Product {
       if (kept && group.k > 0) ask_for(lines, values);
       if (!has_pauses && (last || !kept)) add_rows(lines, wanted);
       Tiles::multiply(own_panels ? shared_place(other) : mine, tiles_[rows.part].height, rows.count,
-                      own_panels ? mine : shared_place(other), segments, Advance::none, values,
-                      at_once ? wanted.ld : width, &lines, kept && group.k > 0, meanwhile);
+                      {own_panels ? mine : shared_place(other), columns.count}, segments,
+                      Advance::none, values, at_once ? wanted.ld : width, &lines,
+                      kept && group.k > 0, meanwhile);
       write_rest(sums);
       if (at_once || (kept && !last)) continue;
       sums.rows = rows, sums.columns = columns, sums.add = add;

@@ -87,11 +87,12 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
 
   // C (rows, ldc) = or += the first rows of a tile of that height, times a panel.
   template <class Other = Idle>
-  static void multiply(const T* tile, int64_t height, int64_t rows, const T* panel,
+  static void multiply(const T* tile, int64_t height, int64_t rows, const Panel<T>& panel,
                        const Segments& segments, Advance advance, T* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
-    tile_function<T, 1>(rows, advance)(tile, height, {panel, 0}, segments, {c, ldc, 0}, wanted,
-                                       add);
+    const auto multiply_tile = panel.columns > L ? tile_function<T, panel_vectors>(rows, advance)
+                                                 : tile_function<T, 1>(rows, advance);
+    multiply_tile(tile, height, {panel.first, 0}, segments, {c, ldc, 0}, wanted, add);
   }
 
   static constexpr int64_t pair_rows = max_pair_rows;
@@ -106,7 +107,8 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   static void multiply_pair(const T* tile, int64_t height, int64_t rows, const Panels<T>& panels,
                             const Segments& segments, Advance advance, const Target<T>& c,
                             const Wanted* wanted) {
-    tile_function<T, 2>(rows, advance)(tile, height, panels, segments, c, wanted, false);
+    tile_function<T, 2 * panel_vectors>(rows, advance)(tile, height, panels, segments, c, wanted,
+                                                       false);
   }
 
   static constexpr bool gate_by_gate = short_vectors, asks = true;
