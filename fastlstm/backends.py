@@ -169,14 +169,17 @@ def _recorded(call: Call) -> list[Backend]:
 def is_torchs_own_step(input: Tensor, hidden_size: int, graph: bool) -> bool:
     """Does ``backend="auto"`` leave a plain call of an LSTMCell, ``input (B, I)``, to torch's own?
 
-    Our kernels are the faster ones but in bfloat16, where the processor has instructions for it,
-    by many weights: see docs/performance.md.  ``graph``: may there be a backward pass?
+    Our kernels are the faster ones but in bfloat16 by many weights, where the processor has
+    instructions for it and there may be a backward pass (``graph``), or where it has a matrix unit:
+    see docs/performance.md.
     """
     if input.dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
         return False
     rows, inputs = input.shape
     weights = (inputs + hidden_size) * 4 * hidden_size
-    return weights > 1 << 18 if graph else rows > 4 and weights > 1 << 19
+    if graph:
+        return weights > 1 << 18
+    return native.has_matrix_unit() and rows > 4 and weights > 1 << 19
 
 
 def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bool) -> bool:

@@ -34,6 +34,12 @@ def multiplies_bfloat16() -> bool:
     return not {"amx", "avx512_bf16"}.isdisjoint(instruction_sets())
 
 
+@functools.cache
+def has_matrix_unit() -> bool:
+    """May this library use one here?  Then torch's own kernels do too."""
+    return "amx" in instruction_sets()
+
+
 def use_instruction_set(name: str) -> str:
     """Let the CPU's kernels use this one of ``instruction_sets()``; returns the one before."""
     return str(torch.ops.fastlstm_C.cpu_use_instruction_set(name))

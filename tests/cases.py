@@ -13,10 +13,10 @@ from fastlstm.contract import Weights
 
 __all__ = [
     "DTYPES",
+    "LARGER",
     "LAYERS",
     "MODEL",
     "SPEED",
-    "UNPACKED",
     "Layer",
     "LayerTensors",
     "make_layer",
@@ -126,11 +126,11 @@ LAYERS = (
     *(Layer((rows,), 21, 18, reset=0.3, directions=2) for rows in (6, 11, 16)),  # one step unpacked
 )
 
-# Steps whose weights the CPU's kernels do not pack, because they are many: one row a step, one step
-# of many rows, and a few of some; few rows that two panels of weights are multiplied by at once;
-# and tiles of rows with so few units left over that their gates share vectors. (In Triton's
-# interpreter they would take minutes.)
-UNPACKED = (
+# For the CPU's kernels alone (in Triton's interpreter they would take minutes). Steps whose weights
+# are not packed, because they are many: one row a step, one step of many rows, and a few of some.
+# Few rows that two panels of weights are multiplied by at once. And so few units left over, where a
+# vector has 16 or 8, that their gates share vectors.
+LARGER = (
     Layer((1,) * 18, 21, 150, directions=2, reset=0.2),
     Layer((1,) * 17, 300, 37, projection=143, bias=False),
     Layer((40,), 260, 333, directions=2, reset=0.3),
@@ -144,7 +144,7 @@ UNPACKED = (
     Layer((40,), 60, 131, directions=2),  # the gradient of h0 is a product
     Layer((30, 30, 17), 140, 38, directions=2, reset=0.2),  # six units left over, or two
     Layer((20, 20), 70, 50, projection=36),  # two units left over, and four outputs
-    Layer((5,) * 30, 70, 24, directions=2, bias=False),  # half a vector of them, and few rows
+    Layer((5,) * 30, 70, 24, directions=2, bias=False),  # eight of sixteen, and few rows
 )
 
 # What the benchmarks time: (T, B, I, H).

@@ -97,16 +97,18 @@ def test_steps_of_a_batch_run_on_the_kernels(monkeypatch, graph):
         assert len(seen) == 2
 
 
+@pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("instructions", [False, True])
-def test_only_large_steps_in_bfloat16_are_torchs_own(monkeypatch, instructions):
-    """Where the processor has instructions for it."""
+def test_only_large_steps_in_bfloat16_are_torchs_own(monkeypatch, instructions, unit):
+    """Where the processor has instructions for it; without gradients, a matrix unit."""
     monkeypatch.setattr(native, "multiplies_bfloat16", lambda: instructions)
+    monkeypatch.setattr(native, "has_matrix_unit", lambda: instructions and unit)
 
     def is_torchs_own(rows: int, size: int, graph: bool, dtype: torch.dtype = torch.bfloat16):
         return backends.is_torchs_own_step(torch.zeros(rows, size, dtype=dtype), size, graph)
 
     assert is_torchs_own(1, 256, graph=True) is instructions
-    assert is_torchs_own(5, 512, graph=False) is instructions
+    assert is_torchs_own(5, 512, graph=False) is (instructions and unit)
     assert not is_torchs_own(64, 128, graph=True)
     assert not is_torchs_own(64, 256, graph=False)
     assert not is_torchs_own(4, 512, graph=False)

@@ -6,6 +6,7 @@
 #include "amx_tiles.h"
 #include "backward.h"
 #include "dispatch.h"
+#include "dot_tiles.h"
 #include "few_steps.h"
 #include "forward.h"
 #include "isa.h"
@@ -13,7 +14,7 @@
 
 namespace fastlstm {
 
-extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512, kernels_avx512_bf16;
 
 namespace {
 
@@ -75,14 +76,19 @@ bool go_unpacked(const Shape& n) {
   return n.T == 1 || n.N == n.T || n.N <= 16;
 }
 
+void run_unpacked(const ForwardArgs& args) {
+  using Ahead = FewSteps<AheadTiles<AmxTiles<float, 3>>>;
+  const Shape& n = args.shape;
+  if (args.storage == Storage::bf16) return kernels_avx512_bf16.forward(args);
+  if (args.storage == Storage::f32 && n.I >= 32 && Ahead::packs(n) && run_pass<Ahead>(args)) return;
+  kernels_avx512.forward(args);
+}
+
 void forward(const ForwardArgs& args) {
   const Shape& n = args.shape;
-  if (spares_matrix_unit() && go_unpacked(n) && are_few_steps(args)) {
-    using Ahead = FewSteps<AheadTiles<AmxTiles<float, 3>>>;
-    if (args.storage == Storage::f32 && n.I >= 32 && Ahead::packs(n) && run_pass<Ahead>(args))
-      return;
-    return kernels_avx512.forward(args);
-  }
+  const bool few = args.storage == Storage::bf16 ? are_few_steps<DotRows>(args)
+                                                 : are_few_steps<RowVectors<float>>(args);
+  if (few && go_unpacked(n) && spares_matrix_unit()) return run_unpacked(args);
   if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
       !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
     kernels_avx512.forward(args);

@@ -17,16 +17,13 @@ namespace {
 
 using Dots = DotTiles<bf16>;
 
-// A step of up to so many rows is multiplied without packing, by floats.
-constexpr int64_t most_unpacked_rows = 8;
-
 void forward(const ForwardArgs& args) {
-  const bool unpacked =
-      spares_matrix_unit() && args.shape.N <= most_unpacked_rows && are_few_steps(args);
-  if (args.storage == Storage::bf16 && !unpacked)
-    run_pass<Forward<Dots>>(args);
-  else
+  if (args.storage != Storage::bf16)
     kernels_avx512.forward(args);
+  else if (spares_matrix_unit() && are_few_steps<DotRows>(args))
+    run_pass<FewSteps<Dots>>(args);
+  else
+    run_pass<Forward<Dots>>(args);
 }
 
 bool backward(const BackwardArgs& args) {

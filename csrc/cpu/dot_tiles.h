@@ -8,6 +8,7 @@
 #include <cstring>
 #include <utility>
 
+#include "row_products.h"
 #include "split.h"
 #include "term_tiles.h"
 #include "tile.h"
@@ -16,6 +17,29 @@
 namespace fastlstm {
 namespace {
 
+// Products of unpacked rows, see row_products.h: 32 neighbours at once.
+struct DotRows {
+  using S = bf16;
+  using T = float;
+  using V = Vec<T>;  // of 32 bfloat16, or of sums
+  static constexpr int together = 32;
+  static constexpr int64_t unpacked_per_cache = 32, most_unpacked = 128;
+  static V read(const bf16* from, int count) {
+#if defined(__SANITIZE_ADDRESS__)  // which does not see what masks leave out
+    bf16 some[32] = {};
+    std::memcpy(some, from, size_t(count) * sizeof(bf16));
+    return bit_cast<V>(_mm512_loadu_si512(some));
+#else
+    const auto mask = uint32_t((uint64_t(1) << count) - 1);
+    return bit_cast<V>(_mm512_maskz_loadu_epi16(mask, from));
+#endif
+  }
+  static void multiply(V& sum, V values, V weights) {
+    sum = bit_cast<V>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(values),
+                                       bit_cast<__m512bh>(weights)));
+  }
+};
+
 template <class Storage>
 struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   using Layout = TermTiles<Storage, 1, 1>;
@@ -23,6 +47,7 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
   using Layout::L;
   using Layout::register_size;
   using Inputs = DotTiles;
+  using Rows = DotRows;
   static constexpr int64_t own_sequences = sequences_per_thread;
   // Two accumulators per row, two vectors of weights and one value of h must fit in the registers.
   static constexpr int64_t max_rows = 14;
@@ -88,11 +113,12 @@ struct DotTiles : TermTiles<Storage, 1, 1>, VectorPolicy<bf16> {
                        const Segments& segments, Advance advance, float* c, int64_t ldc,
                        const Wanted* wanted, bool add = false, Other&& = {}) {
     constexpr std::make_integer_sequence<int, max_rows> all{};
-    const bool asks = advance != Advance::none;
-    const auto multiply_tile = panel.columns > L ? asks ? tile_function<2, true>(rows, all)
-                                                        : tile_function<2, false>(rows, all)
-                               : asks            ? tile_function<1, true>(rows, all)
-                                                 : tile_function<1, false>(rows, all);
+    const bool in_advance = advance != Advance::none;
+    auto multiply_tile =
+        in_advance ? tile_function<2, true>(rows, all) : tile_function<2, false>(rows, all);
+    if (panel.columns <= L)
+      multiply_tile =
+          in_advance ? tile_function<1, true>(rows, all) : tile_function<1, false>(rows, all);
     multiply_tile(tile, height, panel.first, segments, c, ldc, wanted, add);
   }
 

@@ -66,7 +66,8 @@ class ExchangingStep {
   }
 
  private:
-  // What this thread's da contributes to the items of others.
+  // What this thread's da contributes to the items of others. (Of panels all columns, which whoever
+  // receives them adds.)
   static void give(const Pass& p, const Team& team, const Range& mine, const Step& step) {
     if (step.units.begin == step.units.end) return;
     const Segments segments = Pass::segments(step.units);

@@ -18,28 +18,33 @@ namespace {
 // the farther away packed weights have to be written; but several steps read W_hh several times. A
 // single row a step waits for weights, packed or not; it was measured for itself on Intel's
 // processors. (What training reads of a smaller W_hh, its backward pass finds in the cache.)
-inline int64_t most_rows(const ForwardArgs& args, int64_t steps) {
+template <class Rows>
+int64_t most_rows(const ForwardArgs& args, int64_t steps) {
+  constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
   const Shape& n = args.shape;
   const Storage storage = args.storage;
   const bool half = storage == Storage::f16 || storage == Storage::bf16, single = steps == n.N;
   const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4;
   const int64_t bytes = n.D * 4 * n.H * (n.P + n.I) * size;
-  const int64_t most = steps == 1 || single ? 128 : storage == Storage::f64 ? 32 : 48;
-  const int64_t rows =
-      std::clamp<int64_t>((single ? 64 : 16) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
+  const int64_t most = steps == 1 || single      ? 128
+                       : storage == Storage::f64 ? 32
+                       : half && !wide           ? 8
+                                                 : Rows::most_unpacked;
+  const int64_t rows = std::clamp<int64_t>(
+      (single ? 64 : Rows::unpacked_per_cache) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
   if (!single || n.P < 128 || !is_intel()) return rows;
   const int64_t of_small = args.gates ? 112 : 64 + n.P / 4;
   return std::max({rows, n.P / 2, of_small});
 }
 
-// Steps in which all rows take part. (Several keep their cell state in c_n, in storage type.)
-inline bool are_few_steps(const ForwardArgs& args) {
+// Steps in which all rows take part.
+template <class Rows>
+bool are_few_steps(const ForwardArgs& args) {
   const Shape& n = args.shape;
   const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
-  const bool exact = args.storage == Storage::f32 || args.storage == Storage::f64;
   if (rows == 0 || n.N % rows != 0) return false;
   const int64_t steps = n.N / rows;
-  return n.N <= most_rows(args, steps) && n.batch_sizes[steps - 1] == rows && (steps == 1 || exact);
+  return n.N <= most_rows<Rows>(args, steps) && n.batch_sizes[steps - 1] == rows;
 }
 
 template <int n>
@@ -53,7 +58,7 @@ class FewSteps {
   using Element = typename Inputs::Element;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
-  using Products = RowProducts<S>;
+  using Products = RowProducts<typename Tiles::Rows>;
   using Weights = typename Products::Weights;
   using Operand = Blocked<Inputs>;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
@@ -77,6 +82,7 @@ class FewSteps {
         inputs_(n_.D * inputs_size_),
         panels_(std::min<int64_t>(a_.threads, max_parts) * 2 * panel_size_),
         ahead_(chunk_ > 1 ? n_.D * groups_ * chunk_ * rows_ * 4 * L : 0),
+        cells_(steps_ > 1 ? n_.D * groups_ * rows_ * L : 0),
         m_(args.w_hr[0] ? rows_ * n_.D * n_.H : 0) {
     // What no group of inputs fills of a block is multiplied all the same.
     if (blocks_of(n_.I, L) * L % Operand::columns != 0) inputs_.clear();
@@ -256,8 +262,7 @@ class FewSteps {
     const S* h = s == 0
                      ? static_cast<const S*>(a_.h0) + (d * n_.B + first) * P
                      : static_cast<const S*>(a_.y) + ((time(d, s - 1) * rows_ + first) * D + d) * P;
-    const S* c_prev =
-        static_cast<const S*>(s == 0 ? a_.c0 : a_.c_n) + (d * n_.B + first) * H + unit;
+    T* const cells = cells_ + (units.index * rows_ + first) * L;
     V of_h[rows][4], of_x[rows][4];
     Products::template multiply<rows, 4>(h, s == 0 ? P : D * P, weights(a_.w_hh, units, P), count,
                                          of_h);
@@ -271,10 +276,13 @@ class FewSteps {
         if (bias) pre[gate] += load_some(bias + gate * H + unit, count);
       }
       const Gates<V> active = Math::activate({pre[0], pre[1], pre[2], pre[3]});
-      const V c =
-          Math::cell_state(active, cut(d, t, first + r) ? V{} : load_some(c_prev + r * H, count));
-      const V m = Math::cell_output(active, c);
       const int64_t row = (begin + r) * D + d, state = (d * n_.B + first + r) * H + unit;
+      V c_prev{};
+      if (!cut(d, t, first + r))
+        c_prev =
+            s == 0 ? load_some(static_cast<const S*>(a_.c0) + state, count) : load(cells + r * L);
+      const V c = Math::cell_state(active, c_prev);
+      const V m = Math::cell_output(active, c);
       if (a_.gates) {
         S* gates = static_cast<S*>(a_.gates) + row * 4 * H + unit;
         store_some(gates, active.i, count);
@@ -283,7 +291,10 @@ class FewSteps {
         store_some(gates + 3 * H, active.o, count);
       }
       if (a_.c_all) store_some(static_cast<T*>(a_.c_all) + row * H + unit, c, count);
-      store_some(static_cast<S*>(a_.c_n) + state, c, count);
+      if (s + 1 < steps_)
+        store(cells + r * L, c);
+      else
+        store_some(static_cast<S*>(a_.c_n) + state, c, count);
       if (a_.w_hr[0]) {
         store_some(m_ + (d * rows_ + first + r) * H + unit, m, count);
         if (a_.m) store_some(static_cast<S*>(a_.m) + row * H + unit, m, count);
@@ -330,6 +341,7 @@ class FewSteps {
   Scratch<Element> inputs_;  // (D) Blocked (chunk * rows, I), where W_ih is packed
   Scratch<Element> panels_;  // (threads, 2) panels of I rows, where W_ih is packed
   Scratch<T> ahead_;         // (D * groups, chunk, rows, 4, L)
+  Scratch<T> cells_;         // (D * groups, rows, L), between steps
   Scratch<S> m_;             // (D, rows, H), with a projection
   bool beyond_ = false;      // Elements' range
 };

@@ -32,9 +32,9 @@ class Forward {
   using Operand = Blocked<Tiles>;
   using Inputs = typename Tiles::Inputs;
   using InputElement = typename Inputs::Element;
+  using InputOperand = Blocked<Inputs>;
   using Items = ForwardItems<Tiles>;
   using Item = fastlstm::Item<T>;
-  using InputOperand = Blocked<Inputs>;
   using V = Vec<T>;
   using Math = GateMath<VectorMath<T>>;
   static constexpr int64_t L = lanes<T>;
@@ -179,7 +179,7 @@ class Forward {
     return (d * n_.B + walk_.first() + r) * size;
   }
 
-  // ---- before the first step -----------------------------------------------------------------
+  // ---- before the first step ---------------------------------------------------------------
 
   void begin_item(const Item& item) {
     note(items_.pack(item));
@@ -322,7 +322,7 @@ class Forward {
       const int64_t first = tile * tiles_.height, last = tiles_.end(tile, step.rows);
       T* const pre = unfinished.next();
       Spread<Cells> meanwhile(unfinished.cells, unfinished.cells.pieces(),
-                              item.panels() * Tiles::pauses(segments));
+                              item.panel_count() * Tiles::pauses(segments));
       Items::template multiply<Tiles>(item, items_.panels(item), segments, step.reads, tile,
                                       last - first, advance, pre, meanwhile);
       unfinished.cells.rest();

@@ -2,8 +2,8 @@
 //
 // An item is one direction and one group of up to `lanes` hidden units, with their four gates. Its
 // weights are packed into two panels, [i f] and [g o]. The last units of a direction may be so few
-// that two gates fit into a vector, or all four: then they do, so that one panel or half of one is
-// multiplied, and each gate is put where cells expect it.
+// that two gates fit into a vector, or all four: then they share it, so that one panel or its first
+// vector is multiplied, and each gate is put where cells expect it.
 #pragma once
 
 #include <algorithm>
@@ -26,15 +26,15 @@ struct Item {
   int count;              // of units
   int64_t gate_distance;  // from one gate's first column to the next one's
 
-  // Some units, as close together as they fit.
-  Item(int64_t index, int d, int64_t unit, int64_t left)
-      : index(index), d(d), unit(unit), count(int(std::min(left, L))), gate_distance(L) {
-    while (gate_distance > 1 && 4 * gate_distance > L && 2 * count <= gate_distance)
-      gate_distance /= 2;
+  // As many as there are left, or L. Their gates are as close together as units allow, and four in
+  // a vector at most.
+  Item(int64_t number, int direction, int64_t first, int64_t left)
+      : index(number), d(direction), unit(first), count(int(std::min(left, L))), gate_distance(L) {
+    while (4 * gate_distance > L && 2 * count <= gate_distance) gate_distance /= 2;
   }
   bool narrow() const { return gate_distance < L; }
   int64_t columns() const { return 4 * gate_distance; }
-  int64_t panels() const { return blocks_of(columns(), panel_width<T>); }
+  int64_t panel_count() const { return blocks_of(columns(), panel_width<T>); }
 };
 
 template <class Tiles>
@@ -46,7 +46,7 @@ class ForwardItems {
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
 
  public:
-  // `ahead`: is the input part multiplied by itself?
+  // `ahead`: is the input part multiplied apart, ahead of the steps?
   ForwardItems(const ForwardArgs& args, bool ahead)
       : a_(args),
         n_(args.shape),
@@ -103,10 +103,10 @@ class ForwardItems {
                        const Segments& segments, const Blocked<Multiplier>& blocked, int64_t tile,
                        int64_t rows, Advance advance, T* pre, Other& meanwhile) {
     if constexpr (Multiplier::pair_rows > 0)
-      if (rows <= Multiplier::pair_rows && item.panels() == 2)
+      if (rows <= Multiplier::pair_rows && item.panel_count() == 2)
         return Multiplier::multiply_pair(blocked.tile(tile), blocked.height, rows, panels, segments,
                                          advance, {pre, 4 * L, width}, nullptr);
-    for (int64_t k = 0; k < item.panels(); ++k)
+    for (int64_t k = 0; k < item.panel_count(); ++k)
       Multiplier::multiply(blocked.tile(tile), blocked.height, rows,
                            {panels.first + k * panels.distance, item.columns() - k * width},
                            segments, advance, pre + k * width, 4 * L, nullptr, false, meanwhile);

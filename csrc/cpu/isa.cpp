@@ -35,7 +35,7 @@ void run(const Args& args) {
 }
 
 void forward(const ForwardArgs& args) {
-  are_few_steps(args) ? run<FewSteps>(args) : run<Forward>(args);
+  are_few_steps<RowVectors<float>>(args) ? run<FewSteps>(args) : run<Forward>(args);
 }
 
 bool backward(const BackwardArgs& args) {

@@ -55,8 +55,8 @@ struct Segments {
   int64_t size[4];
 };
 
-// A panel of weights. Of its columns so many are wanted: what else there is of the last vector may
-// be computed or not.
+// A panel of weights. Its first `columns` are wanted, or all if it has fewer: a vector without any
+// of them may be computed and written, or not.
 template <class Element>
 struct Panel {
   const Element* first;

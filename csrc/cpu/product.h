@@ -296,6 +296,7 @@ class Product {
     const T* const values = sums.from + r * width;
     if constexpr (flipped) {
       const int64_t part = piece % piece_parts * L;
+      if (part >= columns) return;
       Vec<T> square[L];
       for (int k = 0; k < L; ++k) square[k] = k < rows ? load(values + k * width + part) : Vec<T>{};
       transpose<T>(square);

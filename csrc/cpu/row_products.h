@@ -4,6 +4,8 @@
 // Lane by lane the products of two rows are a vector, whose lanes are still to be added. For a
 // vector of units there is a vector each: adding two as a transpose would interleave them leaves
 // one vector for both, and after log2(L) times there is one for all, each unit in its lane.
+// How some neighbours of a row are read and multiplied is `Rows`: RowVectors, or DotRows
+// (dot_tiles.h).
 #pragma once
 
 #include "transpose.h"
@@ -11,9 +13,23 @@
 namespace fastlstm {
 namespace {
 
-template <class S>
-class RowProducts {
+// As many neighbours as a vector has lanes.
+template <class Storage>
+struct RowVectors {
+  using S = Storage;
   using T = typename StateOf<S>::type;
+  using V = Vec<T>;
+  static constexpr int together = lanes<T>;
+  // See most_rows (few_steps.h).
+  static constexpr int64_t unpacked_per_cache = 16, most_unpacked = 48;
+  FASTLSTM_INLINE V read(const S* from, int count) { return load_some(from, count); }
+  FASTLSTM_INLINE void multiply(V& sum, V values, V weights) { sum += values * weights; }
+};
+
+template <class Rows>
+class RowProducts {
+  using S = typename Rows::S;
+  using T = typename Rows::T;
   using V = Vec<T>;
   static constexpr int L = lanes<T>;
   static constexpr int levels = L == 16 ? 4 : L == 8 ? 3 : L == 4 ? 2 : 1;
@@ -61,12 +77,15 @@ class RowProducts {
   template <int units, int rows, int gates>
   FASTLSTM_INLINE void add_products(const S* a, int64_t a_distance, const S* row, const Weights& w,
                                     V (*sum)[rows][gates]) {
+    constexpr int all = Rows::together;
     int64_t k = 0;
-    for (; k + L <= w.k_size; k += L) add_columns<units>(a + k, a_distance, row + k, w, L, sum);
+    for (; k + all <= w.k_size; k += all)
+      add_columns<units>(a + k, a_distance, row + k, w, all, sum);
     if (k < w.k_size) add_columns<units>(a + k, a_distance, row + k, w, int(w.k_size - k), sum);
   }
 
-  // The same for up to L columns. Registers are indexed by constants: hence the unrolled loops.
+  // The same for as many columns as are read together, or fewer. Registers are indexed by
+  // constants: hence the unrolled loops.
   template <int units, int rows, int gates>
   FASTLSTM_INLINE void add_columns(const S* a, int64_t a_distance, const S* row, const Weights& w,
                                    int count, V (*sum)[rows][gates]) {
@@ -76,14 +95,15 @@ class RowProducts {
 #pragma GCC unroll 4
       for (int gate = 0; gate < gates; ++gate)
         weight[unit][gate] =
-            in_register<rows>(load_some(row + unit * w.k_size + gate * w.gate_distance, count));
+            in_register<rows>(Rows::read(row + unit * w.k_size + gate * w.gate_distance, count));
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V value = load_some(a + r * a_distance, count);
+      const V value = Rows::read(a + r * a_distance, count);
 #pragma GCC unroll 2
       for (int unit = 0; unit < units; ++unit)
 #pragma GCC unroll 4
-        for (int gate = 0; gate < gates; ++gate) sum[unit][r][gate] += value * weight[unit][gate];
+        for (int gate = 0; gate < gates; ++gate)
+          Rows::multiply(sum[unit][r][gate], value, weight[unit][gate]);
     }
   }
 

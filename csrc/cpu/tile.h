@@ -1,5 +1,5 @@
-// The inner product of everything here: a tile C = A B of up to `max_tile_rows` rows by
-// `panel_width` columns, accumulated in registers over the whole of K.
+// The inner product of everything here: a tile C = A B of up to `max_tile_rows` rows by the columns
+// of a panel, of its first vector, or of two panels, accumulated in registers over the whole of K.
 //
 // B is a *panel*: K rows of panel_width = 2 vectors, contiguous, in the order they are used.
 // A is *blocked* (see Blocked): everything a tile reads of it is contiguous and in order too.

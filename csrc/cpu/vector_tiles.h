@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../layer.h"
+#include "row_products.h"
 #include "split.h"
 #include "tile.h"
 #include "transpose.h"
@@ -18,6 +19,7 @@ struct VectorTiles : VectorPolicy<typename StateOf<Storage>::type> {
   using T = typename StateOf<S>::type;
   using Element = T;
   using Inputs = VectorTiles;
+  using Rows = RowVectors<S>;
   static constexpr int64_t L = lanes<T>, width = panel_width<T>;
   static constexpr int64_t max_rows = max_tile_rows, block_columns = L;
   static constexpr int64_t own_sequences = sequences_per_thread;
