@@ -29,7 +29,7 @@ STREAMING = (1, 1, 128, 128)
 DECODER = (20, 16, 512, 512)
 STEPS = (1, 4, 16, 64, 256)  # what a scaling row has instead of T, B, or both I and H
 BATCHES = (1, 4, 16, 64, 256)
-WIDTHS = (32, 64, 128, 256, 512, 1024)
+WIDTHS = (32, 50, 64, 100, 128, 200, 256, 512, 1024)  # not all of whole vectors
 BASE = (64, 16, 256, 256)
 BUSY = tuple(shape for shape in SPEED if shape[3] >= 256 and shape[1] >= 16)  # threads' own aim
 
