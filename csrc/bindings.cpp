@@ -122,8 +122,8 @@ std::string cpu_use_instruction_set(std::string name) {
   return before;
 }
 
-// For tests: whether the matrix unit and dot products leave small passes to vectors of floats,
-// which is the default.
+// For tests: whether the matrix unit leaves small passes to vectors, and dot products take a few
+// steps unpacked, which is the default.
 void cpu_spare_matrix_unit(bool on) {
   fastlstm::spare_matrix_unit(on);
 }

@@ -170,8 +170,8 @@ def is_torchs_own_step(input: Tensor, hidden_size: int, graph: bool) -> bool:
     """Does ``backend="auto"`` leave a plain call of an LSTMCell, ``input (B, I)``, to torch's own?
 
     Our kernels are the faster ones but in bfloat16 by many weights, where the processor has
-    instructions for it and there may be a backward pass (``graph``), or where it has a matrix unit:
-    see docs/performance.md.
+    instructions for it and there may be a backward pass (``graph``): see docs/performance.md.
+    Where it has a matrix unit, nobody has measured them without gradients.
     """
     if input.dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
         return False

@@ -240,11 +240,29 @@ def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:
             torch.testing.assert_close(a, alone, **tolerance(torch.float32))
 
 
-@pytest.mark.parametrize("case", LARGER, ids=str)
-def test_layer_that_spares_the_matrix_unit(case: Layer, instruction_set: str) -> None:
-    """As programs have it: small passes by vectors, and of a long sequence the input part not."""
+@pytest.mark.parametrize("case", [*LAYERS, *LARGER], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layer_as_programs_have_it(case: Layer, dtype: torch.dtype, instruction_set: str) -> None:
+    """Small passes by vectors, a few steps unpacked, and of a long sequence the input part not."""
     native.spare_matrix_unit(True)
-    test_layer_equals_reference(case, torch.float32, instruction_set)
+    test_layer_equals_reference(case, dtype, instruction_set)
+
+
+@pytest.mark.parametrize("batch_sizes", [(1,) * 8, (4,) * 2, (40,) * 20], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cells_are_kept_in_state_type(batch_sizes, dtype, instruction_set: str) -> None:
+    """What is added to a cell at each step is too little for half precision to hold."""
+    native.spare_matrix_unit(True)
+    layer = make_layer(Layer(batch_sizes, 3, 20), dtype)
+    weights = layer.weights[0]
+    weights.w_ih.zero_()
+    weights.w_hh.zero_()
+    weights.bias.view(4, -1).copy_(torch.tensor([0, 20, 0.001, 0])[:, None])
+    layer.c0.fill_(1)
+    out = cpu.layer_forward(*layer, True, True)
+    want = 1 + 0.5 * float(weights.bias[40].double().tanh()) * len(batch_sizes)
+    last = out.c_all[-1].double()
+    torch.testing.assert_close(last, torch.full_like(last, want), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "place"), [("x", 1203), ("w_ih", 1203), ("w_ih", -1)])
@@ -392,6 +410,7 @@ def test_bfloat16_takes_dot_products(dtype, batch_sizes, inputs, hidden) -> None
     forward = with_and_without_dots(lambda: cpu.layer_forward(*layer, False, True))
     assert torch.equal(*(out.c_all for out in forward)) == (dtype == torch.float16)
     out = reference.layer_forward(*layer, True, True)
+    compare(cpu.layer_forward(*layer, True, True), out, dtype, "forward")
     inputs = (random_gradients(out), *layer, out.reserve(), need_of(case))
     back = with_and_without_dots(lambda: cpu.layer_backward(*inputs))
     assert torch.equal(*(got.h0 for got in back)) == (dtype == torch.float16)

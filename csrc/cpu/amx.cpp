@@ -89,9 +89,11 @@ void forward(const ForwardArgs& args) {
   const bool few = args.storage == Storage::bf16 ? are_few_steps<DotRows>(args)
                                                  : are_few_steps<RowVectors<float>>(args);
   if (few && go_unpacked(n) && spares_matrix_unit()) return run_unpacked(args);
-  if (!run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) &&
-      !run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
-    kernels_avx512.forward(args);
+  if (run<Forward, false>(args, forward_rule, {n.N, n.I + n.P}) ||
+      run<ForwardAhead, false>(args, ahead_rule, {n.N, n.I}))
+    return;
+  const bool dots = few && args.storage == Storage::bf16;
+  (dots ? kernels_avx512_bf16 : kernels_avx512).forward(args);
 }
 
 // A carry is read and written by the same call: another attempt needs it as it was.

@@ -14,8 +14,8 @@ int available_kernels(const Kernels** out, int capacity);
 const Kernels& kernels();
 bool use_kernels(const char* name);
 
-// Does the matrix unit leave small passes to vectors, and do dot products leave a single step of
-// few rows to floats? They do, unless a test asks for them.
+// Does the matrix unit leave small passes to vectors, and do dot products take a few steps
+// unpacked? They do, unless a test asks for the unit and for packed weights.
 bool spares_matrix_unit();
 void spare_matrix_unit(bool on);
 

@@ -24,7 +24,7 @@ struct DotRows {
   using V = Vec<T>;  // of 32 bfloat16, or of sums
   static constexpr int together = 32;
   static constexpr int64_t unpacked_per_cache = 32, most_unpacked = 128;
-  static V read(const bf16* from, int count) {
+  FASTLSTM_INLINE V read(const bf16* from, int count) {
 #if defined(__SANITIZE_ADDRESS__)  // which does not see what masks leave out
     bf16 some[32] = {};
     std::memcpy(some, from, size_t(count) * sizeof(bf16));
@@ -34,7 +34,7 @@ struct DotRows {
     return bit_cast<V>(_mm512_maskz_loadu_epi16(mask, from));
 #endif
   }
-  static void multiply(V& sum, V values, V weights) {
+  FASTLSTM_INLINE void multiply(V& sum, V values, V weights) {
     sum = bit_cast<V>(_mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(values),
                                        bit_cast<__m512bh>(weights)));
   }

@@ -18,6 +18,8 @@ namespace {
 // the farther away packed weights have to be written; but several steps read W_hh several times. A
 // single row a step waits for weights, packed or not; it was measured for itself on Intel's
 // processors. (What training reads of a smaller W_hh, its backward pass finds in the cache.)
+// Half precision has to be widened each time, which tiles of few rows do not hide, but where it is
+// multiplied as it is. (Of all storage types RowVectors are alike in this.)
 template <class Rows>
 int64_t most_rows(const ForwardArgs& args, int64_t steps) {
   constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
@@ -26,10 +28,11 @@ int64_t most_rows(const ForwardArgs& args, int64_t steps) {
   const bool half = storage == Storage::f16 || storage == Storage::bf16, single = steps == n.N;
   const int64_t size = half ? 2 : storage == Storage::f64 ? 8 : 4;
   const int64_t bytes = n.D * 4 * n.H * (n.P + n.I) * size;
-  const int64_t most = steps == 1 || single      ? 128
-                       : storage == Storage::f64 ? 32
-                       : half && !wide           ? 8
-                                                 : Rows::most_unpacked;
+  int64_t most = 128;
+  if (steps > 1 && !single) {
+    most = storage == Storage::f64 ? 32 : Rows::most_unpacked;
+    if (half && !wide) most = 8;
+  }
   const int64_t rows = std::clamp<int64_t>(
       (single ? 64 : Rows::unpacked_per_cache) * bytes / l2_cache_bytes(), half ? 8 : 16, most);
   if (!single || n.P < 128 || !is_intel()) return rows;
@@ -48,7 +51,7 @@ bool are_few_steps(const ForwardArgs& args) {
 }
 
 template <int n>
-using Rows = std::integral_constant<int, n>;
+using RowCount = std::integral_constant<int, n>;
 
 template <class Tiles>
 class FewSteps {
@@ -176,7 +179,7 @@ class FewSteps {
   FASTLSTM_INLINE void call_with(int64_t rows, int64_t first, const Body& body) {
     if constexpr (most > 1)
       if (rows < most) return call_with<most - 1>(rows, first, body);
-    body(Rows<most>{}, first);
+    body(RowCount<most>{}, first);
   }
 
   int64_t time(int d, int64_t s) const { return d == 0 ? s : steps_ - 1 - s; }
@@ -262,7 +265,7 @@ class FewSteps {
     const S* h = s == 0
                      ? static_cast<const S*>(a_.h0) + (d * n_.B + first) * P
                      : static_cast<const S*>(a_.y) + ((time(d, s - 1) * rows_ + first) * D + d) * P;
-    T* const cells = cells_ + (units.index * rows_ + first) * L;
+    T* const cells = steps_ > 1 ? cells_ + (units.index * rows_ + first) * L : nullptr;
     V of_h[rows][4], of_x[rows][4];
     Products::template multiply<rows, 4>(h, s == 0 ? P : D * P, weights(a_.w_hh, units, P), count,
                                          of_h);

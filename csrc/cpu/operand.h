@@ -6,6 +6,7 @@
 //   S, T, Element       storage type, state type, and what blocks and panels are made of
 //   max_rows            of a tile
 //   block_columns       of a block, a multiple of L
+//   Rows                how rows that are not packed are read and multiplied (row_products.h)
 //   terms               how many matrices of Elements stand for one blocked matrix
 //   panel_size(k)       Elements of k rows of a panel, which is panel_width<T> columns wide
 //   put                 writes L values into a blocked matrix, of which `count` belong to it

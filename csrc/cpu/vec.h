@@ -1,6 +1,6 @@
 // SIMD values for one instruction set: types, loads and stores by storage type, and the
-// primitives that gate_math.h asks for. Included by isa.cpp only, which is compiled once per
-// instruction set; everything is internal to that object (see isa.cpp).
+// primitives that gate_math.h asks for. Compiled once for each instruction set; everything is
+// internal to that object (see isa.cpp).
 #pragma once
 
 #include <cstdint>
@@ -125,8 +125,8 @@ inline Vec<double> load(const double* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-// (What GCC makes of __builtin_convertvector takes two to three times as long, as of other
-// vectors.)
+// (By intrinsics, here and where bfloat16 is stored: GCC makes several instructions of a
+// __builtin_convertvector.)
 inline Vec<float> load(const bf16* p) {
   typedef Vector<float>::bits Bits;
 #if defined(__AVX512F__)

@@ -38,12 +38,14 @@ class Case(NamedTuple):
     reset: float = 0.0  # the share of steps that begin a segment
     cells: bool = False
     threads: int = 1  # more spin for each other where the machine is busy
+    forced: bool = True  # onto the matrix unit and the like, for which these layers are small
 
 
 _BOTH = {"num_layers": 2, "bidirectional": True}
 CASES = (
     Case("one layer", (5, 3, 17, 33)),
     Case("one sequence", (40, 1, 9, 20)),
+    Case("a few steps, as programs have them", (2, 3, 18, 33), forced=False),
     Case("two layers, both directions", (6, 4, 10, 16), _BOTH),
     Case("projection", (4, 5, 7, 19), {"proj_size": 5, **_BOTH}),
     Case("lengths", (7, 5, 6, 10), _BOTH, lengths=[3, 7, 1, 0, 7]),
@@ -149,12 +151,12 @@ def _exact_products() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _instructions(name: str | None) -> Iterator[None]:
+def _instructions(name: str | None, forced: bool) -> Iterator[None]:
     if name is None:
         yield
         return
     before = native.use_instruction_set(name)
-    native.spare_matrix_unit(False)  # these layers are small
+    native.spare_matrix_unit(not forced)
     try:
         yield
     finally:
@@ -181,7 +183,7 @@ def _check(place: Place, deadline: float) -> Outcome:
             outcome.left = len(todo) - k
             break
         try:
-            with _instructions(place.instructions), _threads(case.threads):
+            with _instructions(place.instructions, case.forced), _threads(case.threads):
                 problem = _problem(place, case, dtype)
         except backends.Refusal as refusal:
             outcome.refused[refusal.reason] += 1
