@@ -46,8 +46,8 @@ def use_instruction_set(name: str) -> str:
 
 
 def spare_matrix_unit(on: bool) -> None:
-    """Whether "amx" leaves small passes to vectors, and "avx512_bf16" takes a few steps unpacked, as
-    they should but for tests of them.
+    """Whether "amx" leaves small passes to vectors, and "avx512_bf16" a few steps unpacked, as they
+    should but for tests of them.
     """
     torch.ops.fastlstm_C.cpu_spare_matrix_unit(on)
 
