@@ -27,7 +27,7 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
 NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
-CPU_TESTS := tests/test_cpu_kernels.py tests/test_cpu_products.py
+CPU_TESTS := tests/test_cpu_kernels.py tests/test_cpu_products.py tests/test_cpu_refusals.py
 SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate bench gpu wheel clean

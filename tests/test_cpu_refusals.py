@@ -1,0 +1,53 @@
+"""What the CPU's operator refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlstm import native
+
+_C = torch.ops.fastlstm_C
+assert native.instruction_sets()  # which loads the library
+
+
+def bad_calls():
+    """(what is wrong, a change to good arguments of cpu_forward, a piece of the message)"""
+    return [
+        ("rows", dict(x=torch.zeros(5, 3)), "batch_sizes"),
+        ("increasing", dict(batch_sizes=torch.tensor([2, 4])), "never increase"),
+        ("negative", dict(batch_sizes=torch.tensor([7, -1])), "batch_sizes"),
+        ("huge", dict(batch_sizes=torch.tensor([2**62, 2**62])), "batch_sizes"),
+        ("batch_sizes dtype", dict(batch_sizes=torch.tensor([3.0, 3.0])), "batch_sizes"),
+        ("batch_sizes rank", dict(batch_sizes=torch.tensor([[3], [3]])), "batch_sizes"),
+        ("h0 shape", dict(h0=torch.zeros(1, 2, 4)), "h0"),
+        ("h0 dtype", dict(h0=torch.zeros(1, 3, 4).double()), "h0"),
+        ("c0 rank", dict(c0=torch.zeros(3, 4)), "h0"),  # h0 has another
+        ("c0 vector", dict(c0=torch.zeros(4)), "c0"),
+        ("c0 directions", dict(c0=torch.zeros(3, 3, 4)), "c0"),
+        ("no weights", dict(w_hh=[]), "w_hh"),
+        ("two weights", dict(w_ih=[torch.zeros(16, 3)] * 2), "w_ih"),
+        ("w_ih shape", dict(w_ih=[torch.zeros(15, 3)]), "w_ih"),
+        ("bias shape", dict(bias=[torch.zeros(15)]), "bias"),
+        ("projection missing", dict(w_hh=[torch.zeros(16, 2)], h0=torch.zeros(1, 3, 2)), "w_hr"),
+        ("reset shape", dict(reset=torch.zeros(5, dtype=torch.uint8)), "reset"),
+        ("reset dtype", dict(reset=torch.zeros(6)), "reset"),
+        ("x rank", dict(x=torch.zeros(1, 2, 3, 3)), "x"),
+        ("padded", dict(x=torch.zeros(2, 2, 3)), "batch_sizes"),
+        ("integers", dict(x=torch.zeros(6, 3, dtype=torch.int32)), "dtype|float"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
+)
+def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
+    """The operator is public to whoever finds it: it must refuse, never read out of bounds."""
+    good = dict(
+        x=torch.zeros(6, 3), batch_sizes=torch.tensor([3, 3]), h0=torch.zeros(1, 3, 4),
+        c0=torch.zeros(1, 3, 4), w_ih=[torch.zeros(16, 3)], w_hh=[torch.zeros(16, 4)],
+        bias=[torch.zeros(16)], w_hr=[], reset=None, need_reserve=True, need_cells=True,
+    )  # fmt: skip
+    _C.cpu_forward(*good.values())
+    with pytest.raises(RuntimeError, match=message):
+        _C.cpu_forward(*{**good, **change}.values())
