@@ -171,7 +171,7 @@ def is_torchs_own_step(input: Tensor, hidden_size: int, graph: bool) -> bool:
 
     Our kernels are the faster ones but in bfloat16 by many weights, where the processor has
     instructions for it and there may be a backward pass (``graph``): see docs/performance.md.
-    Where it has a matrix unit, nobody has measured them without gradients.
+    Where it has a matrix unit nobody has measured them without one, so torch keeps large steps.
     """
     if input.dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
         return False
