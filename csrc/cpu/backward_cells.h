@@ -114,6 +114,7 @@ class BackwardCells {
     exchanged_ = blocked.at(first, 0, unit - step_.units.begin);
     gate_stride_ = blocked.blocks / 4 * blocked.block_size();
     height_ = blocked.height;
+    tile_end_ = (first / height_ + 1) * height_;
     term_stride_ = height_ * Operand::columns;
     // From the end of one tile's rows of a block to the next tile's.
     next_tile_ = blocked.blocks * blocked.block_size() - term_stride_;
@@ -199,7 +200,7 @@ class BackwardCells {
     carried_ += L;
     sums_at_ += width;
     exchanged_ += Operand::columns;
-    if (++r_ % height_ == 0) exchanged_ += next_tile_;
+    if (++r_ == tile_end_) exchanged_ += next_tile_, tile_end_ += height_;
   }
 
   Pass* p_ = nullptr;
@@ -216,7 +217,7 @@ class BackwardCells {
   const T *dc_all_, *c_, *c_before_;
   T *da_, *carried_;
   Element* exchanged_;
-  int64_t gate_stride_, term_stride_, height_, next_tile_;
+  int64_t gate_stride_, term_stride_, height_, tile_end_, next_tile_;
   Gates<V> sum_;
   unsigned beyond_ = 0;
 };

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "forward_cells.h"
 #include "forward_items.h"
@@ -83,9 +84,11 @@ class Forward {
   static Work work(const ForwardArgs& args) {
     const Shape& n = args.shape;
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
-    const int64_t weights = 4 * n.H * (n.P + (Tiles::ahead(n, rows, args.threads) ? 0 : n.I)) * n.D;
-    return {n.D * blocks_of(n.H, L), rows * weights,
-            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(weights), args.threads, n.N,
+    const int64_t inputs = 4 * n.D * n.H * n.I, recurrent = 4 * n.D * n.H * n.P;
+    // Those that are multiplied ahead are work too, but do not pass by at every step.
+    const int64_t each_step = Tiles::ahead(n, rows, args.threads) ? recurrent : inputs + recurrent;
+    return {n.D * blocks_of(n.H, L), rows * (inputs + recurrent),
+            sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(each_step), args.threads, n.N,
                                             rows_worth_a_copy)};
   }
 
@@ -107,9 +110,14 @@ class Forward {
       if (few_rows_)
         step_few_rows(mine, s, back, advance);
       else
-        team.each_piece(
-            items_.count(), 1, back, helps_ ? turn++ : Team::alone,
-            [&](const Range& one) { step_item(items_[one.begin], s, advance, unfinished); });
+        team.each_piece(items_.count(), 1, back, helps_ ? turn++ : Team::alone,
+                        [&](const Range& one) {
+                          const Item item = items_[one.begin];
+                          if constexpr (Tiles::has_pauses)
+                            step_item(item, s, advance, unfinished);
+                          else
+                            step_item(item, s, advance);
+                        });
       unfinished.cells.rest();
       prepare_step(team, s + 1);
       team.barrier.wait();
@@ -314,6 +322,7 @@ class Forward {
     }
   }
 
+  // Where multiplication leaves pauses, a tile's cells wait for them.
   void step_item(const Item& item, int64_t s, Advance advance, Unfinished& unfinished) {
     const Step step = this->step(item.d, s);
     const Segments segments = this->segments();
@@ -331,6 +340,27 @@ class Forward {
         unfinished.cells = cells;
       else
         cells.all();
+    }
+  }
+
+  // Elsewhere several tiles are multiplied first: with many cells in a row, one begins while the
+  // processor waits for the one before.
+  void step_item(const Item& item, int64_t s, Advance advance) {
+    constexpr int64_t most_rows = 32;
+    static_assert(Tiles::max_rows <= most_rows, "they are one tile at least");
+    alignas(64) T pre[most_rows * 4 * L];
+    const Step step = this->step(item.d, s);
+    const Segments segments = this->segments();
+    const T* const ahead = ahead_of(item, step, s);
+    Idle idle;
+    for (int64_t tile = 0, begin = 0, end; begin < step.rows; begin = end) {
+      end = begin;
+      do {
+        const int64_t first = std::exchange(end, tiles_.end(tile, step.rows));
+        Items::template multiply<Tiles>(item, items_.panels(item), segments, step.reads, tile++,
+                                        end - first, advance, pre + (first - begin) * 4 * L, idle);
+      } while (end < step.rows && end - begin + tiles_.height <= most_rows);
+      Cells(*this, item, step, {begin, end}, pre, ahead ? ahead + begin * 4 * L : nullptr).all();
     }
   }
 

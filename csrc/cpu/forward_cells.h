@@ -7,7 +7,7 @@
 namespace fastlstm {
 namespace {
 
-// The cells of one item and the sequences of one tile, from their pre-activations: row by row,
+// The cells of one item and the sequences of some tiles, from their pre-activations: row by row,
 // and of each row a piece at a time. (m is at most 1: there is nothing to note.)
 template <class Pass>
 class ForwardCells {
@@ -46,8 +46,11 @@ class ForwardCells {
                     : static_cast<S*>(a.y) + row * H + unit_;
     gates_ = a.gates ? static_cast<S*>(a.gates) + row * 4 * H + unit_ : nullptr;
     c_all_ = a.c_all ? static_cast<T*>(a.c_all) + row * H + unit_ : nullptr;
-    hidden_ = projected_ ? pass.unprojected(d_).at(r_, 0, unit_)
-                         : step.hidden.at(r_, pass.hidden_block_, unit_);
+    const Operand hidden = projected_ ? pass.unprojected(d_) : step.hidden;
+    hidden_ = hidden.at(r_, projected_ ? 0 : pass.hidden_block_, unit_);
+    height_ = hidden.height;
+    tile_end_ = r_ + height_;
+    next_tile_ = hidden.blocks * hidden.block_size() - height_ * Operand::columns;
   }
 
   int64_t pieces() const { return (last_ - r_) * 4; }  // before the first
@@ -156,6 +159,7 @@ class ForwardCells {
   [[gnu::always_inline]] void keep() {
     step_.hidden.put(hidden_, cut_ && !projected_ ? V{} : m_, count_);
     hidden_ += Operand::columns;
+    if (r_ == tile_end_) hidden_ += next_tile_, tile_end_ += height_;
     if (c_all_) {
       store_some(c_all_, c_, count_);
       c_all_ += row_stride_;
@@ -185,9 +189,10 @@ class ForwardCells {
   int64_t row_stride_, H_;
   S *y_, *gates_;  // y, or m where there is a projection
   T* c_all_;
-  Element* hidden_;  // where m goes to be multiplied
-  Gates<V> s_;       // of row r_
-  V c_, m_;          // of the row before, when it is kept
+  Element* hidden_;                        // where m goes to be multiplied, in a row of a tile
+  int64_t height_, tile_end_, next_tile_;  // of that tile; from the end of its rows to the next's
+  Gates<V> s_;                             // of row r_
+  V c_, m_;                                // of the row before, when it is kept
 };
 
 }  // namespace

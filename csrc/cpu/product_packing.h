@@ -82,6 +82,7 @@ class ProductPacking {
   static constexpr bool by_columns = is_transposed(Product::form_of);  // tiles
   static constexpr bool own = tiles != own_panels;                     // of a thread
   static constexpr bool staged = tiles && Product::form_of == Form::upright;
+  static constexpr bool asks_for_columns = FASTLSTM_VECTOR_REGISTERS == 16;  // measured with AVX2
   using Source = std::conditional_t<tiles, Left, Right>;
 
   // Of a block of a tile.
@@ -134,6 +135,8 @@ class ProductPacking {
 
   // One block of L rows that are columns where they come from: of all tiles, and then the next.
   void columns_piece() {
+    if (asks_for_columns && k_ + block < depth_)
+      for (int64_t k = 0; k < block; ++k) prefetch(row_at_ + (block + k) * ld_, 1);
     LeftTiles::pack_block_columns(place_, operand_.height, row_at_, ld_, tile_.count - row_,
                                   depth_ - k_);
     if ((row_ += L) < tile_.count) return enter_row();

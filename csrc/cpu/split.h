@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "vec.h"
 #include "walk.h"
 
 namespace fastlstm {
@@ -20,8 +21,9 @@ constexpr int64_t work_per_thread = 1 << 15;
 // and worth its own sequences from this many on, if the weights leave room in its L2 cache.
 constexpr int64_t sequences_per_thread = 4;
 // With so many, vectors also hide that weights come from the L3 cache: a part of them on Intel's
-// processors, on AMD's, whose L3 cache gives three times as much, all of them.
-constexpr int64_t many_sequences = 16, some_sequences = 6;
+// processors, on AMD's, whose L3 cache gives three times as much, all of them. (With few registers
+// six rows are a tile, and of less than two tiles each the weights do better to be shared.)
+constexpr int64_t many_sequences = 16, some_sequences = FASTLSTM_VECTOR_REGISTERS == 32 ? 6 : 12;
 
 // Many weights take long to pack, for each thread again: of all steps, so many of a thread's rows
 // have to meet its copy, transposed and not.
