@@ -364,7 +364,8 @@ struct VectorMath {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) return scaled(e.fraction + T(1), e.n);
 #endif
-    return (e.fraction + T(1)) * e.power * K::lowered;
+    const V power = e.power * K::lowered;  // beside the fraction; 0 where exp is next to nothing
+    return fma(e.fraction, power, power);
   }
   FASTLSTM_INLINE V expm1_nonpositive(V x) {
     using K = ExpConstants<T>;
@@ -400,9 +401,16 @@ struct VectorMath {
     const V shifted = x * K::log2e + rounder;
     const V n = shifted - rounder;
     const V r = fma(n, broadcast(-K::ln2_low), fma(n, broadcast(-K::ln2_high), x));
-    V p = broadcast(K::coefficients[0]);
-    for (int k = 1; k < K::terms; ++k) p = fma(p, r, broadcast(K::coefficients[k]));
-    return {fma(p * r, r, r), n, bit_cast<V>(bit_cast<Bits>(shifted) << K::mantissa_bits)};
+    // Two powers at a time: a chain of half the length.
+    static_assert(K::terms % 2 == 1, "pairs of powers, and the last one");
+    const auto pair = [&](int k) {
+      return fma(broadcast(K::coefficients[k]), r, broadcast(K::coefficients[k + 1]));
+    };
+    const V r2 = r * r;
+    V p = pair(0);
+    for (int k = 2; k + 1 < K::terms; k += 2) p = fma(p, r2, pair(k));
+    p = fma(p, r, broadcast(K::coefficients[K::terms - 1]));
+    return {fma(p, r2, r), n, bit_cast<V>(bit_cast<Bits>(shifted) << K::mantissa_bits)};
   }
 
   // max(low, x), and NaN for a NaN.
