@@ -20,7 +20,7 @@ inline bool is_unpacked_product(const ProductArgs& args) {
   constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
   const bool exact = args.storage == Storage::f32 || args.storage == Storage::f64;
   const int64_t M = args.M, N = args.columns();
-  if ((args.transposed ? args.K : M) <= (wide ? 64 : 24)) return true;
+  if ((args.transposed ? args.K : M) <= (wide ? 64 : 40)) return true;
   if (!exact || args.transposed || args.K < 16) return false;
   const int64_t tile = 4 * (args.storage == Storage::f32 ? lanes<float> : lanes<double>);
   return (wide && N == tile) || (M <= (wide ? 512 : 128) && M * N <= 80 * (M + N));
@@ -32,9 +32,10 @@ class UnpackedProduct {
   using V = Vec<T>;
   static constexpr int64_t L = lanes<T>;
   // Of a tile: its sums, a row of B and a value of A must fit in the registers. (Of a large C fewer
-  // rows are better written at a time.)
-  static constexpr int most_rows = transposed ? 4 : 6;
-  static constexpr int most_vectors = FASTLSTM_VECTOR_REGISTERS == 32 ? 4 : 2;
+  // rows are better written at a time, unless short vectors make little of a row of B.)
+  static constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
+  static constexpr int most_rows = transposed && wide ? 4 : 6;
+  static constexpr int most_vectors = wide ? 4 : 2;
   static constexpr int64_t width = most_vectors * L;
   static constexpr int64_t slab_rows = 256;
   static constexpr int64_t ahead = 16;  // rows of B that are asked for before they are read
