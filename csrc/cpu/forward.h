@@ -4,9 +4,10 @@
 // with their four gates. A thread has its items for the whole sequence: their weights (packed once)
 // stay in its cache. (Of a step that takes long it may leave some to others that are done with
 // theirs; nobody else touches an item's cell states in that step.) Each step multiplies [x_t |
-// h_{t-1}] by an item's panels, a tile of rows at a time, and finishes the cells while the tile is
-// in the L1 cache, or, of few rows, those of all items. The hidden state is exchanged through two
-// blocked buffers, read and written in turn, with one barrier a step (two with a projection).
+// h_{t-1}] by an item's panels, a tile of rows at a time, and finishes its cells while the sums of
+// some tiles are in the L1 cache, or, of few rows, those of all items. The hidden state is
+// exchanged through two blocked buffers, read and written in turn, with one barrier a step (two
+// with a projection).
 //
 // With few rows a step, or many weights, streaming W_ih through the caches at every step costs too
 // much: then the input part of a chunk of steps is multiplied at once ("ahead"). A chunk has
@@ -85,11 +86,13 @@ class Forward {
     const Shape& n = args.shape;
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     const int64_t inputs = 4 * n.D * n.H * n.I, recurrent = 4 * n.D * n.H * n.P;
-    // Those that are multiplied ahead are work too, but do not pass by at every step.
-    const int64_t each_step = Tiles::ahead(n, rows, args.threads) ? recurrent : inputs + recurrent;
-    return {n.D * blocks_of(n.H, L), rows * (inputs + recurrent),
+    const bool ahead = Tiles::ahead(n, rows, args.threads);
+    const int64_t each_step = ahead ? recurrent : inputs + recurrent;
+    // (A matrix unit is quick with what it multiplies ahead.)
+    return {n.D * blocks_of(n.H, L), rows * each_step,
             sequences_worth_a_thread<Tiles>(Tiles::weight_bytes(each_step), args.threads, n.N,
-                                            rows_worth_a_copy)};
+                                            rows_worth_a_copy),
+            ahead && !Inputs::has_pauses ? rows * inputs : 0};
   }
 
   void walk(const Team& team) {

@@ -189,8 +189,8 @@ class ForwardCells {
   int64_t row_stride_, H_;
   S *y_, *gates_;  // y, or m where there is a projection
   T* c_all_;
-  Element* hidden_;                        // where m goes to be multiplied, in a row of a tile
-  int64_t height_, tile_end_, next_tile_;  // of that tile; from the end of its rows to the next's
+  Element* hidden_;                        // where m goes to be multiplied, a tile's rows in a run
+  int64_t height_, tile_end_, next_tile_;  // of a tile; its end as a row; from there to the next
   Gates<V> s_;                             // of row r_
   V c_, m_;                                // of the row before, when it is kept
 };

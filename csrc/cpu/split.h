@@ -22,7 +22,7 @@ constexpr int64_t work_per_thread = 1 << 15;
 constexpr int64_t sequences_per_thread = 4;
 // With so many, vectors also hide that weights come from the L3 cache: a part of them on Intel's
 // processors, on AMD's, whose L3 cache gives three times as much, all of them. (With few registers
-// six rows are a tile, and of less than two tiles each the weights do better to be shared.)
+// six rows are a tile; threads with fewer than two such tiles do better to share the weights.)
 constexpr int64_t many_sequences = 16, some_sequences = FASTLSTM_VECTOR_REGISTERS == 32 ? 6 : 12;
 
 // Many weights take long to pack, for each thread again: of all steps, so many of a thread's rows
@@ -51,6 +51,7 @@ struct Work {
   int64_t items;      // what threads that walk together can share
   int64_t step;       // multiply-adds of the widest step
   int64_t sequences;  // that are worth a thread of their own, or `never`
+  int64_t ahead = 0;  // multiply-adds of a step's input part, where it is multiplied ahead
 };
 
 // Where threads meet at every step, do they help each other with their items? A step has to take
@@ -116,7 +117,7 @@ inline bool even_by_sequence(const Shape& shape, int parts) {
 
 inline Split split_work(const Shape& shape, int threads, const Work& work) {
   const int64_t sequences = shape.T > 0 ? shape.batch_sizes[0] : 0;
-  int64_t size = work.step / work_per_thread;
+  int64_t size = (work.step + work.ahead) / work_per_thread;
   if (size > threads) size = threads;
   if (size > max_parts) size = max_parts;
   if (size > 1 && work.sequences != never && sequences >= work.sequences * size &&
