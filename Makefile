@@ -27,7 +27,7 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
 NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
-CPU_TESTS := tests/test_cpu_kernels.py tests/test_cpu_products.py tests/test_cpu_refusals.py
+CPU_TESTS := $(patsubst %,tests/test_cpu_%.py,kernels processors products refusals)
 SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate bench gpu wheel clean
@@ -80,9 +80,11 @@ sanitize: build ## run the tests of kernels and plain calls under AddressSanitiz
 	UBSAN_OPTIONS=print_stacktrace=1 FASTLSTM_LIBRARY="$$library" \
 	$(BIN)/pytest $(CPU_TESTS) tests/test_plain.py $(ARGS)
 
-# The unit's instructions by tests/emulator/amx.h, on a processor with AVX-512's BF16.
-emulate: build ## run the kernel tests with an emulated matrix unit
-	library=$$(CXX="$(CXX) -include $(CURDIR)/tests/emulator/amx.h" $(BIN)/python -c \
+# The unit's instructions by tests/emulator/amx.h, and AVX-512's by avx512.h where they are missing.
+EMULATED := $(if $(shell grep -m 1 -w avx512_bf16 /proc/cpuinfo),,avx512) amx
+emulate: build ## run the kernel tests with AVX-512 and a matrix unit that are emulated
+	library=$$(CXX="$(CXX) $(foreach set,$(EMULATED),-include $(CURDIR)/tests/emulator/$(set).h)" \
+	$(BIN)/python -c \
 	"import pathlib, fastlstm.build as b; print(b.build(pathlib.Path('build/emulated')))") && \
 	export FASTLSTM_LIBRARY="$$library" && $(BIN)/python -c \
 	"from fastlstm import native as n; assert not n.missing() and 'amx' in n.instruction_sets()" && \

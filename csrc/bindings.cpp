@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/processor.h"
 #include "cpu/scratch.h"
 #include "cpu_layer.h"
 #include "cpu_plain.h"
@@ -128,6 +129,14 @@ void cpu_spare_matrix_unit(bool on) {
   fastlstm::spare_matrix_unit(on);
 }
 
+// For tests: choose as on another processor, of "intel", "amd" or any other maker, with so many
+// bytes of L2 cache; "" for the one at hand.
+void cpu_assume_processor(std::string maker, int64_t l2_cache_bytes) {
+  if (l2_cache_bytes < 1 && !maker.empty())
+    fail("l2_cache_bytes: got " + std::to_string(l2_cache_bytes) + ", expected a positive number");
+  fastlstm::assume_processor(maker.empty() ? nullptr : maker.c_str(), l2_cache_bytes);
+}
+
 // For tests: fill scratch memory and outputs with NaNs before use.
 void poison(bool on) {
   poisoned = on;
@@ -170,6 +179,7 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
   m.def("cpu_instruction_sets() -> str");
   m.def("cpu_use_instruction_set(str name) -> str");
   m.def("cpu_spare_matrix_unit(bool on) -> ()");
+  m.def("cpu_assume_processor(str maker, int l2_cache_bytes) -> ()");
   m.def("poison(bool on) -> ()");
 }
 
@@ -187,5 +197,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
   m.impl("cpu_use_instruction_set", TORCH_BOX(&cpu_use_instruction_set));
   m.impl("cpu_spare_matrix_unit", TORCH_BOX(&cpu_spare_matrix_unit));
+  m.impl("cpu_assume_processor", TORCH_BOX(&cpu_assume_processor));
   m.impl("poison", TORCH_BOX(&poison));
 }

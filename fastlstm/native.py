@@ -52,6 +52,13 @@ def spare_matrix_unit(on: bool) -> None:
     torch.ops.fastlstm_C.cpu_spare_matrix_unit(on)
 
 
+def assume_processor(maker: str, l2_cache_bytes: int) -> None:
+    """Let the CPU's kernels choose as on a processor of this maker ("intel", "amd" or any other)
+    with so many bytes of L2 cache, or, where ``maker`` is "", as on the one at hand. For tests.
+    """
+    torch.ops.fastlstm_C.cpu_assume_processor(maker, l2_cache_bytes)
+
+
 @functools.cache
 def missing_cuda() -> str | None:
     """Load the CUDA library; None once it is loaded, else the reason why it is not."""

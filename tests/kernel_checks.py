@@ -1,4 +1,4 @@
-"""What the kernels of every GPU backend are held to: one set of checks against the reference."""
+"""What the kernels of every backend are held to: one set of checks against the reference."""
 
 from __future__ import annotations
 

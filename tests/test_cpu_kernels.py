@@ -8,56 +8,20 @@ from torch import Tensor
 
 from cases import DTYPES, LARGER, LAYERS, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
-from fastlstm.contract import OutputGradients, Outputs, Requested, Weights
+from fastlstm.contract import OutputGradients, Requested, Weights
+from kernel_checks import ALL, Kernels, need_of, random_gradients
 
 _C = torch.ops.fastlstm_C
 INSTRUCTION_SETS = native.instruction_sets()
 pytest_plugins = ["cpu_fixtures"]
 pytestmark = pytest.mark.usefixtures("poison")
-ALL = Requested(*[True] * 7)
-
-
-def need_of(case: Layer) -> Requested:
-    return ALL._replace(bias=case.bias, w_hr=bool(case.projection))
-
-
-def random_gradients(out: Outputs) -> OutputGradients:
-    return OutputGradients(*(None if t is None else torch.randn_like(t) for t in out[:4]))
-
-
-def compare(got, want, dtype: torch.dtype, what: str) -> None:
-    for name in want._fields:
-        mine, theirs = getattr(got, name), getattr(want, name)
-        if not isinstance(theirs, list):
-            mine, theirs = [mine], [theirs]
-        for a, b in zip(mine, theirs, strict=True):
-            assert (a is None) == (b is None), f"{what}.{name}"
-            if b is not None:
-                # Sums over many rows grow; compare them on their own scale.
-                scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
-                torch.testing.assert_close(
-                    a.double() / scale, b.double() / scale, **tolerance(dtype),
-                    msg=lambda text, name=name: f"{what}.{name}: {text}",
-                )  # fmt: skip
+CPU = Kernels(cpu, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *LARGER], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_equals_reference(case: Layer, dtype: torch.dtype, instruction_set: str) -> None:
-    layer = make_layer(case, dtype)
-    want = reference.layer_forward(*layer, True, True)
-    got = cpu.layer_forward(*layer, True, True)
-    compare(got, want, dtype, "forward")
-    assert [t.dtype for t in got if t is not None] == [t.dtype for t in want if t is not None]
-
-    grads = random_gradients(want)
-    inputs = (*layer, want.reserve())
-    compare(
-        cpu.layer_backward(grads, *inputs, need_of(case)),
-        reference.layer_backward(grads, *inputs, need_of(case)),
-        dtype,
-        "backward",
-    )
+    CPU.check_layer(case, dtype)
 
 
 BEYOND_CACHES = (
@@ -88,8 +52,8 @@ def test_layer_beyond_the_caches(
     got = cpu.layer_forward(*layer, True, True)
     got_back = cpu.layer_backward(grads, *inputs)
     torch.set_num_threads(before)
-    compare(got, want, dtype, "forward")
-    compare(got_back, reference.layer_backward(grads, *inputs), dtype, "backward")
+    CPU.assert_near(got, want, dtype)
+    CPU.assert_near(got_back, reference.layer_backward(grads, *inputs), dtype)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
@@ -111,7 +75,7 @@ def test_a_walk_in_chunks_is_the_same_walk(
     torch.set_num_threads(threads)
     chunked = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
     torch.set_num_threads(before)
-    compare(chunked, whole, dtype, "chunked")
+    CPU.assert_near(chunked, whole, dtype)
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *LARGER, *MEETING], ids=str)
@@ -146,7 +110,7 @@ def test_threads_that_meet_walk_in_chunks(
     torch.set_num_threads(threads)
     chunked = cpu.layer_backward(*inputs)
     torch.set_num_threads(before)
-    compare(chunked, reference.layer_backward(*inputs), dtype, "chunked")
+    CPU.assert_near(chunked, reference.layer_backward(*inputs), dtype)
 
 
 @pytest.mark.parametrize("case", LAYERS[:14], ids=str)
@@ -181,7 +145,7 @@ def test_only_requested_gradients(flag: str) -> None:
     need = Requested(*(name == flag for name in Requested._fields))
     inputs = (grads, x, batch_sizes, h0, c0, weights, reset, saved.reserve())
     got = cpu.layer_backward(*inputs, need)
-    compare(got, reference.layer_backward(*inputs, need), torch.float64, flag)
+    CPU.assert_near(got, reference.layer_backward(*inputs, need), torch.float64)
     assert [name for name in got._fields if getattr(got, name) is not None] == [flag]
 
 
@@ -198,9 +162,7 @@ def test_absent_gradients(absent: int, projection: int) -> None:
     grads[absent] = torch.zeros_like(grads[absent])
     want = cpu.layer_backward(OutputGradients(*grads), *rest)
     grads[absent] = None
-    compare(
-        cpu.layer_backward(OutputGradients(*grads), *rest), want, torch.float64, f"without {absent}"
-    )
+    CPU.assert_near(cpu.layer_backward(OutputGradients(*grads), *rest), want, torch.float64)
 
 
 def test_nothing_is_saved_for_inference() -> None:
@@ -345,7 +307,7 @@ def test_overflowing_products_saturate(instruction_set: str) -> None:
     layer.x.mul_(1e25)
     layer.weights[0].w_ih.mul_(1e20)
     want = reference.layer_forward(*layer, True, True)
-    compare(cpu.layer_forward(*layer, True, True), want, torch.float32, "forward")
+    CPU.assert_near(cpu.layer_forward(*layer, True, True), want, torch.float32)
 
 
 @pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="a processor without them")
@@ -368,7 +330,7 @@ def test_bfloat16_takes_dot_products(dtype, batch_sizes, inputs, hidden) -> None
     forward = with_and_without_dots(lambda: cpu.layer_forward(*layer, False, True))
     assert torch.equal(*(out.c_all for out in forward)) == (dtype == torch.float16)
     out = reference.layer_forward(*layer, True, True)
-    compare(cpu.layer_forward(*layer, True, True), out, dtype, "forward")
+    CPU.assert_near(cpu.layer_forward(*layer, True, True), out, dtype)
     inputs = (random_gradients(out), *layer, out.reserve(), need_of(case))
     back = with_and_without_dots(lambda: cpu.layer_backward(*inputs))
     assert torch.equal(*(got.h0 for got in back)) == (dtype == torch.float16)
@@ -468,4 +430,4 @@ def test_expanded_and_strided_gradients() -> None:
         return cpu.layer_backward(OutputGradients(dy, None, dh_n, None), *rest)
 
     ones, wide = torch.ones(()).double().expand(10, 5), torch.randn(1, 4, 10).double()[..., ::2]
-    compare(run(ones, wide), run(ones.clone(), wide.clone()), torch.float64, "strided")
+    CPU.assert_near(run(ones, wide), run(ones.clone(), wide.clone()), torch.float64)

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "processor.h"
 #include "scratch.h"
 #include "split.h"
 #include "term_tiles.h"

@@ -19,6 +19,7 @@
 #include "one_row.h"
 #include "one_row_step.h"
 #include "operand.h"
+#include "processor.h"
 #include "split.h"
 
 namespace fastlstm {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "operand.h"
+#include "vector_math.h"
 #include "walk.h"
 
 namespace fastlstm {

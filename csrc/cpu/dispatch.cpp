@@ -22,6 +22,9 @@ extern const Kernels kernels_avx512_bf16;
 
 // Vectors' dot products of bfloat16. (Not every compiler has a name for them to ask for.)
 static bool has_bf16_vectors() {
+#  if defined(FASTLSTM_EMULATED_AVX512)  // tests/emulator/avx512.h
+  return true;
+#  endif
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
 }
@@ -53,8 +56,12 @@ int available_kernels(const Kernels** out, int capacity) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#  if defined(FASTLSTM_EMULATED_AVX512)
+  const bool avx512 = avx2;
+#  else
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#  endif
 #  if defined(FASTLSTM_AMX) && defined(__linux__)
   offer(avx2 && avx512 && amx_permitted(), kernels_amx);
 #  endif

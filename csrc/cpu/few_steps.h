@@ -9,7 +9,9 @@
 #include <type_traits>
 
 #include "forward.h"
+#include "processor.h"
 #include "row_products.h"
+#include "vector_math.h"
 
 namespace fastlstm {
 namespace {

@@ -386,12 +386,13 @@ class Forward {
           const int64_t unit = column + part;
           if (unit >= n_.P) break;
           const int count = int(n_.P - unit < L ? n_.P - unit : L);
-          const V h = rounded_to_storage<S>(load(sums + (r - first) * width + part));
+          const auto h = to_storage<S>(load(sums + (r - first) * width + part));
           store_some(static_cast<S*>(a_.y) + ((step.start + r) * n_.D + d) * n_.P + unit, h, count);
           if (final)
             store_some(static_cast<S*>(a_.h_n) + state_at(d, r, n_.P) + unit, h, count);
           else
-            note(step.hidden.put(step.hidden.at(r, hidden_block_, unit), cut ? V{} : h, count));
+            note(step.hidden.put(step.hidden.at(r, hidden_block_, unit),
+                                 cut ? V{} : from_storage<S>(h), count));
         }
       }
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "operand.h"
+#include "vector_math.h"
 #include "walk.h"
 
 namespace fastlstm {
@@ -148,7 +149,7 @@ class ForwardCells {
   // Row r_ is done but for being kept: the next one's turn.
   [[gnu::always_inline]] void step_state(const Gates<V>& gates) {
     c_ = Math::cell_state(gates, load(cell_));
-    m_ = rounded_to_storage<S>(Math::cell_output(gates, c_));
+    m_ = to_storage<S>(Math::cell_output(gates, c_));
     cut_ =
         p_->a_.reset != nullptr && r_ < step_.next_rows && p_->walk_.cut_before(d_, step_.next, r_);
     store(cell_, cut_ ? V{} : c_);
@@ -157,7 +158,7 @@ class ForwardCells {
   }
   // The row before r_.
   [[gnu::always_inline]] void keep() {
-    step_.hidden.put(hidden_, cut_ && !projected_ ? V{} : m_, count_);
+    step_.hidden.put(hidden_, cut_ && !projected_ ? V{} : from_storage<S>(m_), count_);
     hidden_ += Operand::columns;
     if (r_ == tile_end_) hidden_ += next_tile_, tile_end_ += height_;
     if (c_all_) {
@@ -192,7 +193,8 @@ class ForwardCells {
   Element* hidden_;                        // where m goes to be multiplied, a tile's rows in a run
   int64_t height_, tile_end_, next_tile_;  // of a tile; its end as a row; from there to the next
   Gates<V> s_;                             // of row r_
-  V c_, m_;                                // of the row before, when it is kept
+  V c_;                                    // of the row before, when it is kept
+  typename StoredAs<S>::type m_;
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "recompute.h"
 #include "run_product.h"
 #include "unpacked_product.h"
+#include "vector_math.h"
 #include "vector_tiles.h"
 
 #define FASTLSTM_STRING(x) #x

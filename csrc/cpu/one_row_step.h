@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "operand.h"
+#include "vector_math.h"
 #include "walk.h"
 
 namespace fastlstm {

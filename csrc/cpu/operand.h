@@ -36,7 +36,7 @@
 // products it is known before; what packs blocks for them returns nothing.)
 #pragma once
 
-#include "vec.h"
+#include "storage.h"
 
 namespace fastlstm {
 namespace {

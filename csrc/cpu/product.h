@@ -15,6 +15,7 @@
 
 #include "../layer.h"
 #include "operand.h"
+#include "processor.h"
 #include "product_packing.h"
 #include "scratch.h"
 #include "team.h"

@@ -4,7 +4,8 @@
 #pragma once
 
 #include "split.h"
-#include "vec.h"
+#include "storage.h"
+#include "vector_math.h"
 
 namespace fastlstm {
 namespace {

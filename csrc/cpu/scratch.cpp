@@ -7,9 +7,6 @@
 #include <mutex>
 #include <new>
 
-#if defined(__x86_64__)
-#  include <cpuid.h>
-#endif
 #if defined(__linux__)
 #  include <sys/mman.h>
 #  include <unistd.h>
@@ -51,38 +48,6 @@ static void offer_pages(Block block) {
   (void)block;
 #endif
 }
-
-int64_t l2_cache_bytes() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return int64_t(1) << 20;
-}
-
-#if defined(__x86_64__)
-static bool is_made_by(const char (&maker)[13]) {
-  unsigned highest, name[3];  // in the order of the registers: "Genu" "ntel" "ineI"
-  return __get_cpuid(0, &highest, &name[0], &name[1], &name[2]) &&
-         std::memcmp(&name[0], maker, 4) == 0 && std::memcmp(&name[2], maker + 4, 4) == 0 &&
-         std::memcmp(&name[1], maker + 8, 4) == 0;
-}
-bool is_intel() {
-  static const bool intel = is_made_by("GenuineIntel");
-  return intel;
-}
-bool is_amd() {
-  static const bool amd = is_made_by("AuthenticAMD");
-  return amd;
-}
-#else
-bool is_intel() {
-  return false;
-}
-bool is_amd() {
-  return false;
-}
-#endif
 
 // Large blocks that were freed and wait for the next call of the same shape: fresh pages cost a
 // fault and a clearing each, and threads that meet at every step wait for each other's. The oldest

@@ -29,12 +29,6 @@ struct Block {
 Block allocate_reserve(size_t bytes);
 void free_reserve(Block block);
 
-// Bytes of a core's own L2 cache; 1 MiB where the system does not say.
-int64_t l2_cache_bytes();
-// Whose processor is this? See Advance (operand.h) and split.h.
-bool is_intel();
-bool is_amd();
-
 namespace {
 
 template <class T>

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "processor.h"
 #include "vec.h"
 #include "walk.h"
 

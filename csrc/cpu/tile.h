@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "operand.h"
+#include "vector_math.h"
 
 namespace fastlstm {
 namespace {
@@ -47,7 +48,7 @@ using LaneIndex = typename Vector<T>::mask;
 // in place of their factors, which costs copies and sums kept in memory: the instruction is named.
 template <class T>
 FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__) || defined(__FMA__)
+#if defined(__FMA__) && !(defined(__AVX512F__) && defined(FASTLSTM_EMULATED_AVX512))
   if constexpr (sizeof(T) == 4)
     asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(b), "v"(a));
   else

@@ -9,6 +9,7 @@
 #include "../layer.h"
 #include "team.h"
 #include "tile.h"
+#include "vector_math.h"
 
 namespace fastlstm {
 namespace {

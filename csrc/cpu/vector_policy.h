@@ -5,7 +5,7 @@
 
 #include "../layer.h"
 #include "operand.h"
-#include "scratch.h"
+#include "processor.h"
 
 namespace fastlstm {
 namespace {

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../layer.h"
+#include "processor.h"
 #include "row_products.h"
 #include "split.h"
 #include "tile.h"
