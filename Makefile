@@ -81,7 +81,7 @@ sanitize: build ## run the tests of kernels and plain calls under AddressSanitiz
 	$(BIN)/pytest $(CPU_TESTS) tests/test_plain.py $(ARGS)
 
 # The unit's instructions by tests/emulator/amx.h, and AVX-512's by avx512.h where they are missing.
-EMULATED := $(if $(shell grep -m 1 -w avx512_bf16 /proc/cpuinfo),,avx512) amx
+EMULATED = $(if $(shell grep -m 1 -w avx512_bf16 /proc/cpuinfo 2>/dev/null),,avx512) amx
 emulate: build ## run the kernel tests with AVX-512 and a matrix unit that are emulated
 	library=$$(CXX="$(CXX) $(foreach set,$(EMULATED),-include $(CURDIR)/tests/emulator/$(set).h)" \
 	$(BIN)/python -c \

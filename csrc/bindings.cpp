@@ -6,6 +6,10 @@
 // empty vector. fastlstm/cpu.py is the only caller.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
 #include "cpu/dispatch.h"
 #include "cpu/processor.h"
 #include "cpu/scratch.h"
@@ -129,12 +133,21 @@ void cpu_spare_matrix_unit(bool on) {
   fastlstm::spare_matrix_unit(on);
 }
 
-// For tests: choose as on another processor, of "intel", "amd" or any other maker, with so many
-// bytes of L2 cache; "" for the one at hand.
-void cpu_assume_processor(std::string maker, int64_t l2_cache_bytes) {
-  if (l2_cache_bytes < 1 && !maker.empty())
-    fail("l2_cache_bytes: got " + std::to_string(l2_cache_bytes) + ", expected a positive number");
-  fastlstm::assume_processor(maker.empty() ? nullptr : maker.c_str(), l2_cache_bytes);
+// For tests: choose as on another processor, by its maker and the bytes of its L2 cache; returns
+// those before.
+std::tuple<std::string, int64_t> cpu_assume_processor(std::string maker, int64_t l2_cache_bytes) {
+  using fastlstm::Maker;
+  constexpr std::pair<Maker, const char*> makers[] = {
+      {Maker::intel, "intel"}, {Maker::amd, "amd"}, {Maker::other, "other"}};
+  const auto* const found = std::find_if(std::begin(makers), std::end(makers),
+                                         [&](const auto& one) { return maker == one.second; });
+  if (found == std::end(makers)) fail("maker: got '" + maker + "', expected intel, amd or other");
+  if (l2_cache_bytes < 1 || l2_cache_bytes > int64_t(1) << 40)
+    fail("l2_cache_bytes: got " + std::to_string(l2_cache_bytes) + ", expected 1 to 2^40");
+  const fastlstm::Processor before = fastlstm::assume_processor({found->first, l2_cache_bytes});
+  for (const auto& one : makers)
+    if (one.first == before.maker) maker = one.second;
+  return {maker, before.l2_cache_bytes};
 }
 
 // For tests: fill scratch memory and outputs with NaNs before use.
@@ -179,7 +192,7 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
   m.def("cpu_instruction_sets() -> str");
   m.def("cpu_use_instruction_set(str name) -> str");
   m.def("cpu_spare_matrix_unit(bool on) -> ()");
-  m.def("cpu_assume_processor(str maker, int l2_cache_bytes) -> ()");
+  m.def("cpu_assume_processor(str maker, int l2_cache_bytes) -> (str, int)");
   m.def("poison(bool on) -> ()");
 }
 

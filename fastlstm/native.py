@@ -52,11 +52,12 @@ def spare_matrix_unit(on: bool) -> None:
     torch.ops.fastlstm_C.cpu_spare_matrix_unit(on)
 
 
-def assume_processor(maker: str, l2_cache_bytes: int) -> None:
-    """Let the CPU's kernels choose as on a processor of this maker ("intel", "amd" or any other)
-    with so many bytes of L2 cache, or, where ``maker`` is "", as on the one at hand. For tests.
+def assume_processor(maker: str, l2_cache_bytes: int) -> tuple[str, int]:
+    """Let the CPU's kernels choose as on a processor of this maker ("intel", "amd", "other") with
+    so many bytes of L2 cache; returns those before.  For tests, and not while a call runs.
     """
-    torch.ops.fastlstm_C.cpu_assume_processor(maker, l2_cache_bytes)
+    before_maker, before_bytes = torch.ops.fastlstm_C.cpu_assume_processor(maker, l2_cache_bytes)
+    return str(before_maker), int(before_bytes)
 
 
 @functools.cache

@@ -190,6 +190,27 @@ def test_readme_is_what_its_recorded_runs_give() -> None:
         assert (ROOT / name).is_file(), name
 
 
+def test_readme_puts_machines_side_by_side(result: dict) -> None:
+    """A column for each, whatever one of them lacks; on one thread / on two."""
+    others = ("random", "threads")  # in which the rows above have the same rival
+    result["rows"] = [row for row in result["rows"] if row["part"] not in others]
+    other = copy.deepcopy(result)
+    other["rows"] = [row for row in other["rows"] if row["variant"] != "cell"]
+    other["instruction_sets"]["fastlstm"] = "amx"
+    other["rows"][0]["ratio"]["median"] = 1.2
+    text = readme.block([(result, "one"), (other, "two")])
+    even, uneven = "1.50 (1.50) / 1.50 (1.50)", "1.39 (1.20) / 1.50 (1.50)"
+    for line in (
+        "| what | × faster than | 1: avx2 | 2: amx |",
+        f"| float32, 3 shapes | nn.LSTM | {even} | {uneven} |",
+        "| `LSTMCell`, a call for each step | nn.LSTM | 1.50 | – |",
+        "| float32, 10,1,64,128 | ONNX Runtime | – | – |",
+        "| peak memory | nn.LSTM | 2.00 | 2.00 |",
+    ):
+        assert text.count(f"\n{line}\n") == 1 + line.startswith("| what"), line
+    assert "\n2. **A processor** (2 CPUs" in text and "(benches/results/two.md)." in text
+
+
 def test_readme_needs_its_marks() -> None:
     with pytest.raises(ValueError, match="benchmark:begin"):
         readme.replace_block("no marks", "text")

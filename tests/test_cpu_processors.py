@@ -7,7 +7,10 @@ made the processor and on its L2 cache: each way through is to be tested on ever
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +26,8 @@ CPU = Kernels(cpu, torch.device("cpu"))
 SMALL, LARGE = 1 << 13, 1 << 24  # bytes of L2 cache
 PROCESSORS = [
     *((maker, size) for maker in ("intel", "amd") for size in (SMALL, LARGE)),
-    ("another", SMALL),
+    ("other", SMALL),
+    ("other", 16_000),
 ]
 # What few rows do hardly depends on it.
 CASES = [
@@ -31,14 +35,17 @@ CASES = [
     *LARGER,
     Layer((40, 40, 33, 20, 7), 64, 150, reset=0.1, batch=42),
     Layer((70, 66, 14, 3), 66, 40, directions=2),
+    # Enough rows for three threads to have sequences of their own, and weights that do not decide.
+    Layer((48,) * 16, 33, 20),
+    Layer((48,) * 16, 33, 20, directions=2, reset=0.2),
 ]
 
 
-@pytest.fixture(params=PROCESSORS, ids=lambda p: f"{p[0]}-{p[1] >> 10}K")
+@pytest.fixture(params=PROCESSORS, ids=lambda p: f"{p[0]}-{p[1]}")
 def processor(request) -> Iterator[None]:
-    native.assume_processor(*request.param)
+    before = native.assume_processor(*request.param)
     yield
-    native.assume_processor("", 0)
+    assert native.assume_processor(*before) == request.param
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -52,8 +59,9 @@ def test_layer_equals_reference(
     inputs = (*layer, want.reserve(), need_of(case))
     want_back = reference.layer_backward(grads, *inputs)
     before = torch.get_num_threads()
+    spares = (False, True) if instruction_set in ("amx", "avx512_bf16") else (True,)
     try:
-        for threads, spared in itertools.product((1, 3), (False, True)):
+        for threads, spared in itertools.product((1, 3), spares):
             torch.set_num_threads(threads)
             native.spare_matrix_unit(spared)
             CPU.assert_near(cpu.layer_forward(*layer, True, True), want, dtype)
@@ -62,6 +70,25 @@ def test_layer_equals_reference(
         torch.set_num_threads(before)
 
 
-def test_refuses_a_cache_without_bytes() -> None:
-    with pytest.raises(RuntimeError, match="l2_cache_bytes: got 0, expected a positive number"):
-        native.assume_processor("intel", 0)
+def test_the_processor_at_hand() -> None:
+    """What the library found of it by itself."""
+    before = native.assume_processor("other", 1)
+    assert native.assume_processor(*before) == ("other", 1)
+    vendors = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
+    found = re.search(r"^vendor_id\s*: (\w+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    maker = vendors.get(found[1] if found else "", "other")
+    size = subprocess.check_output(["getconf", "LEVEL2_CACHE_SIZE"], text=True)
+    assert before == (maker, int(size.strip() or 0) or 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("maker", "size", "says"),
+    [
+        ("GenuineIntel", 1, "maker: got 'GenuineIntel', expected intel, amd or other"),
+        ("intel", 0, "l2_cache_bytes: got 0, expected 1 to 2\\^40"),
+        ("amd", 2**63 - 1, "l2_cache_bytes: got 9223372036854775807, expected 1 to 2\\^40"),
+    ],
+)
+def test_refuses(maker: str, size: int, says: str) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        native.assume_processor(maker, size)

@@ -24,9 +24,10 @@ extern const Kernels kernels_avx512_bf16;
 static bool has_bf16_vectors() {
 #  if defined(FASTLSTM_EMULATED_AVX512)  // tests/emulator/avx512.h
   return true;
-#  endif
+#  else
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+#  endif
 }
 #endif
 

@@ -287,7 +287,7 @@ class FewSteps {
         c_prev =
             s == 0 ? load_some(static_cast<const S*>(a_.c0) + state, count) : load(cells + r * L);
       const V c = Math::cell_state(active, c_prev);
-      const V m = Math::cell_output(active, c);
+      const auto m = to_storage<S>(Math::cell_output(active, c));
       if (a_.gates) {
         S* gates = static_cast<S*>(a_.gates) + row * 4 * H + unit;
         store_some(gates, active.i, count);
@@ -320,7 +320,7 @@ class FewSteps {
     Products::template multiply<rows, 1>(m_ + (d * rows_ + first) * H, H, {w_hr + output * H, 0, H},
                                          count, products);
     for (int r = 0; r < rows; ++r) {
-      const V h = products[r][0];
+      const auto h = to_storage<S>(products[r][0]);
       store_some(static_cast<S*>(a_.y) + ((row + r) * n_.D + d) * P + output, h, count);
       store_some(static_cast<S*>(a_.h_n) + (d * n_.B + first + r) * P + output, h, count);
     }

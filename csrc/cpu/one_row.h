@@ -10,6 +10,7 @@
 #include "exchanged_sums.h"
 #include "operand.h"
 #include "team.h"
+#include "vector_math.h"
 
 namespace fastlstm {
 namespace {

@@ -1,6 +1,7 @@
 #include "processor.h"
 
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #  include <cpuid.h>
@@ -11,16 +12,9 @@
 
 namespace fastlstm {
 
-enum class Maker { other, intel, amd };
-
-struct Processor {
-  Maker maker;
-  int64_t l2_cache_bytes;
-};
-
 static Maker maker_at_hand() {
 #if defined(__x86_64__)
-  unsigned highest, name[3];  // in the order of the registers: "Genu" "ntel" "ineI"
+  unsigned highest, name[3];  // of ebx, edx and ecx: "Genu" "ineI" "ntel"
   if (!__get_cpuid(0, &highest, &name[0], &name[2], &name[1])) return Maker::other;
   if (std::memcmp(name, "GenuineIntel", sizeof name) == 0) return Maker::intel;
   if (std::memcmp(name, "AuthenticAMD", sizeof name) == 0) return Maker::amd;
@@ -51,13 +45,8 @@ int64_t l2_cache_bytes() {
   return assumed().l2_cache_bytes;
 }
 
-void assume_processor(const char* maker, int64_t l2_cache_bytes) {
-  if (maker == nullptr) {
-    assumed() = at_hand();
-    return;
-  }
-  const bool intel = std::strcmp(maker, "intel") == 0, amd = std::strcmp(maker, "amd") == 0;
-  assumed() = {intel ? Maker::intel : amd ? Maker::amd : Maker::other, l2_cache_bytes};
+Processor assume_processor(const Processor& other) {
+  return std::exchange(assumed(), other);
 }
 
 }  // namespace fastlstm

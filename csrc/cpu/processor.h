@@ -5,16 +5,19 @@
 
 namespace fastlstm {
 
-// Who made it? They differ in how they fetch and share what a cache does not hold: see Advance
-// (operand.h) and split.h.
+enum class Maker { other, intel, amd };
+
+struct Processor {
+  Maker maker;             // they differ in how they fetch and share what a cache does not hold
+  int64_t l2_cache_bytes;  // a core's own; 1 MiB where the system does not say
+};
+
+// See Advance (operand.h) and split.h.
 bool is_intel();
 bool is_amd();
-
-// Bytes of a core's own L2 cache; 1 MiB where the system does not say.
 int64_t l2_cache_bytes();
 
-// For tests: choose as on a processor of "intel", "amd" or another maker, with so large a cache;
-// null for the one at hand.
-void assume_processor(const char* maker, int64_t l2_cache_bytes);
+// For tests, and not while a call runs: choose as on another one; returns the one before.
+Processor assume_processor(const Processor& other);
 
 }  // namespace fastlstm

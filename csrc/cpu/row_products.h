@@ -8,6 +8,7 @@
 // (dot_tiles.h).
 #pragma once
 
+#include "storage.h"
 #include "transpose.h"
 
 namespace fastlstm {

@@ -1,5 +1,5 @@
-// The instructions of AMX's matrix unit in C++, for processors that have AVX-512's BF16 but no such
-// unit: `make emulate` compiles csrc with this file included first, and runs the kernels' tests.
+// The instructions of AMX's matrix unit in C++, for processors without one: `make emulate` compiles
+// csrc with this file included first, or second after avx512.h, and runs the kernels' tests.
 // Misuse (an unset shape, sizes that do not fit) aborts, as it would fault on the unit. Order and
 // rounding are the unit's, but for subnormal sums, which it takes for zeros: a product's even and
 // odd pairs of K are summed apart, from zero, and then added to the accumulator. Slow.

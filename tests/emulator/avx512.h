@@ -1,14 +1,18 @@
 // AVX-512 and its BF16 in C++, for processors that have AVX2 alone: `make emulate` compiles csrc
 // with this file included first, before amx.h, and runs the kernels' tests. The compiler makes two
 // instructions of AVX2 of each operation on a vector of 64 bytes; what csrc calls by an intrinsic's
-// name is here. Values are the instructions' own, but for rcp14, which is exact here: what follows
-// it refines an estimate. Slow.
+// name is here. Values are the instructions' own, but for rcp14, an estimate that differs between
+// processors too, and scalef by more than 400 powers of two. Slow.
 #pragma once
 
 #define FASTLSTM_EMULATED_AVX512  // dispatch.cpp offers the kernels, and no instruction is named
 
 #if defined(__AVX512F__)
+#  if defined(__clang__)
+#    error "GCC alone: clang has no pragma that takes instructions away"
+#  endif
 #  pragma GCC diagnostic ignored "-Wpsabi"
+#  pragma GCC optimize("O1")  // at O3 the tiles take ten minutes to compile
 #  pragma GCC target("no-avx512f")
 #  pragma GCC target("avx2,fma,f16c")
 #  include <immintrin.h>
@@ -74,7 +78,9 @@ inline Vector permuted(__m512i index, Vector from) {
 inline __m512 greater(__m512 a, __m512 b) {
   return as<__m512>(as<Floats>(a) > as<Floats>(b) ? as<Floats>(a) : as<Floats>(b));
 }
-inline uint16_t compared(__m512 a, __m512 b) {  // a >= b
+template <int how>
+inline uint16_t compared(__m512 a, __m512 b) {
+  static_assert(how == _CMP_GE_OQ, "no other comparison is here");
   uint16_t mask = 0;
   for (int k = 0; k < 16; ++k) mask |= uint16_t((as<Floats>(a)[k] >= as<Floats>(b)[k]) << k);
   return mask;
@@ -90,7 +96,7 @@ inline __m512 scaled(__m512 a, __m512 n) {  // a 2^floor(n)
   for (int k = 0; k < 16; ++k)
     out[k] = as<Floats>(n)[k] != as<Floats>(n)[k]
                  ? as<Floats>(n)[k]
-                 : ldexpf(as<Floats>(a)[k], int(floorf(as<Floats>(n)[k])));
+                 : ldexpf(as<Floats>(a)[k], int(fminf(fmaxf(floorf(as<Floats>(n)[k]), -400), 400)));
   return as<__m512>(out);
 }
 
@@ -141,7 +147,9 @@ inline __m512 from_halves(__m256i halves) {
                            _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
   return as<__m512>(parts);
 }
+template <int how>
 inline __m256i to_halves(__m512 v) {
+  static_assert(how == _MM_FROUND_TO_NEAREST_INT, "no other rounding is here");
   __m256 parts[2];
   memcpy(parts, &v, sizeof v);
   const __m128i halves[2] = {_mm256_cvtps_ph(parts[0], _MM_FROUND_TO_NEAREST_INT),
@@ -183,9 +191,10 @@ inline __m512i every(int32_t x) {
 #  define _mm512_andnot_si512(a, b) (~(a) & (b))
 #  define _mm512_abs_ps(v) emulated::as<__m512>(emulated::as<emulated::Words>(v) & 0x7fffffffu)
 #  define _mm512_max_ps(a, b) emulated::greater(a, b)
-#  define _mm512_cmp_ps_mask(a, b, how) emulated::compared(a, b)
+#  define _mm512_cmp_ps_mask(a, b, how) emulated::compared<how>(a, b)
 #  define _mm512_maskz_mov_ps(mask, v) emulated::kept(mask, v)
-#  define _mm512_rcp14_ps(v) (1.0f / (v))
+#  define _mm512_rcp14_ps(v) \
+    emulated::as<__m512>(emulated::as<emulated::Words>(1.0f / (v)) & 0xfffffe00u)
 #  define _mm512_scalef_ps(a, n) emulated::scaled(a, n)
 #  define _mm512_cvtneps_pbh(v) emulated::narrowed(v)
 #  define _mm512_cvtne2ps_pbh(high, low) emulated::narrowed(high, low)
@@ -195,5 +204,5 @@ inline __m512i every(int32_t x) {
 #  define _mm512_castsi512_si256(v) emulated::part(v, 0)
 #  define _mm512_extracti64x4_epi64(v, which) emulated::part(v, which)
 #  define _mm512_cvtph_ps(v) emulated::from_halves(v)
-#  define _mm512_cvtps_ph(v, how) emulated::to_halves(v)
+#  define _mm512_cvtps_ph(v, how) emulated::to_halves<how>(v)
 #endif
