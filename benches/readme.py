@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 
-from summary import Result, groups, header, quotient
+from summary import Result, groups, header, mean_and_least
 
 from fastlstm.cli.contest import MODES, Row
 from fastlstm.cli.table import table
@@ -16,7 +15,7 @@ READING = """\
 How many times as fast as the rival, or how many times less memory: on one thread / on two, or one
 figure where only one of them was timed. Medians of paired ratios; of several shapes the geometric
 mean, and in brackets the least. Memory is beyond inputs, outputs and gradients. The machines:"""
-NOT_TIMED = "–"
+ABSENT = "–"
 
 
 def block(runs: Iterable[tuple[Result, str]]) -> str:
@@ -48,18 +47,10 @@ def beside(results: Sequence[Result], mode: str) -> list[str]:
 
 
 def on_each_threads(rows: Sequence[Row]) -> str:
-    """``1.61 (1.41) / 1.86 (1.60)``: what is timed on one number of threads alone stands alone."""
+    """``1.61 (1.41) / 1.86 (1.60)``: what was timed on one number of threads alone stands alone."""
     counts = sorted({row["threads"] for row in rows})
-    return " / ".join(figure([r for r in rows if r["threads"] == n]) for n in counts) or NOT_TIMED
-
-
-def figure(rows: Sequence[Row]) -> str:
-    ratios = [quotient(row) for row in rows if "error" not in row]
-    if not ratios:
-        return NOT_TIMED
-    text = f"{statistics.geometric_mean(ratios):.2f}"
-    text += f" ({min(ratios):.2f})" * (len(ratios) > 1)
-    return text + f", {len(ratios)} of {len(rows)}" * (len(ratios) < len(rows))
+    figures = [mean_and_least([r for r in rows if r["threads"] == n]) for n in counts]
+    return " / ".join(figures).replace("**", "").replace("least ", "") or ABSENT
 
 
 def replace_block(text: str, block: str) -> str:
