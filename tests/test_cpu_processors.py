@@ -23,6 +23,12 @@ pytest_plugins = ["cpu_fixtures"]
 pytestmark = pytest.mark.usefixtures("poison")
 
 CPU = Kernels(cpu, torch.device("cpu"))
+MULTIPLY_BFLOAT16 = [s for s in native.instruction_sets() if s in ("amx", "avx512_bf16")]
+# bfloat16 where it is multiplied: elsewhere the kernels of float32 read and write it.
+SETS = [
+    *((name, torch.float32) for name in native.instruction_sets()),
+    *((name, torch.bfloat16) for name in MULTIPLY_BFLOAT16),
+]
 SMALL, LARGE = 1 << 13, 1 << 24  # bytes of L2 cache
 PROCESSORS = [
     *((maker, size) for maker in ("intel", "amd") for size in (SMALL, LARGE)),
@@ -49,7 +55,7 @@ def processor(request) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("instruction_set", "dtype"), SETS, indirect=["instruction_set"], ids=str)
 def test_layer_equals_reference(
     case: Layer, dtype: torch.dtype, processor: None, instruction_set: str
 ) -> None:
@@ -59,7 +65,7 @@ def test_layer_equals_reference(
     inputs = (*layer, want.reserve(), need_of(case))
     want_back = reference.layer_backward(grads, *inputs)
     before = torch.get_num_threads()
-    spares = (False, True) if instruction_set in ("amx", "avx512_bf16") else (True,)
+    spares = (False, True) if instruction_set in MULTIPLY_BFLOAT16 else (True,)
     try:
         for threads, spared in itertools.product((1, 3), spares):
             torch.set_num_threads(threads)
