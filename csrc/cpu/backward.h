@@ -33,7 +33,6 @@ class Backward {
   using Element = typename Tiles::Element;
   using Operand = Blocked<Tiles>;
   using V = Vec<T>;
-  using Math = GateMath<VectorMath<T>>;
   static constexpr int64_t L = lanes<T>;
   static constexpr int64_t width = panel_width<T>;
 

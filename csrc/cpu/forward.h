@@ -38,7 +38,6 @@ class Forward {
   using Items = ForwardItems<Tiles>;
   using Item = fastlstm::Item<T>;
   using V = Vec<T>;
-  using Math = GateMath<VectorMath<T>>;
   static constexpr int64_t L = lanes<T>;
   static constexpr int64_t width = panel_width<T>;
 
