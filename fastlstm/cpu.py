@@ -160,7 +160,7 @@ def layer_recompute(
     if reset is None and batch_sizes.numel() * batch == len(y) > 0:
         h_in = torch.cat((h0[0], y[: len(y) - batch]))
     else:
-        h_in = entered_h(0, slice(0, len(y)), y, h0[0], batch_sizes, reset)
+        h_in = entered_h(0, y, h0[0], batch_sizes, reset)
     w_ih, w_hh = w.w_ih.to(state).T, w.w_hh.to(state).T
     if w.bias is None:
         pre = torch.mm(x.to(state), w_ih)

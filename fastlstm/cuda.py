@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native
 from .contract import Gradients, OutputGradients, Outputs, Requested, Reserve, Weights
-from .products import Products
+from .products import walked_gradients
 from .walks import Walk, aligned, copied, stacked, walk_of, with_inputs
 
 if TYPE_CHECKING:
@@ -221,10 +221,5 @@ def layer_backward(
                 w_hh=stacked([w.w_hh for w in weights]), reset=aligned(reset),
                 begin=0, end=walk.steps + (need.h0 or need.c0),
             )  # fmt: skip
-        products = Products(x, batch_sizes, h0, weights, reset, saved, need._replace(x=False))
-        dbias = da.sum(0, dtype=torch.float32) if need.bias else None
-        for d in range(directions):
-            products.add(d, slice(0, rows), da[:, d], None, dbias)
-        dx = da.flatten(1) @ torch.cat([w.w_ih for w in weights]) if need.x else None
-    dc0 = dc_carry.to(x.dtype) if need.c0 else None
-    return products.gradients(dh0, dc0)._replace(x=dx)
+        dc0 = dc_carry.to(x.dtype) if need.c0 else None
+        return walked_gradients(da, None, dh0, dc0, x, batch_sizes, h0, weights, reset, saved, need)

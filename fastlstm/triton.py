@@ -22,7 +22,7 @@ from .contract import (
     Reserve,
     Weights,
 )
-from .products import Products
+from .products import walked_gradients
 from .walks import Walk, aligned, copied, stacked, walk_of, with_inputs
 
 if TYPE_CHECKING:
@@ -197,13 +197,10 @@ def layer_backward(
             _walk_backward(
                 grads, walk, positions, c0, weights, reset, saved, da, dh_all, dh0, dc_carry
             )
-        products = Products(x, batch_sizes, h0, weights, reset, saved, need._replace(x=False))
-        dbias = da.sum(0, dtype=torch.float32) if need.bias else None
-        for d in range(directions):
-            products.add(d, slice(0, rows), da[:, d], dh_all, dbias)
-        dx = da.flatten(1) @ torch.cat([w.w_ih for w in weights]) if need.x else None
-    dc0 = dc_carry.to(x.dtype) if need.c0 else None
-    return products.gradients(dh0, dc0)._replace(x=dx)
+        dc0 = dc_carry.to(x.dtype) if need.c0 else None
+        return walked_gradients(
+            da, dh_all, dh0, dc0, x, batch_sizes, h0, weights, reset, saved, need
+        )
 
 
 def _walk_backward(
