@@ -542,13 +542,15 @@ def _write_if_new(path: Path, text: str) -> None:
 
 
 def _cached_library() -> Path:
-    tools = find_toolchain()
-    key = (sources_digest(), tools.torch_version, tools.compiler, tools.compiler_version)
-    name = hashlib.sha256(repr((key, platform.machine())).encode()).hexdigest()[:32]
+    """What was built for these sources, this torch and the compiler that CXX names, if it names
+    one; where it is there, nothing that builds has to be."""
+    key = (sources_digest(), _find_torch()[1], os.environ.get("CXX"), platform.machine())
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     entry = _private_dir(_cache_root()) / name
     library = entry / LIBRARY
     if library.is_file():  # complete: it was renamed into place
         return library
+    tools = find_toolchain()
     try:
         entry.mkdir(mode=0o700, exist_ok=True)
         with _locked(entry / "lock"):

@@ -157,6 +157,7 @@ def test_first_use_builds_once_into_the_cache(pure_python: Path, tmp_path: Path)
     assert library.is_relative_to(tmp_path / "cache" / "fastlstm")
     assert sorted(path.name for path in library.parent.iterdir()) == ["_C.so", "lock"]
     assert (tmp_path / "cache" / "fastlstm").stat().st_mode & 0o777 == 0o700
+    compiler.unlink()  # what was built needs it no more
     again = run(pure_python, "-c", PROGRAM, cwd=tmp_path, **env)
     assert again.returncode == 0, again.stderr
     assert "building" not in again.stderr
