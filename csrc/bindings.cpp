@@ -3,7 +3,7 @@
 //
 // These operators trust nothing: every tensor's device, dtype, shape and contiguity is looked at,
 // because a kernel reads and writes through raw pointers. What is not asked for is returned as an
-// empty vector. fastlstm/cpu.py is the only caller.
+// empty vector. fastlstm/cpu.py calls what a layer needs; the rest is for native.py and for tests.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -60,8 +60,8 @@ int64_t matrix(const char* name, const Tensor& tensor, ScalarType dtype) {
   return tensor.size(0) > 1 ? tensor.stride(0) : tensor.size(1);
 }
 
-// out = or += op(left) right. `bounded` is what cpu_backward returned with left. False, and nothing
-// done, if that is better left to torch.
+// For tests: out = or += op(left) right; `bounded` as in ProductArgs. False, and nothing done, if
+// that is better left to torch.
 bool cpu_product(const Tensor& left, const Tensor& right, const Tensor& out, bool transposed,
                  bool add, bool bounded) {
   fastlstm::ProductArgs args{};

@@ -185,7 +185,8 @@ bool product(const ProductArgs& args) {
   const int64_t M = args.M, N = args.columns(), K = args.K;
   const bool worth = (args.transposed ? M >= 96 && N >= 64 : M * N >= 48 * (M + N)) && K >= 32 &&
                      M * N * K >= 1 << 20;
-  switch (worth ? args.storage : Storage::f64) {
+  if (!worth) return kernels_avx512.product(args);
+  switch (args.storage) {
     case Storage::f32:
       if (product_of<float>(args)) return true;
       break;

@@ -26,7 +26,7 @@ namespace fastlstm {
 namespace {
 
 template <class Tiles>
-class Backward {
+class Backward : public FindsBeyond {
   using TilesOf = Tiles;
   using S = typename Tiles::S;
   using T = typename Tiles::T;
@@ -147,9 +147,6 @@ class Backward {
     if (finishes) Edges::finish_cells(*this, team, thread);
   }
 
-  // Did any value not fit the Elements? Then nothing that was written counts.
-  bool beyond() const { return beyond_; }
-
   static void finish(const BackwardArgs& args, Backward* const* parts, int count) {
     BackwardEdges<Backward>::finish(args, parts, count);
   }
@@ -202,17 +199,8 @@ class Backward {
     return step;
   }
 
-  void note(unsigned beyond) {
-    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
-  }
-
   // Of one step and direction, as it is multiplied.
   int64_t da_bytes() const { return 4 * n_.H * rows_ * Tiles::terms * int64_t(sizeof(Element)); }
-
-  // The place of sequence r's state in a (D, B, size) tensor.
-  int64_t state_at(int64_t d, int64_t r, int64_t size) const {
-    return (d * n_.B + walk_.first() + r) * size;
-  }
 
   // Those of some items of outputs that are of direction d, where outputs are units.
   Range units_of(const Range& items, int64_t d) const {
@@ -437,7 +425,6 @@ class Backward {
   Scratch<T> factors_;           // (D, units / L, 6, L), where the weights are not packed
   const OneRow<T> exchange_;     // of sums, where the weights are not packed
   const GivenSums<T> given_;     // where they are
-  bool beyond_ = false;          // Elements' range
 };
 
 }  // namespace

@@ -91,7 +91,7 @@ class BackwardCells {
     const BackwardArgs& a = p_->a_;
     const int64_t D = p_->n_.D, first = rows_.begin, row = (step_.start + first) * D + step_.d;
     const int64_t before = Walk::previous(step_.d, step_.t);
-    const int64_t state = p_->state_at(step_.d, first, H_) + unit;
+    const int64_t state = p_->walk_.state_at(step_.d, first, H_) + unit;
     const T* c_all = static_cast<const T*>(a.c_all) + unit;
     const Operand blocked = p_->da(step_.d, step_.index, step_.units);
     r_ = first;

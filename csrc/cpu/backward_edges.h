@@ -30,8 +30,8 @@ class BackwardEdges {
       const int64_t rows = p.walk_.rows(p.time(d, begin));
       const Range share = p.exchanges_sums_ ? Range{0, rows} : team.share(rows);
       for (int64_t r = share.begin; r < share.end; ++r) {
-        const T* da = static_cast<const T*>(a.da_carry) + p.state_at(d, r, 4 * H);
-        const T* dc = static_cast<const T*>(a.dc_carry) + p.state_at(d, r, H);
+        const T* da = static_cast<const T*>(a.da_carry) + p.walk_.state_at(d, r, 4 * H);
+        const T* dc = static_cast<const T*>(a.dc_carry) + p.walk_.state_at(d, r, H);
         for (int64_t unit = units.begin; unit < units.end; unit += L) {
           const int count = int(H - unit < L ? H - unit : L);
           for (int gate = 0; gate < 4; ++gate)
@@ -52,9 +52,9 @@ class BackwardEdges {
       const Range share = team.share(p.walk_.rows(t));
       for (int64_t r = share.begin; r < share.end; ++r) {
         const int64_t row = (p.walk_.start(t) + r - a.first_row[d]) * p.n_.D + d;
-        std::memcpy(static_cast<T*>(a.da_carry) + p.state_at(d, r, 4 * H),
+        std::memcpy(static_cast<T*>(a.da_carry) + p.walk_.state_at(d, r, 4 * H),
                     static_cast<const T*>(a.da) + row * 4 * H, size_t(4 * H) * sizeof(T));
-        T* dc = static_cast<T*>(a.dc_carry) + p.state_at(d, r, H);
+        T* dc = static_cast<T*>(a.dc_carry) + p.walk_.state_at(d, r, H);
         for (int64_t unit = 0; unit < H; unit += L)
           store_some(dc + unit, load(p.carried_cell(d, r, unit)), int(H - unit < L ? H - unit : L));
       }
@@ -69,7 +69,7 @@ class BackwardEdges {
     const int count = int(P - column < L ? P - column : L);
     const bool ends_here = rows.begin >= step.carried, resets = a.reset != nullptr;
     for (int64_t r = rows.begin; r < rows.end; ++r, sums += width) {
-      const int64_t state = p.state_at(d, r, P) + column;
+      const int64_t state = p.walk_.state_at(d, r, P) + column;
       V dh = load(sums);
       if (ends_here && a.dh_n) dh = load_some(static_cast<const S*>(a.dh_n) + state, count);
       if (!ends_here && resets && p.walk_.cut_before(step.d, step.after, r)) dh = V{};
@@ -95,7 +95,7 @@ class BackwardEdges {
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const bool cut = p.walk_.cut_before(step.d, step.after, r);
       const V dc = cut ? V{} : load(p.carried_cell(step.d, r, unit));
-      store_some(static_cast<S*>(a.dc0) + p.state_at(step.d, r, p.n_.H) + unit, dc, count);
+      store_some(static_cast<S*>(a.dc0) + p.walk_.state_at(step.d, r, p.n_.H) + unit, dc, count);
     }
   }
 

@@ -1,8 +1,8 @@
-// The forward pass of a few steps, what a program calls that has its input one step at a time, or
-// of a short sequence with long rows of weights. Packing the weights, as forward.h does, would take
-// longer than all of the steps. Here each unit's rows of W_ih and W_hh are multiplied where they
-// lie: those of W_ih by a chunk of steps, those of W_hh once a step. Where a chunk has many rows,
-// W_ih is packed after all, of each units' share just what is multiplied next.
+// The forward pass of a call with few rows: a program that feeds one step at a time, or a short
+// sequence through a large layer. Packing the weights, as forward.h does, would take longer than
+// all of the steps, so each unit's rows of W_ih and W_hh are multiplied where they lie: those of
+// W_ih by a chunk of steps, those of W_hh once a step. Where a chunk has many rows, W_ih is packed
+// after all: of each group of units, when it is multiplied.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ namespace {
 // Half precision has to be widened each time, which tiles of few rows do not hide, but where it is
 // multiplied as it is. (Of all storage types RowVectors are alike in this.)
 template <class Rows>
-int64_t most_rows(const ForwardArgs& args, int64_t steps) {
+int64_t most_unpacked_rows(const ForwardArgs& args, int64_t steps) {
   constexpr bool wide = FASTLSTM_VECTOR_REGISTERS == 32;
   const Shape& n = args.shape;
   const Storage storage = args.storage;
@@ -49,14 +49,14 @@ bool are_few_steps(const ForwardArgs& args) {
   const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
   if (rows == 0 || n.N % rows != 0) return false;
   const int64_t steps = n.N / rows;
-  return n.N <= most_rows<Rows>(args, steps) && n.batch_sizes[steps - 1] == rows;
+  return n.N <= most_unpacked_rows<Rows>(args, steps) && n.batch_sizes[steps - 1] == rows;
 }
 
 template <int n>
 using RowCount = std::integral_constant<int, n>;
 
 template <class Tiles>
-class FewSteps {
+class FewSteps : public FindsBeyond {
   using S = typename Tiles::S;
   using T = typename Tiles::T;
   using Inputs = typename Tiles::Inputs;  // of a chunk of steps, where W_ih is packed
@@ -142,9 +142,6 @@ class FewSteps {
     }
   }
 
-  // Did any value not fit the Elements? Then nothing that was written counts.
-  bool beyond() const { return beyond_; }
-
   static void finish(const ForwardArgs& args, FewSteps* const*, int) {
     Forward<Tiles>::finish(args, nullptr, 0);
   }
@@ -208,10 +205,6 @@ class FewSteps {
     for (int d = 0; d < n_.D; ++d)
       for (int64_t r = share.begin; r < share.end; ++r)
         note(inputs(d).put_row(r, 0, chunk_of_x(d, s) + r * n_.I, n_.I));
-  }
-
-  void note(unsigned beyond) {
-    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
   }
 
   // What W_ih x contributes to the steps from step s on, into ahead_ (row, gate, unit).
@@ -348,7 +341,6 @@ class FewSteps {
   Scratch<T> ahead_;         // (D * groups, chunk, rows, 4, L)
   Scratch<T> cells_;         // (D * groups, rows, L), between steps
   Scratch<S> m_;             // (D, rows, H), with a projection
-  bool beyond_ = false;      // Elements' range
 };
 
 }  // namespace

@@ -26,7 +26,7 @@ namespace fastlstm {
 namespace {
 
 template <class Tiles>
-class Forward {
+class Forward : public FindsBeyond {
   using TilesOf = Tiles;
   using S = typename Tiles::S;
   using T = typename Tiles::T;
@@ -130,9 +130,6 @@ class Forward {
     }
   }
 
-  // Did any value not fit the Elements? Then nothing that was written counts.
-  bool beyond() const { return beyond_; }
-
   // Sequences without steps keep their initial state.
   static void finish(const ForwardArgs& args, Forward* const*, int) {
     const Shape& n = args.shape;
@@ -184,16 +181,11 @@ class Forward {
     return {t, walk_.rows(t), walk_.start(t), next, walk_.rows(next), state(d, s), state(d, s + 1)};
   }
 
-  // The place of sequence r's state in a (D, B, size) tensor.
-  int64_t state_at(int64_t d, int64_t r, int64_t size) const {
-    return (d * n_.B + walk_.first() + r) * size;
-  }
-
   // ---- before the first step ---------------------------------------------------------------
 
   void begin_item(const Item& item) {
     note(items_.pack(item));
-    const S* c0 = static_cast<const S*>(a_.c0) + state_at(item.d, 0, n_.H) + item.unit;
+    const S* c0 = static_cast<const S*>(a_.c0) + walk_.state_at(item.d, 0, n_.H) + item.unit;
     for (int64_t r = 0; r < rows_; ++r) {
       const bool cut = item.d == 0 && walk_.cut_before(0, 0, r);
       store(cells_ + (item.index * rows_ + r) * L,
@@ -230,7 +222,7 @@ class Forward {
             __builtin_prefetch(x + k, 0, 2);
         }
         if (r < known) continue;
-        const S* h0 = static_cast<const S*>(a_.h0) + state_at(d, r, n_.P);
+        const S* h0 = static_cast<const S*>(a_.h0) + walk_.state_at(d, r, n_.P);
         const bool cut = d == 0 && walk_.cut_before(d, t, r);
         note(reads.put_row(r, hidden_block_, cut ? nullptr : h0, n_.P));
       }
@@ -272,10 +264,6 @@ class Forward {
       }
     });
     if (helps_) team.barrier.wait();  // others may take this thread's items
-  }
-
-  void note(unsigned beyond) {
-    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
   }
 
   // ---- one step ----------------------------------------------------------------------------
@@ -388,7 +376,7 @@ class Forward {
           const auto h = to_storage<S>(load(sums + (r - first) * width + part));
           store_some(static_cast<S*>(a_.y) + ((step.start + r) * n_.D + d) * n_.P + unit, h, count);
           if (final)
-            store_some(static_cast<S*>(a_.h_n) + state_at(d, r, n_.P) + unit, h, count);
+            store_some(static_cast<S*>(a_.h_n) + walk_.state_at(d, r, n_.P) + unit, h, count);
           else
             note(step.hidden.put(step.hidden.at(r, hidden_block_, unit),
                                  cut ? V{} : from_storage<S>(h), count));
@@ -419,7 +407,6 @@ class Forward {
   Scratch<T> ahead_gates_;        // (items, chunk * rows, 4L)
   Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
   Scratch<T> pre_;                // (items, rows, 4L), of a step of few rows
-  bool beyond_ = false;           // Elements' range
 };
 
 }  // namespace

@@ -172,7 +172,7 @@ class ForwardCells {
       ask(y_ + row_stride_);
     }
     if (r_ <= step_.next_rows) return;
-    const int64_t state = p_->state_at(d_, r_ - 1, H_) + unit_;
+    const int64_t state = p_->walk_.state_at(d_, r_ - 1, H_) + unit_;
     store_some(static_cast<S*>(p_->a_.c_n) + state, c_, count_);
     if (!projected_) store_some(static_cast<S*>(p_->a_.h_n) + state, m_, count_);
   }

@@ -30,7 +30,7 @@ class OneRowCells {
     const BackwardArgs& a = pass.a_;
     const int d = step.d;
     const int64_t D = pass.n_.D, row = step.start * D + d;
-    const int64_t before = Walk::previous(d, step.t), state = pass.state_at(d, 0, H_);
+    const int64_t before = Walk::previous(d, step.t), state = pass.walk_.state_at(d, 0, H_);
     const T* const c_all = static_cast<const T*>(a.c_all);
     gates_ = static_cast<const T*>(a.gates) + row * 4 * H_;
     c_ = c_all + row * H_;

@@ -41,6 +41,18 @@
 namespace fastlstm {
 namespace {
 
+// A pass, whose threads note if there was such a value. Then nothing that was written counts.
+class FindsBeyond {
+ public:
+  bool beyond() const { return beyond_; }
+  void note(unsigned beyond) {
+    if (beyond) __atomic_store_n(&beyond_, true, __ATOMIC_RELAXED);
+  }
+
+ private:
+  bool beyond_ = false;
+};
+
 constexpr int panel_vectors = 2;
 template <class T>
 constexpr int panel_width = panel_vectors * lanes<T>;

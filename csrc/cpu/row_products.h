@@ -21,7 +21,7 @@ struct RowVectors {
   using T = typename StateOf<S>::type;
   using V = Vec<T>;
   static constexpr int together = lanes<T>;
-  // See most_rows (few_steps.h).
+  // See most_unpacked_rows (few_steps.h).
   static constexpr int64_t unpacked_per_cache = 16, most_unpacked = 48;
   FASTLSTM_INLINE V read(const S* from, int count) { return load_some(from, count); }
   FASTLSTM_INLINE void multiply(V& sum, V values, V weights) { sum += values * weights; }

@@ -21,8 +21,8 @@ constexpr int max_parts = 64;
 constexpr int64_t work_per_thread = 1 << 15;
 // and worth its own sequences from this many on, if the weights leave room in its L2 cache.
 constexpr int64_t sequences_per_thread = 4;
-// With so many, vectors also hide that weights come from the L3 cache: a part of them on Intel's
-// processors, on AMD's, whose L3 cache gives three times as much, all of them. (With few registers
+// With so many, arithmetic also hides that weights come from the L3 cache: some of them on Intel's
+// processors, all on AMD's, whose L3 cache is three times as fast. (With few registers
 // six rows are a tile; threads with fewer than two such tiles do better to share the weights.)
 constexpr int64_t many_sequences = 16, some_sequences = FASTLSTM_VECTOR_REGISTERS == 32 ? 6 : 12;
 

@@ -187,7 +187,7 @@ FASTLSTM_INLINE __m256i first_lanes(int n) {
 FASTLSTM_INLINE void read_some(float* to, const float* from, int n) {
   _mm256_storeu_ps(to, _mm256_maskload_ps(from, first_lanes(n)));
 }
-// In two's powers: masked stores are microcode on AMD's processors.
+// By powers of two: masked stores are microcode on AMD's processors.
 FASTLSTM_INLINE void write_some(float* to, const float* from, int n) {
   if (n & 4) _mm_storeu_ps(to, _mm_loadu_ps(from)), to += 4, from += 4;
   if (n & 2) _mm_storel_pi(reinterpret_cast<__m64*>(to), _mm_loadu_ps(from)), to += 2, from += 2;

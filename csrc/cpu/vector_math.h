@@ -44,7 +44,6 @@ template <class T>
 struct VectorMath {
   using Scalar = T;
   using V = Vec<T>;
-  using Mask = typename Vector<T>::mask;
   using Bits = typename Vector<T>::bits;
   static constexpr T sign_bit = T(-0.0);
 

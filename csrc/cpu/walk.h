@@ -16,6 +16,7 @@ class Walk {
         sizes_(shape.batch_sizes),
         first_(sequences.begin),
         count_(sequences.end - sequences.begin),
+        batch_(shape.B),
         starts_(shape.T + 1),
         before_(shape.T + 1) {
     all_steps_ = shape.T;
@@ -43,6 +44,11 @@ class Walk {
   // How many rows these sequences have before step t: the packed row, where they are all there are.
   int64_t rows_before(int64_t t) const { return before_[t]; }
 
+  // The place of sequence r's state in a (D, B, size) tensor.
+  int64_t state_at(int64_t d, int64_t r, int64_t size) const {
+    return (d * batch_ + first_ + r) * size;
+  }
+
   // The time of the s-th step that direction d takes. (The reverse direction begins where the
   // longest of the sequences ends.)
   int64_t time(int d, int64_t s) const { return d == 0 ? s : steps_ - 1 - s; }
@@ -62,7 +68,7 @@ class Walk {
  private:
   const uint8_t* reset_;
   const int64_t* sizes_;
-  const int64_t first_, count_;
+  const int64_t first_, count_, batch_;
   Scratch<int64_t> starts_, before_;
   int64_t steps_, all_steps_;
 };
