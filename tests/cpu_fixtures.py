@@ -1,6 +1,7 @@
 """A pytest plugin for tests of the C++ kernels: every instruction set, and poisoned memory."""
 
 import pytest
+import settings
 import torch
 
 from fastlstm import native
@@ -9,11 +10,20 @@ assert native.missing() is None, native.missing()
 _C = torch.ops.fastlstm_C
 
 
-@pytest.fixture(params=native.instruction_sets())
+SETS = native.instruction_sets()
+
+
+@pytest.fixture(params=SETS)
 def instruction_set(request):
-    before = _C.cpu_use_instruction_set(request.param)
-    yield request.param
-    _C.cpu_use_instruction_set(before)
+    with settings.instructions(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in SETS if name != "baseline"])
+def vector_set(request):
+    """Those with kernels of their own for the products of eq. 9."""
+    with settings.instructions(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import settings
 import torch
 
 from fastlstm import native
@@ -304,15 +305,10 @@ def tiny(monkeypatch) -> Namespace:
 
 @pytest.mark.parametrize("name", parts.PARTS)
 def test_every_part_gives_rows(name: str, tiny: Namespace) -> None:
-    before = torch.get_num_threads()
-    try:
-        jobs = list(parts.PARTS[name](tiny))[: 1 if name == "memory" else None]
-        rows = []
-        for job in jobs:
-            torch.set_num_threads(job.threads)
+    rows = []
+    for job in list(parts.PARTS[name](tiny))[: 1 if name == "memory" else None]:
+        with settings.threads(job.threads):
             rows += job.rows()
-    finally:
-        torch.set_num_threads(before)
     assert rows
     assert [row for row in rows if "error" in row] == []
     assert all(compare.key(row) and ("ratio" in row or "peak_bytes" in row) for row in rows)

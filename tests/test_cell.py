@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+import settings
 import torch
 from test_module import assert_same, flat, values_and_gradients
 from torch import nn
@@ -339,8 +340,6 @@ def test_compiles_with_every_batch_size():
 
 def test_a_call_of_one_step_costs_less_than_nn_lstms():
     """T=1, B=1, H=128, paired and in turn; about 0.4 and 0.6 of nn.LSTM's time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     stock, ours = nn.LSTM(128, 128), fastlstm.LSTM(128, 128)
     x, hx = torch.randn(1, 1, 128), (torch.zeros(1, 1, 128), torch.zeros(1, 1, 128))
 
@@ -350,10 +349,7 @@ def test_a_call_of_one_step_costs_less_than_nn_lstms():
             module(x, hx)
         return time.perf_counter() - start
 
-    try:
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                pairs = [(seconds(ours), seconds(stock)) for _ in range(21)]
-            assert statistics.median(a / b for a, b in pairs) < 0.9
-    finally:
-        torch.set_num_threads(before)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), settings.threads(1):
+            pairs = [(seconds(ours), seconds(stock)) for _ in range(21)]
+        assert statistics.median(a / b for a, b in pairs) < 0.9

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+import settings
 import torch
 from torch import Tensor
 
@@ -47,11 +51,9 @@ def test_layer_beyond_the_caches(
     want = reference.layer_forward(*layer, True, True)
     grads = random_gradients(want)
     inputs = (*layer, want.reserve(), need_of(case))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    got = cpu.layer_forward(*layer, True, True)
-    got_back = cpu.layer_backward(grads, *inputs)
-    torch.set_num_threads(before)
+    with settings.threads(threads):
+        got = cpu.layer_forward(*layer, True, True)
+        got_back = cpu.layer_backward(grads, *inputs)
     CPU.assert_near(got, want, dtype)
     CPU.assert_near(got_back, reference.layer_backward(grads, *inputs), dtype)
 
@@ -71,10 +73,8 @@ def test_a_walk_in_chunks_is_the_same_walk(
     rows = sum(case.batch_sizes)
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(cpu, "_CHUNK_ROWS", max(1, steps * rows // max(1, len(case.batch_sizes))))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    chunked = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
-    torch.set_num_threads(before)
+    with settings.threads(threads):
+        chunked = cpu.layer_backward(grads, *layer, saved.reserve(), need_of(case))
     CPU.assert_near(chunked, whole, dtype)
 
 
@@ -85,11 +85,10 @@ def test_initial_cells_alone(case: Layer, threads: int, instruction_set: str) ->
     layer = make_layer(case, torch.float32)
     saved = reference.layer_forward(*layer, True, True)
     inputs = (random_gradients(saved), *layer, saved.reserve())
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    whole = cpu.layer_backward(*inputs, need_of(case))
-    alone = cpu.layer_backward(*inputs, Requested(*(name == "c0" for name in Requested._fields)))
-    torch.set_num_threads(before)
+    only_c0 = Requested(*(name == "c0" for name in Requested._fields))
+    with settings.threads(threads):
+        whole = cpu.layer_backward(*inputs, need_of(case))
+        alone = cpu.layer_backward(*inputs, only_c0)
     assert torch.equal(alone.c0, whole.c0)
     assert alone.h0 is None
 
@@ -106,63 +105,20 @@ def test_threads_that_meet_walk_in_chunks(
     inputs = (random_gradients(saved), *layer, saved.reserve(), need_of(case))
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(cpu, "_CHUNK_ROWS", 2 * case.batch_sizes[-1])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    chunked = cpu.layer_backward(*inputs)
-    torch.set_num_threads(before)
+    with settings.threads(threads):
+        chunked = cpu.layer_backward(*inputs)
     CPU.assert_near(chunked, reference.layer_backward(*inputs), dtype)
-
-
-@pytest.mark.parametrize("case", LAYERS[:14], ids=str)
-def test_backward_equations_equal_autograd(case: Layer) -> None:
-    """The reference's own backward pass, against torch differentiating its forward pass."""
-    layer = make_layer(case, torch.float64, requires_grad=True)
-    out = reference.layer_forward(*layer, True, True)
-    grads = random_gradients(out)
-    x, batch_sizes, h0, c0, weights, reset = layer
-    inputs = [x, h0, c0, *(t for w in weights for t in w if t is not None)]
-    want = torch.autograd.grad(out[:4], inputs, grads[:4])
-    with torch.no_grad():
-        got = reference.layer_backward(
-            grads, x, batch_sizes, h0, c0, weights, reset, out.reserve(), need_of(case)
-        )
-    by_direction = zip(
-        *(kind for kind in (got.w_ih, got.w_hh, got.bias, got.w_hr) if kind is not None),
-        strict=True,
-    )
-    flat = [got.x, got.h0, got.c0, *(t for direction in by_direction for t in direction)]
-    for a, b in zip(flat, want, strict=True):
-        torch.testing.assert_close(a, b, **tolerance(torch.float64))
 
 
 @pytest.mark.parametrize("flag", Requested._fields)
 def test_only_requested_gradients(flag: str) -> None:
-    case = Layer((4, 4, 2), 3, 5, projection=4, directions=2)
-    layer = make_layer(case, torch.float64)
-    saved = reference.layer_forward(*layer, True, True)
-    grads = random_gradients(saved)
-    x, batch_sizes, h0, c0, weights, reset = layer
-    need = Requested(*(name == flag for name in Requested._fields))
-    inputs = (grads, x, batch_sizes, h0, c0, weights, reset, saved.reserve())
-    got = cpu.layer_backward(*inputs, need)
-    CPU.assert_near(got, reference.layer_backward(*inputs, need), torch.float64)
-    assert [name for name in got._fields if getattr(got, name) is not None] == [flag]
+    CPU.check_requested(Layer((4, 4, 2), 3, 5, projection=4, directions=2), flag)
 
 
 @pytest.mark.parametrize("absent", range(4))
 @pytest.mark.parametrize("projection", [0, 4])
-def test_absent_gradients(absent: int, projection: int) -> None:
-    """A gradient that is None counts as zeros."""
-    layer = make_layer(Layer((4, 4, 2), 3, 5, projection=projection, batch=5), torch.float64)
-    saved = reference.layer_forward(*layer, True, True)
-    grads = list(random_gradients(saved)[:4])
-    x, batch_sizes, h0, c0, weights, reset = layer
-    need = ALL._replace(w_hr=bool(projection))
-    rest = (x, batch_sizes, h0, c0, weights, reset, saved.reserve(), need)
-    grads[absent] = torch.zeros_like(grads[absent])
-    want = cpu.layer_backward(OutputGradients(*grads), *rest)
-    grads[absent] = None
-    CPU.assert_near(cpu.layer_backward(OutputGradients(*grads), *rest), want, torch.float64)
+def test_absent_gradients_count_as_zeros(absent: int, projection: int) -> None:
+    CPU.check_absent(Layer((4, 4, 2), 3, 5, projection=projection, batch=5), absent)
 
 
 def test_nothing_is_saved_for_inference() -> None:
@@ -186,16 +142,14 @@ def test_same_bits_every_time(case: Layer, threads: int, hidden: int) -> None:
         case.directions, case.bias, case.reset,
     )  # fmt: skip
     layer = make_layer(big, torch.float32)
-    before = torch.get_num_threads()
     results = []
     for count in (1, threads, threads):
-        torch.set_num_threads(count)
-        out = cpu.layer_forward(*layer, True, True)
-        g = cpu.layer_backward(OutputGradients(*out[:4]), *layer, out.reserve(), need_of(big))
+        with settings.threads(count):
+            out = cpu.layer_forward(*layer, True, True)
+            g = cpu.layer_backward(OutputGradients(*out[:4]), *layer, out.reserve(), need_of(big))
         lists = (g.w_ih, g.w_hh, g.bias, g.w_hr)
         gradients = [g.x, g.h0, g.c0, *(t for kind in lists for t in kind or [])]
         results.append([*out, *gradients])
-    torch.set_num_threads(before)
     for a, b, alone in zip(results[1], results[2], results[0], strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
         if a is not None:
@@ -245,13 +199,7 @@ def test_inputs_without_terms_of_a_long_sequence(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_special_values_stay_in_their_sequence(value: float, instruction_set: str) -> None:
-    """A NaN or an infinity in one sequence reaches exactly what it reaches in the reference."""
-    layer = make_layer(Layer((9, 9, 9, 7), 4, 18, directions=2), torch.float32)
-    layer.x[11, 2] = value
-    want = reference.layer_forward(*layer, True, True)
-    got = cpu.layer_forward(*layer, True, True)
-    for a, b in zip(got[:4], want[:4], strict=True):
-        torch.testing.assert_close(a, b, equal_nan=True, **tolerance(torch.float32))
+    CPU.check_special_value(value, 18)
 
 
 # Not 3.4e38 in dy: whether a sum with it overflows depends on the order of the terms.
@@ -289,13 +237,12 @@ def test_values_without_terms_give_the_same_as_ever(
     saved = reference.layer_forward(*layer, True, True)
     results = []
     for instruction_set in (INSTRUCTION_SETS[0], "baseline"):
-        before = _C.cpu_use_instruction_set(instruction_set)
-        out = cpu.layer_forward(*layer, True, True)
         need = need_of(Layer((), 6, 18, projection))
-        grads = cpu.layer_backward(
-            OutputGradients(dy, None, None, None), *layer, saved.reserve(), need
-        )
-        _C.cpu_use_instruction_set(before)
+        with settings.instructions(instruction_set):
+            out = cpu.layer_forward(*layer, True, True)
+            grads = cpu.layer_backward(
+                OutputGradients(dy, None, None, None), *layer, saved.reserve(), need
+            )
         results.append([*out[:4], *grads[:3], *(t for kind in grads[3:] for t in kind or [])])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True, **tolerance(dtype))
@@ -308,6 +255,18 @@ def test_overflowing_products_saturate(instruction_set: str) -> None:
     layer.weights[0].w_ih.mul_(1e20)
     want = reference.layer_forward(*layer, True, True)
     CPU.assert_near(cpu.layer_forward(*layer, True, True), want, torch.float32)
+
+
+# With and without dot products of bfloat16, and the matrix unit.
+DOTS, UNIT = ("avx512_bf16", "avx512"), ("amx", "avx512")
+
+
+def on_each(sets: tuple[str, str], call: Callable[[], Any]) -> list[Any]:
+    results = []
+    for name in sets:
+        with settings.instructions(name):
+            results.append(call())
+    return results
 
 
 @pytest.mark.skipif("avx512_bf16" not in INSTRUCTION_SETS, reason="a processor without them")
@@ -327,22 +286,13 @@ def test_bfloat16_takes_dot_products(dtype, batch_sizes, inputs, hidden) -> None
     native.spare_matrix_unit(True)
     case = Layer(batch_sizes, inputs, hidden)
     layer = make_layer(case, dtype)
-    forward = with_and_without_dots(lambda: cpu.layer_forward(*layer, False, True))
+    forward = on_each(DOTS, lambda: cpu.layer_forward(*layer, False, True))
     assert torch.equal(*(out.c_all for out in forward)) == (dtype == torch.float16)
     out = reference.layer_forward(*layer, True, True)
     CPU.assert_near(cpu.layer_forward(*layer, True, True), out, dtype)
     inputs = (random_gradients(out), *layer, out.reserve(), need_of(case))
-    back = with_and_without_dots(lambda: cpu.layer_backward(*inputs))
+    back = on_each(DOTS, lambda: cpu.layer_backward(*inputs))
     assert torch.equal(*(got.h0 for got in back)) == (dtype == torch.float16)
-
-
-def with_and_without_dots(call):
-    before, results = _C.cpu_use_instruction_set("avx512_bf16"), []
-    for instruction_set in ("avx512_bf16", "avx512"):
-        _C.cpu_use_instruction_set(instruction_set)
-        results.append(call())
-    _C.cpu_use_instruction_set(before)
-    return results
 
 
 @pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")
@@ -353,12 +303,8 @@ def test_the_matrix_unit_takes_the_inputs_of_narrow_steps(steps, inputs, spared)
     """Steps of four rows are walked by vectors, but many of them have rows enough for W_ih."""
     layer = make_layer(Layer((4,) * steps, inputs, 40), torch.float32)
     native.spare_matrix_unit(True)
-    before, results = _C.cpu_use_instruction_set("amx"), []
-    for instruction_set in ("amx", "avx512"):
-        _C.cpu_use_instruction_set(instruction_set)
-        results.append(cpu.layer_forward(*layer, True, True))
-    _C.cpu_use_instruction_set(before)
-    assert torch.equal(results[0].c_n, results[1].c_n) == spared
+    results = on_each(UNIT, lambda: cpu.layer_forward(*layer, True, True))
+    assert torch.equal(*(out.c_n for out in results)) == spared
 
 
 @pytest.mark.skipif("amx" not in INSTRUCTION_SETS, reason="a processor without a matrix unit")
@@ -369,18 +315,11 @@ def test_the_matrix_unit_is_spared_small_passes(steps, batch, hidden, spared) ->
     """They have the bits of vectors, larger ones not."""
     layer = make_layer(Layer((batch,) * steps, 30, hidden), torch.float32)
     native.spare_matrix_unit(True)
-    before, results = _C.cpu_use_instruction_set("amx"), []
-    for instruction_set in ("amx", "avx512"):
-        _C.cpu_use_instruction_set(instruction_set)
-        results.append(cpu.layer_forward(*layer, True, True))
-    grads = random_gradients(results[0])
-    for instruction_set in ("amx", "avx512"):
-        _C.cpu_use_instruction_set(instruction_set)
-        back = cpu.layer_backward(grads, *layer, results[0].reserve(), ALL._replace(w_hr=False))
-        results.append(back)
-    _C.cpu_use_instruction_set(before)
-    assert torch.equal(results[0].y, results[1].y) == spared
-    assert torch.equal(results[2].h0, results[3].h0) == spared
+    results = on_each(UNIT, lambda: cpu.layer_forward(*layer, True, True))
+    inputs = (random_gradients(results[0]), *layer, results[0].reserve())
+    back = on_each(UNIT, lambda: cpu.layer_backward(*inputs, ALL._replace(w_hr=False)))
+    assert torch.equal(*(out.y for out in results)) == spared
+    assert torch.equal(*(got.h0 for got in back)) == spared
 
 
 def test_inputs_may_lie_anyhow_and_be_padded() -> None:
@@ -420,14 +359,4 @@ def test_unknown_instruction_set() -> None:
 
 
 def test_expanded_and_strided_gradients() -> None:
-    """``y.sum()`` gives stride-0 gradients; slices give strided ones."""
-    layer = make_layer(Layer((4, 4, 2), 3, 5), torch.float64)
-    saved = reference.layer_forward(*layer, True, True)
-    x, batch_sizes, h0, c0, weights, reset = layer
-    rest = (x, batch_sizes, h0, c0, weights, reset, saved.reserve(), ALL._replace(w_hr=False))
-
-    def run(dy: Tensor, dh_n: Tensor):
-        return cpu.layer_backward(OutputGradients(dy, None, dh_n, None), *rest)
-
-    ones, wide = torch.ones(()).double().expand(10, 5), torch.randn(1, 4, 10).double()[..., ::2]
-    CPU.assert_near(run(ones, wide), run(ones.clone(), wide.clone()), torch.float64)
+    CPU.check_strides(5)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import settings
 import torch
 
 from cases import LARGER, LAYERS, Layer, make_layer
@@ -64,16 +65,14 @@ def test_layer_equals_reference(
     grads = random_gradients(want)
     inputs = (*layer, want.reserve(), need_of(case))
     want_back = reference.layer_backward(grads, *inputs)
-    before = torch.get_num_threads()
     spares = (False, True) if instruction_set in MULTIPLY_BFLOAT16 else (True,)
-    try:
-        for threads, spared in itertools.product((1, 3), spares):
-            torch.set_num_threads(threads)
-            native.spare_matrix_unit(spared)
-            CPU.assert_near(cpu.layer_forward(*layer, True, True), want, dtype)
-            CPU.assert_near(cpu.layer_backward(grads, *inputs), want_back, dtype)
-    finally:
-        torch.set_num_threads(before)
+    for threads, spared in itertools.product((1, 3), spares):
+        native.spare_matrix_unit(spared)
+        with settings.threads(threads):
+            got = cpu.layer_forward(*layer, True, True)
+            got_back = cpu.layer_backward(grads, *inputs)
+        CPU.assert_near(got, want, dtype)
+        CPU.assert_near(got_back, want_back, dtype)
 
 
 def test_the_processor_at_hand() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import settings
 import torch
 
 from cases import DTYPES
@@ -25,23 +26,19 @@ ERRORS = {"unit": 1.5, "vectors": 2.5}
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("depth", "rows", "columns"), PRODUCTS)
 def test_products_are_about_as_exact_as_torch(
-    depth: int, rows: int, columns: int, dtype: torch.dtype, instruction_set: str
+    depth: int, rows: int, columns: int, dtype: torch.dtype, vector_set: str
 ) -> None:
     """Of dgates and inputs (transposed) and of dgates and weights, added to what is there.
 
     Where bfloat16 is multiplied as such, dgates are rounded to it before.
     """
-    if instruction_set == "baseline":
-        fine = torch.ones(50, 50)
-        assert not _C.cpu_product(fine, fine, fine.clone(), True, True, True)
-        return
     state = torch.promote_types(dtype, torch.float32)
     rtol, slack = EXACTNESS[state]
     for transposed in (True, False):
         wide = rows >= 96 if transposed else rows * columns >= 48 * (rows + columns)
-        by_unit = instruction_set == "amx" and wide and depth * rows * columns >= 1 << 20
+        by_unit = vector_set == "amx" and wide and depth * rows * columns >= 1 << 20
         times = ERRORS["unit" if by_unit else "vectors"]
-        takes_bf16 = by_unit or (instruction_set == "avx512_bf16" and depth >= 32)
+        takes_bf16 = by_unit or (vector_set == "avx512_bf16" and depth >= 32)
         shape = (depth, 2, rows) if transposed else (rows, 2, depth)
         left = torch.randn(shape, dtype=state)[:, 1]
         op = left.bfloat16().to(state) if takes_bf16 and dtype == torch.bfloat16 else left
@@ -69,24 +66,19 @@ def test_products_are_about_as_exact_as_torch(
                          (150, 400, 300), (610, 200, 140)])  # fmt: skip
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads_share_a_product(
-    rows: int, columns: int, depth: int, dtype: torch.dtype, instruction_set: str
+    rows: int, columns: int, depth: int, dtype: torch.dtype, vector_set: str
 ) -> None:
     """As one thread computes it, and nothing beside it."""
-    if instruction_set == "baseline":
-        return
     state = torch.promote_types(dtype, torch.float32)
     rtol, _ = EXACTNESS[state]
     for transposed in (True, False):
         left = torch.randn((depth, rows) if transposed else (rows, depth), dtype=state)
         right, wide = torch.randn(depth, columns).to(dtype), torch.randn(rows, columns + 5)
-        before, results = torch.get_num_threads(), []
+        results = []
         for threads in (1, 2, 3, 8):
             out = wide.to(state, copy=True)
-            torch.set_num_threads(threads)
-            try:
+            with settings.threads(threads):
                 assert _C.cpu_product(left, right, out[:, 2:-3], transposed, True, True)
-            finally:
-                torch.set_num_threads(before)
             results.append(out)
         for out in results[1:]:
             torch.testing.assert_close(out, results[0], rtol=rtol, atol=rtol * depth**0.5)
@@ -98,11 +90,9 @@ def test_threads_share_a_product(
 @pytest.mark.parametrize("huge", [float("inf"), 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_products_take_any_value(
-    transposed: bool, huge: float, dtype: torch.dtype, instruction_set: str
+    transposed: bool, huge: float, dtype: torch.dtype, vector_set: str
 ) -> None:
     """Too large for the matrix unit, on either side: as torch has it, infinities and all."""
-    if instruction_set == "baseline":
-        return
     for in_left in (True, False):
         left, right = torch.randn(40, 50), torch.randn(40, 60)
         if not transposed:
@@ -119,20 +109,22 @@ def test_products_take_any_value(
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("in_left", [False, True])
 def test_every_thread_looks_for_values_too_large(
-    in_left: bool, last: bool, threads: int, instruction_set: str
+    in_left: bool, last: bool, threads: int, vector_set: str
 ) -> None:
     """In a product that the matrix unit would take, of which each thread looks at some rows."""
-    if instruction_set == "baseline":
-        return
-    left, right, before = torch.randn(900, 200), torch.randn(900, 150), torch.get_num_threads()
+    left, right = torch.randn(900, 200), torch.randn(900, 150)
     (left if in_left else right)[-1 if last else 0, 3] = float("inf")
     out = torch.empty(200, 150)
-    torch.set_num_threads(threads)
-    try:
+    with settings.threads(threads):
         assert _C.cpu_product(left, right, out, True, False, not in_left)
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(out, left.T @ right, rtol=1e-5, atol=1e-5 * 900**0.5)
+
+
+def test_without_vectors_there_is_none() -> None:
+    """It says so: the product is torch's then."""
+    fine = torch.ones(50, 50)
+    with settings.instructions("baseline"):
+        assert not _C.cpu_product(fine, fine, fine.clone(), True, True, True)
 
 
 def test_product_refuses_bad_arguments() -> None:

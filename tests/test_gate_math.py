@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import settings
 import torch
 import triton
 import triton.language as tl
@@ -30,9 +31,8 @@ LATTICE = [sign * m for m in _MAGNITUDES for sign in (1.0, -1.0)] + [float("nan"
 
 @pytest.fixture(params=_C.cpu_instruction_sets().split())
 def instruction_set(request):
-    before = _C.cpu_use_instruction_set(request.param)
-    yield request.param
-    _C.cpu_use_instruction_set(before)
+    with settings.instructions(request.param):
+        yield request.param
 
 
 def probe(a: Tensor, c_prev: Tensor, dm: Tensor, dc: Tensor) -> tuple[Tensor, ...]:
