@@ -1,4 +1,4 @@
-"""fastlstm: torch.nn.LSTM, faster, in every way PyTorch lets a module be used."""
+"""fastlstm: torch.nn.LSTM, faster on the CPU, in every way PyTorch lets a module be used."""
 
 from .backends import available_backends
 from .cell import LSTMCell
