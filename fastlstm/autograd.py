@@ -9,15 +9,13 @@ or zero tangents, the reference runs instead.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import backends, ops, reference
+from . import backends, modes, ops, reference
 from .contract import Borders, OutputGradients, Requested, Reserve, Weights
 
 
@@ -69,19 +67,18 @@ def lstm_layer(
     train = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, h0, c0, *flat)
     )
-    composite, traced = _needs_composite(), ops.is_traced(x, h0, *flat)
+    composite, traced = modes.is_transformed(), modes.is_traced(x, h0, *flat)
     chosen = None  # by name only, in checkpoint.py or behind an operator
     if not (composite or traced or checkpoint):
         call = backends.Call(
             x, batch_sizes, h0, weights[0], reset, need_cells, need_reserve=False, train=train
         )
         chosen = backends.pick(backend, call)
-    if x.dim() == 3 and (chosen is None or not chosen.padded):
-        y, cells, h_n, c_n = lstm_layer(
-            x.flatten(0, 1), batch_sizes, h0, c0, weights, reset,
-            need_cells=need_cells, backend=backend, checkpoint=checkpoint,
-        )  # fmt: skip
-        return _shaped(y, x), None if cells is None else _shaped(cells, x), h_n, c_n
+    given = x
+    if chosen is None or not chosen.padded:
+        x = _rows(x)
+    y: Tensor
+    cells: Tensor | None
     if train and not composite and (chosen is None or chosen.layer_backward is not None):
         # An opaque operator's backward pass can't be torch's own but by running forward again.
         checkpoint |= traced and backends.lacks_backward(backend, x, reset, need_cells)
@@ -89,15 +86,20 @@ def lstm_layer(
         if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
             x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
         y, h_n, c_n, *rest = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
-        return y, rest[0] if need_cells else None, h_n, c_n
-    weights = [w.summed() for w in weights]
-    if composite:
-        out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells)
-    elif chosen is not None:  # torch differentiates it by itself, or nobody does
-        out = chosen.layer_forward(x, batch_sizes, h0, c0, weights, reset, train, need_cells)
-    else:
-        out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, False, need_cells, backend)
-    return out.y, out.c_all if need_cells else None, out.h_n, out.c_n
+        cells = rest[0] if need_cells else None
+    else:  # torch differentiates it by itself, or nobody does
+        args = (x, batch_sizes, h0, c0, [w.summed() for w in weights], reset)
+        if composite:
+            out = reference.layer_forward(*args, False, need_cells)
+        elif chosen is not None:
+            out = chosen.layer_forward(*args, train, need_cells)
+        else:
+            out = ops.layer_forward(*args, False, need_cells, backend)
+        y, h_n, c_n = out.y, out.h_n, out.c_n
+        cells = out.c_all if need_cells else None
+    if given.dim() == 3 and x.dim() == 2:
+        y, cells = _shaped(y, given), None if cells is None else _shaped(cells, given)
+    return y, cells, h_n, c_n
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -117,54 +119,24 @@ def layer_gates(
     c0: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Gates (N, D, 4H) after activation, in storage dtype: what the backward pass is given.
 
-    Arguments and errors as of ``lstm_layer``.  Not every backend keeps them, so "auto" picks one
-    that does.  They carry no gradient.
+    Arguments and errors as of ``lstm_layer``.  Where ``backend`` keeps none, "auto" picks one that
+    does.  They carry no gradient.
     """
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     with torch.no_grad():
-        x, weights = _rows(x), [w.summed() for w in weights]
-        if _needs_composite():
-            out = reference.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, False)
+        args = (_rows(x), batch_sizes, h0, c0, [w.summed() for w in weights], reset)
+        if modes.is_transformed():
+            out = reference.layer_forward(*args, True, False)
         else:
-            out = ops.layer_forward(x, batch_sizes, h0, c0, weights, reset, True, False, "auto")
+            keeper = "auto" if backends.keeps_nothing(backend) else backend
+            out = ops.layer_forward(*args, True, False, keeper)
     assert out.gates is not None  # asked for
     return out.gates
-
-
-def _needs_composite() -> bool:
-    """Is a torch.func transform or forward-mode differentiation under way?
-
-    (torch.compile's own tracing has an interpreter on that stack too, and is not meant.)
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
-
-
-def is_batched(grad: Tensor | None) -> bool:
-    """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
-
-
-def has_autocast(device_type: str) -> bool:
-    """Does autocast know this type of device?"""
-    return torch.amp.is_autocast_available(device_type)
-
-
-# Dynamo of torch 2.10 can't trace torch's function, so it is to ask this one and keep the answer.
-has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A layer's dtypes are settled when it is called: autocast must not change its products."""
-    if has_autocast(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
@@ -242,8 +214,8 @@ def gradients(
     """Gradients of ``inputs``, (x, h0, c0, *flat weights), from ``grads`` of y, c_all, h_n and c_n:
     with a graph, or batched, as they are wanted.  None where not ``asked`` for."""
     need, compiling = _requested(asked), torch.compiler.is_compiling()
-    with without_autocast(inputs[0].device):
-        if _needs_composite() or (not compiling and any(map(is_batched, grads))):
+    with modes.without_autocast(inputs[0].device):
+        if modes.is_transformed() or (not compiling and any(map(modes.is_batched, grads))):
             return _batched_gradients(run, batch_sizes, reset, grads, inputs, asked)
         if torch.is_grad_enabled() or compiling:
             return LSTMLayerBackward.apply(run, need, reserve, batch_sizes, reset, *grads, *inputs)
@@ -297,7 +269,7 @@ def _batched_gradients(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # (A transform lets no tensor be made a leaf.)
-        leaves = _aliases(inputs, asked, again or _needs_composite())
+        leaves = _aliases(inputs, asked, again or modes.is_transformed())
         return _composite_gradients(run, batch_sizes, reset, [*grads, *leaves], again)
 
 
@@ -349,7 +321,7 @@ class LSTMLayerBackward(torch.autograd.Function):
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
         batch_sizes, reset, *saved = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:]
-        with without_autocast(saved[4].device):
+        with modes.without_autocast(saved[4].device):
             with torch.enable_grad():
                 tensors = _aliases(saved, asked, again)
                 first = _composite_gradients(ctx.run, batch_sizes, reset, tensors, True)

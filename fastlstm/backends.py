@@ -136,11 +136,10 @@ def pick(backend: str, call: Call) -> Backend:
         Refusal: a RuntimeError; the backend named cannot serve the call.
         RuntimeError: the records are damaged.
     """
-    if backend == "auto":
-        for entry in (*_recorded(call), *_AUTOMATIC) if call.x.is_cuda else _AUTOMATIC:
-            if entry.refusal(call) is None:
-                return entry
     check_name(backend)
+    if backend == "auto":
+        able = (*_recorded(call), *_AUTOMATIC) if call.x.is_cuda else _AUTOMATIC
+        return next(entry for entry in able if entry.refusal(call) is None)  # reference always can
     reason = _TABLE[backend].refusal(call)
     if reason is not None:
         raise Refusal(backend, reason)
@@ -169,9 +168,9 @@ def _recorded(call: Call) -> list[Backend]:
 def is_torchs_own_step(input: Tensor, hidden_size: int, graph: bool) -> bool:
     """Does ``backend="auto"`` leave a plain call of an LSTMCell, ``input (B, I)``, to torch's own?
 
-    Our kernels are the faster ones but in bfloat16 by many weights, where the processor has
-    instructions for it and there may be a backward pass (``graph``): see docs/performance.md.
-    Where it has a matrix unit nobody has measured them without one, so torch keeps large steps.
+    Our kernels are faster, except in bfloat16 with many weights, on a processor with bfloat16
+    instructions, if a backward pass may follow (``graph``): see docs/performance.md.
+    With a matrix unit they were not measured without one, so torch keeps large steps there.
     """
     if input.dtype is not torch.bfloat16 or not native.multiplies_bfloat16():
         return False
@@ -186,4 +185,9 @@ def lacks_backward(backend: str, x: Tensor, reset: Tensor | None, need_cells: bo
     """Will ``pick`` take a backend without a layer_backward?  From what is known while tracing."""
     if backend == "auto":
         return x.device.type != "cpu" and reset is None and not need_cells
+    return keeps_nothing(backend)
+
+
+def keeps_nothing(backend: str) -> bool:
+    """Is this the name of a backend that has no reserve, since torch differentiates it?"""
     return backend in _TABLE and _TABLE[backend].layer_backward is None

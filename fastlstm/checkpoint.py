@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, modes
 from .contract import Borders, Gradients, OutputGradients, Outputs, Requested, Weights, state_dtype
 
 # A chunk has a thirty-second of all rows, if those are enough for products with the weights to be
@@ -71,14 +71,14 @@ def _chunks(
             yield _Chunk(number, rows, own_sizes, batch, None, entering, marks)
             continue
         step, sequence = _steps_and_sequences(own_sizes, batch)
-        lengths = (own_sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+        lengths = (own_sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).sum(0)
         time = lengths[sequence] - 1 - step  # within the chunk
-        first = torch.tensor(starts)
+        first = torch.tensor(starts, device="cpu")
         order = first[begin + time] - rows.start + sequence
         own_reset = None
         if reset is not None:  # it loses its state on leaving a first step: at the step after it
             later = begin + time + 1
-            there = torch.tensor(sizes)[later] > sequence
+            there = torch.tensor(sizes, device="cpu")[later] > sequence
             source = torch.where(there, first[later] + sequence, 0)
             marks = reset.index_select(0, source.to(reset.device))
             own_reset = marks * there.to(reset.device, reset.dtype)
@@ -88,7 +88,7 @@ def _chunks(
 
 def _steps_and_sequences(sizes: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     """The step and the sequence of each of the packed rows of ``sizes``."""
-    step, sequence = (sizes.unsqueeze(1) > torch.arange(batch)).nonzero(as_tuple=True)
+    step, sequence = (sizes.unsqueeze(1) > torch.arange(batch, device="cpu")).nonzero(as_tuple=True)
     return step, sequence
 
 
@@ -254,7 +254,7 @@ def _differentiated(
     """A chunk's gradients by torch, for a backend that has no backward pass of its own."""
     x, sizes, h, c, (w,), reset = inputs
     flags = dict(zip(("x", "h", "c", *_KINDS), need, strict=True))
-    with torch.enable_grad():
+    with modes.recording():
         x, h, c = (t.detach().requires_grad_(flags[n]) for n, t in (("x", x), ("h", h), ("c", c)))
         w = Weights(
             *(

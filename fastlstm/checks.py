@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import modes
 
 
 def kind(value: object) -> str:
@@ -84,7 +84,7 @@ def check_rows(
 ) -> None:
     """What every form of input must be; nn.LSTM has another error for a dtype in each."""
     check_dense(input, "input")
-    if input.dtype != weight.dtype and functional.autocast_dtype(input.device) is None:
+    if input.dtype != weight.dtype and modes.autocast_dtype(input.device) is None:
         raise dtype_error(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({input.dtype})"
@@ -108,7 +108,7 @@ def check_like(state: Tensor, input: Tensor, name: str) -> None:
             "Input and hidden tensors are not at the same device, found input tensor at "
             f"{input.device} and hidden tensor {name} at {state.device}"
         )
-    if state.dtype != input.dtype and functional.autocast_dtype(input.device) is None:
+    if state.dtype != input.dtype and modes.autocast_dtype(input.device) is None:
         raise RuntimeError(f"{name}: expected the dtype of input, {input.dtype}, got {state.dtype}")
 
 

@@ -56,7 +56,7 @@ def recorded(call: Call) -> tuple[str, ...]:
         RuntimeError: dispatch.json is damaged; the message says where.
     """
     precision = _precision(call.x.dtype)
-    rows, steps = call.x.size(0), call.batch_sizes.numel()
+    rows, steps = call.x.shape[:-1].numel(), call.batch_sizes.numel()
     if precision is None or rows == 0:
         return ()
     batch = int(call.batch_sizes[0])

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import has_autocast, layer_gates, lstm_layer, without_autocast
+from . import modes
+from .autograd import layer_gates, lstm_layer
 from .contract import Weights
-from .ops import is_traced
 from .packing import checked_lengths, pack
 
 
@@ -31,18 +31,20 @@ class Stack(NamedTuple):
     need_cells: bool = False
     backend: str = "auto"
     checkpoint: bool = False
-    gates_of: int | None = None  # a layer, from 0, whose gates are wanted
+    gates_of: int | None = None  # a layer, from 0, whose gates are wanted instead of all results
 
 
 class Result(NamedTuple):
-    """The last layer's outputs and cells, every layer's final states, one layer's gates."""
+    """The last layer's outputs and cells, and every layer's final states.
+
+    Of a stack with ``gates_of``: gates (..., 4*D*H) as output, i, f, g, o, each of all directions;
+    the rest means nothing.
+    """
 
     output: Tensor | PackedSequence  # (..., D*P)
     h_n: Tensor  # (L*D, B, P)
     c_n: Tensor  # (L*D, B, H)
     cells: Tensor | PackedSequence | None  # (..., D*H) in the dtype of output
-    # (..., 4*D*H): i, f, g, o, each of all directions
-    gates: Tensor | PackedSequence | None = None
 
 
 class _Rows(NamedTuple):
@@ -50,16 +52,6 @@ class _Rows(NamedTuple):
     h_n: Tensor  # (L*D, B, P)
     c_n: Tensor  # (L*D, B, H)
     cells: Tensor | None  # (N, D*H)
-    gates: Tensor | None  # (N, 4*D*H)
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype autocast asks for on ``device``, or None where it is off."""
-    if not has_autocast(device.type):
-        return None
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
 
 
 def lstm(
@@ -77,9 +69,9 @@ def lstm(
     ``c0 (L*D, B, H)``, ``reset (N,)`` uint8.  Under autocast everything but float64
     is cast once here, as ``nn.LSTM`` does, and the layers run outside of it.
     """
-    dtype = autocast_dtype(rows.device)
+    dtype = modes.autocast_dtype(rows.device)
     if dtype is not None:
-        with without_autocast(rows.device):
+        with modes.without_autocast(rows.device):
             rows, h0, c0 = (_cast(t, dtype) for t in (rows, h0, c0))
             layers = [[_cast_weights(w, dtype) for w in layer] for layer in stack.layers]
             return lstm(rows, batch_sizes, h0, c0, stack._replace(layers=layers), reset)
@@ -90,12 +82,13 @@ def lstm(
     h_in = h0.split(directions) if last else (h0,)
     c_in = c0.split(directions) if last else (c0,)
     h_out, c_out = [], []
-    gates = None
     for k, weights in enumerate(stack.layers):
         if k == stack.gates_of:
-            gates = layer_gates(rows, batch_sizes, h_in[k], c_in[k], weights, reset)
-            gates = gates.unflatten(-1, (4, -1)).transpose(1, 2).flatten(1)  # from (N, D, 4H)
-            gates = gates.view(*rows.shape[:-1], -1)
+            gates = layer_gates(
+                rows, batch_sizes, h_in[k], c_in[k], weights, reset, backend=stack.backend
+            )
+            gates = gates.unflatten(-1, (4, -1)).transpose(1, 2)  # from (N, D, 4H)
+            return _Rows(gates.reshape(*rows.shape[:-1], -1), h0, c0, None)
         rows, cells, h_n, c_n = lstm_layer(
             rows,
             batch_sizes,
@@ -113,7 +106,7 @@ def lstm(
             rows = F.dropout(rows, stack.dropout)
     if last:
         h_n, c_n = torch.cat(h_out), torch.cat(c_out)
-    return _Rows(rows, h_n, c_n, None if cells is None else cells.to(rows.dtype), gates)
+    return _Rows(rows, h_n, c_n, None if cells is None else cells.to(rows.dtype))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,7 +168,7 @@ def lstm_lengths(
     batch, steps = input.shape[:2] if batch_first else (input.size(1), input.size(0))
     lengths = checked_lengths(lengths, batch)
     # A graph serves all lengths, so while it is traced nothing may depend on their values.
-    if not is_traced(lengths, input) and bool((lengths == steps).all()):
+    if not modes.is_traced(lengths, input) and bool((lengths == steps).all()):
         return lstm_padded(input, h0, c0, stack, batch_first=batch_first, reset=reset)
 
     batch_sizes, step, sequence, order, unsort = pack(lengths, steps)
@@ -269,11 +262,10 @@ def _with_form(
     unsort: Tensor | None = None,
 ) -> Result:
     """Bring rows into the user's ``form`` and states into the user's order."""
-    output, h_n, c_n, *extra = result
+    output, h_n, c_n, cells = result
     if unsort is not None:
         h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
-    cells, gates = [rows if rows is None else form(rows) for rows in extra]
-    return Result(form(output), h_n, c_n, cells, gates)
+    return Result(form(output), h_n, c_n, None if cells is None else form(cells))
 
 
 def _packed_alike(a: PackedSequence, b: PackedSequence) -> bool:

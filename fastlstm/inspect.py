@@ -6,6 +6,7 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -33,9 +34,11 @@ def gates(
     """The gates of one layer at every step, as they are when ``module`` runs on ``input``.
 
     They are what the forward pass keeps for training, on any device and in any dtype, rounded to
-    that dtype and without gradients.  A module whose backend keeps none has this layer's gates
-    computed by a backend that does.  Together with ``return_cells`` they show all of (eq. 3, 4)
-    of docs/design.md: ``c[t] == f[t] * c[t-1] + i[t] * g[t]`` and ``h[t] == o[t] * tanh(c[t])``.
+    that dtype and without gradients.  Where the module's backend keeps none, as "aten" does, this
+    layer's are computed by the first that does.  Later layers don't run.
+
+    Together with ``return_cells`` they show all of (eq. 3, 4) of docs/design.md:
+    ``c[t] == f[t] * c[t-1] + i[t] * g[t]`` and ``h[t] == o[t] * tanh(c[t])``.
 
     Args:
         module: a ``fastlstm.LSTM``; in training mode its dropout between layers is at work.
@@ -65,8 +68,8 @@ def gates(
     if not -module.num_layers <= layer < module.num_layers:
         raise IndexError(f"layer: expected one of {module.num_layers} layers, got {layer}")
     stack = module._stack(need_cells=False)._replace(gates_of=layer % module.num_layers)
-    found = module._run(input, hx, lengths, reset, stack).gates
+    with torch.no_grad():
+        found = module._run(input, hx, lengths, reset, stack).output
     if isinstance(found, PackedSequence):
         return Gates(*(found._replace(data=part) for part in found.data.chunk(4, -1)))
-    assert found is not None  # asked for
     return Gates(*found.chunk(4, -1))

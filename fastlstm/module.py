@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, checks, functional, per_sample, plain, tracers
+from . import backends, checks, functional, modes, per_sample, plain, tracers
 from .contract import Weights
 
 State = tuple[Tensor, Tensor]
@@ -143,7 +143,7 @@ class LSTM(nn.RNNBase):
             short = plain.run(self, input, hx, reset)
             if short is not None:
                 return short
-        if tracers.is_fx(input) or tracers.is_jit():
+        if tracers.is_fx(input) or modes.is_jit():
             options = tracers.given(lengths=lengths, reset=reset, return_cells=return_cells)
             if tracers.is_fx(input):
                 return tracers.fx_leaf(self, input, hx, options)
@@ -268,7 +268,6 @@ class LSTM(nn.RNNBase):
         return result._replace(
             output=nested(result.output),
             cells=None if result.cells is None else nested(result.cells),
-            gates=None if result.gates is None else nested(result.gates),
         )
 
     def _stack(self, need_cells: bool) -> functional.Stack:

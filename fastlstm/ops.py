@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checkpoint
+from . import backends, checkpoint, modes
 from .contract import (
     Borders,
     Gradients,
@@ -75,7 +75,7 @@ def layer_forward(
     Raises:
         RuntimeError: the backend named cannot serve this call; the message says why.
     """
-    if not is_traced(x, h0, *weights[0]):  # the dispatcher would only cost time
+    if not modes.is_traced(x, h0, *weights[0]):  # the dispatcher would only cost time
         call = backends.Call(x, batch_sizes, h0, weights[0], reset, need_cells, need_reserve)
         return backends.pick(backend, call).layer_forward(
             x, batch_sizes, h0, c0, weights, reset, need_reserve, need_cells
@@ -92,16 +92,6 @@ def layer_forward(
         gates=results[4] if need_reserve else None,
         m=results[5] if need_reserve and projected else None,
     )
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
-
-def is_traced(*tensors: Tensor | None) -> bool:
-    """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return not _PLAIN.issuperset(map(type, tensors))
 
 
 def layer_backward(
@@ -121,7 +111,7 @@ def layer_backward(
 
     ``chosen`` is what ``backend`` came to in the forward pass, where that is known.
     """
-    if not is_traced(x, h0, *weights[0]):
+    if not modes.is_traced(x, h0, *weights[0]):
         if chosen is not None and chosen.layer_backward is not None:
             run = chosen.layer_backward
         else:
@@ -157,7 +147,7 @@ def checkpoint_forward(
     backend: str,
 ) -> tuple[Outputs, Borders]:
     """Run one layer and keep little of it; see ``checkpoint.layer_forward``."""
-    if not is_traced(x, h0, *weights[0]):
+    if not modes.is_traced(x, h0, *weights[0]):
         return checkpoint.layer_forward(x, batch_sizes, h0, c0, weights, reset, need_cells, backend)
     y, c_all, h_n, c_n, borders = torch.ops.fastlstm.checkpoint_forward(
         x, batch_sizes, h0, c0, *by_kind(weights), reset, need_cells, backend
@@ -178,7 +168,7 @@ def checkpoint_backward(
     backend: str,
 ) -> Gradients:
     """The backward pass of ``checkpoint_forward``; see ``checkpoint.layer_backward``."""
-    if not is_traced(x, h0, *weights[0]):
+    if not modes.is_traced(x, h0, *weights[0]):
         return checkpoint.layer_backward(
             grads, x, batch_sizes, h0, c0, weights, reset, saved, need, backend
         )

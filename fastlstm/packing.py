@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import modes
 
 _library = torch.library.Library("fastlstm", "FRAGMENT")
 _library.define(
@@ -39,7 +39,7 @@ def pack(lengths: Tensor, steps: int) -> Packing:
     Raises:
         ValueError: a length is not between 0 and ``steps``.
     """
-    run = torch.ops.fastlstm.packing if ops.is_traced(lengths) else _pack
+    run = torch.ops.fastlstm.packing if modes.is_traced(lengths) else _pack
     return Packing(*run(lengths, steps))
 
 

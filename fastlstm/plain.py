@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from . import autograd, backends, per_sample
+from . import autograd, backends, modes, per_sample
 from .contract import Reserve, Weights
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
@@ -27,7 +26,7 @@ class _MisfitError(Exception):
     """The library found arguments that do not fit; the long way names them."""
 
 
-class Call(NamedTuple):
+class PlainCall(NamedTuple):
     """What a plain call of one layer or several consists of besides tensors."""
 
     backend: backends.Backend
@@ -57,7 +56,7 @@ def run(
     module: Any, input: Any, hx: Any, reset: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
     """What a module returns for its arguments, or None where that goes the long way."""
-    if torch.compiler.is_compiling() or not _is_plain(input) or _is_in_a_mode():
+    if torch.compiler.is_compiling() or not _is_plain(input) or modes.is_any_on_cpu():
         return None
     if input.dim() not in (2, 3) or input.size(-1) != module.input_size:
         return None
@@ -72,7 +71,7 @@ def run(
     hidden_size = module.hidden_size
     output_size = module.proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
-    call = Call(backend, directions, module.bias, hidden_size, output_size)
+    call = PlainCall(backend, directions, module.bias, hidden_size, output_size)
     batched = input.dim() == 3
     batch_first = module.batch_first and batched
     if reset is not None:
@@ -105,7 +104,7 @@ def run(
 
 def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor, Tensor] | None:
     """What an LSTMCell, whose weights have these ``names``, returns; or None, as ``run``."""
-    if torch.compiler.is_compiling() or not _is_plain(input) or _is_in_a_mode():
+    if torch.compiler.is_compiling() or not _is_plain(input) or modes.is_any_on_cpu():
         return None
     if input.dim() != 2 or input.size(1) != module.input_size or type(hx) is list:
         return None  # nn.LSTMCell takes no list
@@ -119,7 +118,7 @@ def step(module: Any, names: Sequence[str], input: Any, hx: Any) -> tuple[Tensor
     if hx is None or backend is None or not _are_weights(weights, input):
         return None
     h0, c0 = hx or (None, None)
-    call = Call(backend, 1, module.bias, hidden_size, hidden_size)
+    call = PlainCall(backend, 1, module.bias, hidden_size, hidden_size)
     try:
         if graph and any(map(_requires_grad, (input, *hx, *weights))):
             _, h_n, c_n = PlainLayer.apply(call, None, input.contiguous(), h0, c0, *weights)
@@ -169,19 +168,8 @@ def _are_weights(weights: Sequence[Any], input: Tensor) -> bool:
     )
 
 
-def _is_in_a_mode() -> bool:
-    """Does torch want to see more of this call than an operator's results, or other dtypes?"""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch.is_autocast_enabled("cpu")
-    )
-
-
 def _by_layers(
-    call: Call,
+    call: PlainCall,
     rows: Tensor,
     hx: tuple[Tensor, ...],
     weights: list[Any],
@@ -220,7 +208,7 @@ class PlainLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        call: Call,
+        call: PlainCall,
         reset: Tensor | None,
         x: Tensor,
         h0: Tensor | None,
@@ -244,8 +232,8 @@ class PlainLayer(torch.autograd.Function):
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or _is_in_a_mode()
-            or any(map(autograd.is_batched, (dy, dh_n, dc_n)))
+            or modes.is_any_on_cpu()
+            or any(map(modes.is_batched, (dy, dh_n, dc_n)))
         ):
             grads = (dy, None, dh_n, dc_n)
             return (
@@ -268,7 +256,7 @@ class PlainLayer(torch.autograd.Function):
         return None, None, *(grad if ask else None for grad, ask in zip(got, asked, strict=True))
 
 
-def _needed(asked: tuple[bool, ...], call: Call) -> list[bool]:
+def _needed(asked: tuple[bool, ...], call: PlainCall) -> list[bool]:
     """Of x, h0, c0 and the weights one by one, as ``Requested``."""
     weights = asked[3:]
     each = len(weights) // call.directions
@@ -278,7 +266,7 @@ def _needed(asked: tuple[bool, ...], call: Call) -> list[bool]:
     return [*asked[:3], kinds[0], kinds[1], bias, projected and kinds[-1]]
 
 
-def _by_direction(call: Call, values: Any) -> list[Weights]:
+def _by_direction(call: PlainCall, values: Any) -> list[Weights]:
     """Weights as nn.LSTM holds them, or what else there is one of for each, as ``Weights``."""
     each = len(values) // call.directions
     return [
@@ -287,7 +275,7 @@ def _by_direction(call: Call, values: Any) -> list[Weights]:
 
 
 def _long_gradients(
-    call: Call,
+    call: PlainCall,
     asked: tuple[bool, ...],
     reserve: Any,
     grads: tuple[Tensor | None, ...],

@@ -162,7 +162,7 @@ def layer_recompute(
     (w,) = weights
     starts = [0, *batch_sizes.cumsum(0).tolist()]
     source = [  # of (h0, y)
-        torch.arange(rows) + (h0.size(1) + starts[t - 1] if t > 0 else 0)
+        torch.arange(rows, device="cpu") + (h0.size(1) + starts[t - 1] if t > 0 else 0)
         for t, _, rows in _steps(batch_sizes, False)
     ]
     h_in = torch.cat((h0[0], y)).index_select(0, torch.cat(source).to(y.device))

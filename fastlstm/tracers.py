@@ -59,11 +59,6 @@ def fx_leaf(module: nn.Module, input: Any, hx: Any, options: dict[str, Any]) -> 
     return tracer.create_proxy("call_module", name, (input, hx), options)
 
 
-def is_jit() -> bool:
-    """Is torch.jit.trace, or the ONNX exporter that is built on it, recording?"""
-    return torch._C._get_tracing_state() is not None
-
-
 def jit_lstm(
     module: nn.RNNBase,
     input: Tensor | PackedSequence,
@@ -161,7 +156,7 @@ def onnx_lstm(
         if stack.dropout and k < last:
             x = torch.nn.functional.dropout(x, stack.dropout)
     output = x.transpose(0, 1) if batch_first else x
-    return Result(output, torch.cat(h_out), torch.cat(c_out), None, None)
+    return Result(output, torch.cat(h_out), torch.cat(c_out), None)
 
 
 def _onnx_layer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import subprocess
@@ -13,12 +14,14 @@ import torch
 from test_module import CONFIGS, IN, B, H, T, assert_same, flat, make_pair, values_and_gradients
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlstm
 from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import checkpoint, cpu, reference
 from fastlstm.contract import OutputGradients, Requested, by_kind
 
+pytest_plugins = ["cpu_fixtures"]
 ALL = Requested(*[True] * 7)
 
 
@@ -39,12 +42,20 @@ def assert_near(actual, expected, dtype):
                 torch.testing.assert_close(a, e, **tolerance(dtype))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu", "aten"])
-@pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_a_layer_in_chunks_is_the_layer(case: Layer, backend: str) -> None:
+# What torch's own LSTM can do.
+ATEN_LAYERS = [c for c in LAYERS if not c.reset and sum(c.batch_sizes) and c.batch is None]
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        *((backend, case) for backend in ("reference", "cpu") for case in LAYERS),
+        *(("aten", case) for case in ATEN_LAYERS),
+    ],
+    ids=str,
+)
+def test_a_layer_in_chunks_is_the_layer(backend: str, case: Layer) -> None:
     dtype, aten = torch.float64, backend == "aten"
-    if aten and (case.reset or not sum(case.batch_sizes) or case.batch is not None):
-        return  # not what torch's own LSTM can do
     layer = make_layer(case, dtype)
     want = reference.layer_forward(*layer, True, True)
     grads = OutputGradients(*(torch.randn_like(t) for t in want[:4]))
@@ -63,31 +74,32 @@ def test_a_layer_in_chunks_is_the_layer(case: Layer, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [c for c in LAYERS if c.directions == 1], ids=str)
-def test_a_reserve_is_made_again(case: Layer, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "case", [c for c in LAYERS if c.directions == 1 and sum(c.batch_sizes)], ids=str
+)
+def test_a_reserve_is_made_again(case: Layer, dtype: torch.dtype, poison: None) -> None:
     """From y alone, by the kernels and by the reference, with NaN in all new memory."""
-    if not sum(case.batch_sizes):
-        return
     layer = make_layer(case, dtype)
     want = reference.layer_forward(*layer, True, True).reserve()
-    torch.ops.fastlstm_C.poison(True)
-    try:
-        for recompute in (reference.layer_recompute, cpu.layer_recompute):
-            got = recompute(*layer, want.y)
-            assert_near(got, want, dtype)
-            assert [t.dtype for t in got if t is not None] == [
-                t.dtype for t in want if t is not None
-            ]
-    finally:
-        torch.ops.fastlstm_C.poison(False)
+    for recompute in (reference.layer_recompute, cpu.layer_recompute):
+        got = recompute(*layer, want.y)
+        assert_near(got, want, dtype)
+        assert [t.dtype for t in got if t is not None] == [t.dtype for t in want if t is not None]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference", "aten"])
-@pytest.mark.parametrize("form", ["padded", "packed", "lengths", "reset", "cells"])
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [
+        *(
+            (backend, form)
+            for backend in ("cpu", "reference")
+            for form in ("padded", "packed", "lengths", "reset", "cells")
+        ),
+        *(("aten", form) for form in ("padded", "packed")),  # what torch's own LSTM can do
+    ],
+)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_module_is_the_same(config, form, backend):
-    if backend == "aten" and form in ("reset", "cells", "lengths"):
-        return  # not what torch's own LSTM can do
+def test_the_module_is_the_same(config, backend, form):
     config = {**config, "dropout": 0.4 if config.get("num_layers") else 0.0}
     _, plain = make_pair(torch.float64, backend, **config)
     ours = fastlstm.LSTM(IN, H, dtype=torch.float64, backend=backend, checkpoint=True, **config)
@@ -137,6 +149,30 @@ def test_second_order_and_partial_gradients():
     flat(ours(leaves[0]))[0].sum().backward()
     assert ours.weight_hh_l0.grad is None
     assert ours.weight_ih_l0.grad is not None
+
+
+@pytest.mark.parametrize("around", ["all", "backward"])
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "aten"])
+def test_training_under_a_dispatch_mode(backend, kept, around):
+    """There operators run without autograd, though torch may be who differentiates a backend."""
+    ours = fastlstm.LSTM(IN, H, bidirectional=True, backend=backend, checkpoint=kept)
+    x = torch.randn(T, B, IN)
+
+    def run(mode_of_forward, mode_of_backward):
+        ours.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with mode_of_forward:
+            output = ours(leaf)[0]
+        with mode_of_backward:
+            output.square().sum().backward()
+        return [leaf.grad, *(p.grad.clone() for p in ours.parameters())]
+
+    nothing = contextlib.nullcontext()
+    counter = FlopCounterMode(display=False) if around == "all" else nothing
+    got = run(counter, FlopCounterMode(display=False))
+    for a, e in zip(got, run(nothing, nothing), strict=True):
+        torch.testing.assert_close(a, e, **tolerance(torch.float32))
 
 
 def test_it_compiles_with_every_length(monkeypatch):

@@ -112,12 +112,17 @@ def call_of(
     directions: int = 1,
     rows: int | None = None,
     reset: bool = False,
+    padded: bool = False,
     **more: Any,
 ) -> backends.Call:
     """A call on a GPU, as far as it is looked at."""
-    rows = steps * batch if rows is None else rows
+    shape = (steps, batch, 1) if padded else (steps * batch if rows is None else rows, 1)
     x = SimpleNamespace(
-        is_cuda=True, dtype=dtype, device=torch.device("cuda", 0), size=lambda dim: rows
+        is_cuda=True,
+        dtype=dtype,
+        device=torch.device("cuda", 0),
+        shape=torch.Size(shape),
+        size=shape.__getitem__,
     )
     weights = Weights(
         *(torch.empty(4 * hidden, 1, device="meta"),) * 2, None, more.pop("w_hr", None)
@@ -157,6 +162,7 @@ def test_a_win_is_recorded_as_far_as_it_reaches(record, use) -> None:
     assert not known(16, 512, dtype=torch.float16) and not known(16, 512, dtype=torch.float64)
     assert not known(16, 512, directions=2) and not known(16, 512, reset=True)
     assert not known(16, 512, rows=500 * 16)  # packed
+    assert known(16, 512, padded=True) and not known(8, 512, padded=True)
     assert not known(16, 512, w_hr=torch.empty(1, device="meta"))
 
 

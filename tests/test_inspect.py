@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from test_module import CONFIGS, FORMS, IN, B, H, T, make_pair, make_state
@@ -10,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fastlstm
 from cases import tolerance
+from fastlstm import backends
 
 
 def equations(stock: nn.LSTM, x: Tensor, h0: Tensor, c0: Tensor, layer: int, reset: Tensor):
@@ -102,6 +105,28 @@ def test_every_backend_and_dtype_with_lengths(dtype, backend):
     lengths = [2, 5, 1 if backend == "aten" else 0]  # torch's own wants steps
     expected = all_equations(stock, x, state, 1, lengths, torch.zeros(T, B))
     check(fastlstm.gates(ours, x, state, lengths=lengths), expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("backend", "keeper"),
+    [("auto", "cpu"), ("cpu", "cpu"), ("reference", "reference"), ("aten", "cpu")],
+)
+def test_the_modules_backend_is_asked_once_for_each_layer_up_to_it(backend, keeper, monkeypatch):
+    asked = []
+
+    def spy(entry: backends.Backend):
+        def forward(*args):
+            asked.append((entry.name, args[6]))  # (.., need_reserve)
+            return entry.layer_forward(*args)
+
+        return dataclasses.replace(entry, layer_forward=forward)
+
+    table = {name: spy(entry) for name, entry in backends._TABLE.items()}
+    monkeypatch.setattr(backends, "_TABLE", table)
+    monkeypatch.setattr(backends, "_AUTOMATIC", tuple(table[n] for n in ("cpu", "reference")))
+    fastlstm.gates(fastlstm.LSTM(IN, H, 3, backend=backend), torch.randn(T, B, IN), layer=1)
+    first = keeper if backend == "auto" else backend
+    assert asked == [(first, False), (keeper, True)]
 
 
 def test_gates_and_cells_fulfil_the_equations():

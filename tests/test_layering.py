@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # Bottom to top: a module imports only what stands above it in this list.  A new module
 # must be given its place here.
 LAYERS = (
-    *("contract", "build", "native", "products", "dispatch", "walks"),
+    *("contract", "modes", "build", "native", "products", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
     *("backends", "checkpoint", "ops", "packing", "autograd", "functional", "tracers"),
     *("per_sample", "checks", "plain", "module", "cell", "inspect", "compat", "surgery", "opacus"),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import parallel_region
 import pytest
@@ -14,6 +15,7 @@ from parallel_region import REGION
 from test_module import assert_same, flat, make_pair
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
 import fastlstm
@@ -107,6 +109,37 @@ def test_inference_mode_and_its_tensors():
         inside = flat(module(x))
     assert inside[0].is_inference()
     assert_same([t.clone() for t in inside], flat(module(x)), x.dtype)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "checkpoint"])
+def test_another_default_device_changes_nothing(kept, backend):
+    """What a call makes for itself lies where it is needed, not where new tensors would."""
+    x = torch.randn(5, 3, IN)
+    packed = pack_padded_sequence(x, [2, 5, 4], enforce_sorted=False)
+    modules = [
+        fastlstm.LSTM(IN, H, bidirectional=both, backend=backend, checkpoint=kept)
+        for both in (False, True)
+    ]
+    arguments: list[dict[str, Any]] = [{"input": x}, {"input": packed}]
+    arguments.append({"input": x, "lengths": [2, 5, 4]})
+    if backend != "aten":  # which has neither
+        arguments.append({"input": x, "reset": torch.rand(5, 3) < 0.3, "return_cells": True})
+
+    def run(module: fastlstm.LSTM, given: dict[str, Any]) -> list[torch.Tensor]:
+        values = flat(module(**given))
+        wanted = list(module.parameters())
+        return [*values, *torch.autograd.grad(values[0].sum(), wanted), *flat(gates(module, given))]
+
+    def gates(module: fastlstm.LSTM, given: dict[str, Any]) -> Any:
+        return fastlstm.gates(module, **{k: v for k, v in given.items() if k != "return_cells"})
+
+    pairs = [(module, given) for module in modules for given in arguments]
+    want = [run(*pair) for pair in pairs]
+    with torch.device("meta"):
+        got = [run(*pair) for pair in pairs]
+    for a, e in zip(got, want, strict=True):
+        assert_same(a, e, x.dtype)
 
 
 def test_complex_numbers_go_through_the_reference():

@@ -1,0 +1,89 @@
+"""What a call may be under besides eager execution: tracing, modes, transforms, autocast.
+
+All that the package asks of torch's own names, which may change between its versions, is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Is somebody watching the operators: torch.compile, a mode, or a tensor subclass?"""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not _PLAIN.issuperset(map(type, tensors))
+
+
+def is_transformed() -> bool:
+    """Is a torch.func transform or forward-mode differentiation under way?
+
+    (torch.compile's own tracing has an interpreter on that stack too, and is not meant.)
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def is_batched(grad: Tensor | None) -> bool:
+    """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def is_jit() -> bool:
+    """Is torch.jit.trace, or the ONNX exporter that is built on it, recording?"""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_any_on_cpu() -> bool:
+    """Does torch want to see more of a call than an operator's results, or other dtypes?"""
+    # All in one function: small calls ask before each of them.
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def has_autocast(device_type: str) -> bool:
+    """Does autocast know this type of device?"""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# Dynamo of torch 2.10 can't trace torch's function, so it is to ask this one and keep the answer.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast asks for on ``device``, or None where it is off."""
+    if not has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A layer's dtypes are settled when it is called: autocast must not change its products."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def recording() -> Any:
+    """Autograd at work inside an operator too, where torch leaves it out."""
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),
+        torch.enable_grad(),
+    ):
+        yield
