@@ -1,7 +1,7 @@
 """A step of ``make gpu``: build the CPU's library in place, and the CUDA library for this GPU.
 
-The triton backend needs neither, so missing tools are only reported; a build that starts and fails
-is an error.
+Both at once, or neither where libraries of these sources came with the checkout. The triton backend
+needs neither, so missing tools are only reported; a build that starts and fails is an error.
 """
 
 from __future__ import annotations
@@ -25,18 +25,32 @@ def load_build() -> ModuleType:
     return build
 
 
-def build_cpu(build: ModuleType) -> int:
-    """The exit status."""
+def start_cpu(build: ModuleType) -> subprocess.Popen | int:
+    """The process that builds it, or its exit status where there is none."""
     if "FASTLSTM_LIBRARY" in os.environ:
         print("no library for the CPU is built: FASTLSTM_LIBRARY names one")
         return SKIPPED
+    if is_there(build, build.LIBRARY, build.sources_digest()):
+        return 0
     try:
         build.find_toolchain()
     except build.MissingError as error:
         print(f"no library for the CPU: {error}")
         return SKIPPED
     words = [sys.executable, "-P", str(ROOT / "fastlstm" / "build.py")]
-    return subprocess.run(words, cwd=ROOT).returncode
+    return subprocess.Popen(words, cwd=ROOT)
+
+
+def is_there(build: ModuleType, name: str, digest: str, architecture: str | None = None) -> bool:
+    """Is there a library of these sources, for such a GPU too?"""
+    library = build.PACKAGE / name
+    info = build.build_info(library) if library.is_file() else {}
+    there = info.get("sources") == digest
+    if there and architecture is not None:
+        there = architecture in info["architectures"]
+    if there:
+        print(f"{library} is of these sources")
+    return there
 
 
 def build_cuda(build: ModuleType) -> int:
@@ -51,6 +65,8 @@ def build_cuda(build: ModuleType) -> int:
         return SKIPPED
     major, minor = torch.cuda.get_device_capability(0)
     name = f"{major}{minor}" + "a" * (major >= 9)
+    if is_there(build, build.CUDA_LIBRARY, build.cuda_sources_digest(), name):
+        return 0
     try:
         library = build.build_cuda(ROOT / "build" / "cuda-gpu", architectures=[name])
     except build.MissingError as error:
@@ -66,7 +82,8 @@ def build_cuda(build: ModuleType) -> int:
 def main() -> int:
     arguments(__doc__)
     build = load_build()
-    statuses = [build_cpu(build), build_cuda(build)]
+    cpu = start_cpu(build)
+    statuses = [build_cuda(build), cpu if isinstance(cpu, int) else cpu.wait()]
     failed = [status for status in statuses if status not in (0, SKIPPED)]
     return failed[0] if failed else min(statuses)
 

@@ -63,8 +63,9 @@ def main() -> int:
             "triton": triton.__version__,
             "python": platform.python_version(),
         },
-        "backends": fastlstm.available_backends(),
     }
+    write_json(args.out / "machine.json", machine)  # the rest takes a library, or its compiler
+    machine["backends"] = fastlstm.available_backends()
     write_json(args.out / "machine.json", machine)
     reason = machine["backends"]["triton"]
     print(f"{machine['device']['name']}: {reason or 'the triton backend is there'}")

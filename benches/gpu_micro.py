@@ -42,7 +42,7 @@ def barriers(counter, fault, exchanges: tl.int32, polls: tl.int32, jitter: tl.in
     exchange = exchanges * 0
     while exchange < exchanges:
         place = (exchange.to(tl.int64) << 24) | 1
-        wait(counter, exchange, programs, False, fault, place, polls, jitter)
+        wait(counter, exchange, programs, False, fault, place, polls, jitter, exchange)
         arrive(counter, False)
         exchange += 1
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: of all tests, those of one of several processes (SHARD="2/8")."""
+"""A pytest plugin: of all tests, those of one of several processes (SHARD="2/8"); why one fails."""
 
 from __future__ import annotations
 
@@ -12,3 +12,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [item for place, item in enumerate(items) if place % count != index]
     items[:] = items[index::count]
     config.hook.pytest_deselected(items=others)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """At once: a process that is cut never comes to its summary."""
+    if report.failed:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)

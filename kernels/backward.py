@@ -124,7 +124,7 @@ def lstm_backward(
             dc_t += tl.load(dc_all + units, mask=here, other=0.0)
 
         place = (position.to(tl.int64) << 24) | (team << 4) | 2
-        extra = (exchange * 30011 + tile * 40503) % (jitter + 1)
+        looks = exchange * 30011 + tile * 40503  # a stress test's
         dm = tl.zeros((BATCH_TILE, HIDDEN_TILE), tl.float32)
         if half == 0:
             outputs = (row * D + d)[:, None] * P + j[None, :]
@@ -135,7 +135,7 @@ def lstm_backward(
             if dh_n is not None:
                 last = out & (b >= count_out)[:, None]
                 dh += tl.load(dh_n + finals, mask=last, other=0.0).to(tl.float32)
-            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, jitter, looks)
             # (eq. 8)
             da_rows = da + (row_out * D + d) * (4 * H)
             if RESIDENT:
@@ -162,7 +162,7 @@ def lstm_backward(
             else:
                 tl.store(dh_all + outputs, dh, mask=out)
         elif w_hr is not None:
-            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, jitter, looks)
             dh_rows, w_rows = dh_all + (row * D + d) * P, w_hr + d * (P * H) + j
             dm = streamed_product(dh_rows, live, w_rows, j < H, H, P, PART, SPLIT, PRECISION)
         da_i, da_f, da_g, da_o, dc_in = cell_backward(i, f, g, o, c_in, c, dm, dc_t)

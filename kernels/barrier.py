@@ -53,13 +53,14 @@ def _look(counter):
 
 
 @triton.jit
-def wait(counter, exchange, programs, ALONE: tl.constexpr, fault, place, polls, jitter):
+def wait(counter, exchange, programs, ALONE: tl.constexpr, fault, place, polls, jitter, looks):
     """Until all ``programs`` of the team have stored their share of all exchanges before this.
 
     Args:
         ALONE: there is no other program to wait for.
         fault: int64 word, set to ``place`` where no more than ``polls`` looks were enough.
-        jitter: look this many times more (a stress test's way to shuffle schedules).
+        jitter, looks: look ``looks`` modulo ``jitter + 1`` times more, a stress test's way to
+            shuffle schedules; the division takes time only where that is asked for.
     """
     if not ALONE:
         epoch = exchange.to(tl.int64) * programs
@@ -67,9 +68,11 @@ def wait(counter, exchange, programs, ALONE: tl.constexpr, fault, place, polls, 
         while (seen < epoch) & (polls > 0):
             seen = _look(counter)
             polls -= 1
-        while jitter > 0:
-            seen = tl.minimum(seen, _look(counter))  # an unused look would not be made
-            jitter -= 1
+        if jitter > 0:
+            more = looks % (jitter + 1)
+            while more > 0:
+                seen = tl.minimum(seen, _look(counter))  # an unused look would not be made
+                more -= 1
         if seen < epoch:  # in the first warp alone, whose first thread stores and adds
             tl.store(fault, place)
             tl.atomic_add(counter, _GIVEN_UP, sem="relaxed", scope="gpu")

@@ -102,7 +102,7 @@ def lstm_forward(
         finals = h_n + (d * batch + b)[:, None] * P + j[None, :]
         m_rows = h0 if m is None else m + ((row if RESERVE else b) * D + d) * H
         place = (position.to(tl.int64) << 24) | (team << 4) | 1
-        extra = (exchange * 30011 + tile * 40503) % (jitter + 1)
+        looks = exchange * 30011 + tile * 40503  # a stress test's
         if half == 0:
             from_step = live & (b < count_in)  # entered by what a step left, not by h0 and c0
             entered = live
@@ -119,7 +119,7 @@ def lstm_forward(
             a_g = tl.load(gate + 2 * H, mask=here, other=0.0).to(tl.float32)
             a_o = tl.load(gate + 3 * H, mask=here, other=0.0).to(tl.float32)
 
-            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, jitter, looks)
             h_rows = tl.where(from_step, y + (row_in * D + d) * P, h0 + (d * batch + b) * P)
             if RESIDENT:
                 acc = resident_product(
@@ -152,7 +152,7 @@ def lstm_forward(
             if c_all is not None:
                 tl.store(c_all + (row * D + d)[:, None] * H + j[None, :], c_t, mask=here)
         elif w_hr is not None:
-            wait(counter, exchange, tiles, ALONE, fault, place, polls, extra)
+            wait(counter, exchange, tiles, ALONE, fault, place, polls, jitter, looks)
             w_rows = w_hr + (d * P + j) * H
             h_t = streamed_product(m_rows, live, w_rows, j < P, 1, H, PART, SPLIT, PRECISION)
             tl.store(outputs, h_t, mask=out)

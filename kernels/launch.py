@@ -176,7 +176,8 @@ def limits(device: torch.device) -> Limits:
 @functools.cache
 def _fault_word(device: torch.device) -> Tensor:
     """(1) int64 that kernels on ``device`` write to and the host reads without waiting."""
-    return torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+    with torch.inference_mode(False):  # or nobody could set it back, were the first call in one
+        return torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
 def check(device: torch.device) -> None:

@@ -1,9 +1,9 @@
 """A pytest plugin for tests of the C++ kernels: every instruction set, and poisoned memory."""
 
 import pytest
-import settings
 import torch
 
+import settings
 from fastlstm import native
 
 assert native.missing() is None, native.missing()

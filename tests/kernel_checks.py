@@ -12,6 +12,15 @@ from fastlstm import reference
 from fastlstm.contract import Gradients, OutputGradients, Outputs, Requested
 
 ALL = Requested(*[True] * 7)
+# Sizes that programs have, for which kernels are chosen that no small layer takes. (On a GPU:
+# interpreted and emulated they would take hours.)
+PROGRAMS = (
+    Layer((64,) * 8, 256, 256),
+    Layer((16,) * 8, 512, 512, directions=2),
+    Layer((256,) * 8, 1024, 1024),
+    Layer((1,) * 8, 2048, 2048),
+    Layer((64,) * 8, 512, 2048),
+)
 
 
 class Backend(Protocol):

@@ -12,9 +12,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import settings
 import torch
 
+import settings
 from fastlstm import native
 from fastlstm.cli.contest import flops
 

@@ -10,13 +10,13 @@ import time
 from typing import Any
 
 import pytest
-import settings
 import torch
 from test_module import assert_same, flat, values_and_gradients
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastlstm
+import settings
 from cases import tolerance
 from fastlstm import backends, native
 

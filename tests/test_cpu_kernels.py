@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import settings
 import torch
 from torch import Tensor
 
+import settings
 from cases import DTYPES, LARGER, LAYERS, Layer, make_layer, tolerance
 from fastlstm import cpu, native, reference
 from fastlstm.contract import OutputGradients, Requested, Weights

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import settings
 import torch
 
+import settings
 from cases import LARGER, LAYERS, Layer, make_layer
 from fastlstm import cpu, native, reference
 from kernel_checks import Kernels, need_of, random_gradients

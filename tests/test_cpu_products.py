@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import settings
 import torch
 
+import settings
 from cases import DTYPES
 
 _C = torch.ops.fastlstm_C

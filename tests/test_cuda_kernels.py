@@ -22,7 +22,6 @@ from cuda_checks import (  # noqa: F401 - fixtures among them
     library,
     poison,
 )
-from test_gate_math import assert_agreement, lattice
 
 import emulated
 import fastlstm
@@ -30,7 +29,8 @@ from cases import LAYERS, Layer, make_layer, tolerance
 from fastlstm import backends, native
 from fastlstm import cuda as backend
 from fastlstm.contract import OutputGradients, Requested
-from kernel_checks import ALL, assert_same_bits
+from kernel_checks import ALL, PROGRAMS, assert_same_bits
+from lattice import assert_agreement, lattice
 
 # Those without a projection, with units in eights.
 CASES = tuple(
@@ -48,6 +48,19 @@ both_kernels = pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layer_equals_reference(case: Layer, dtype: torch.dtype) -> None:
     KERNELS.check_layer(case, dtype)
+
+
+if ON_GPU:
+
+    @pytest.mark.parametrize("case", PROGRAMS, ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_sizes_of_programs(case: Layer, dtype: torch.dtype) -> None:
+        layer = KERNELS.layer(case, dtype)
+        h0, weights = layer.h0, layer.weights[0]
+        call = backends.Call(layer.x, layer.batch_sizes, h0, weights, None, True, True)
+        if (reason := backend.unsupported(call)) is not None:
+            pytest.skip(reason)  # as "auto" would pass it by
+        KERNELS.check_layer(case, dtype)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +191,12 @@ def test_who_gives_up_waiting_is_reported(
     ):
         backend.check(DEVICE)
     backend.check(DEVICE)
+
+
+def test_a_first_call_in_inference_mode_can_report() -> None:
+    with torch.inference_mode():
+        word = backend._fault_word.__wrapped__(DEVICE)
+    word.zero_()  # as after a report
 
 
 # --- the equations -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fastlstm import backends
 from fastlstm import triton as backend
 from fastlstm.contract import OutputGradients, Requested
 from fastlstm.kernels import barrier, config, exchange, launch
-from kernel_checks import ALL, Kernels, assert_same_bits, need_of
+from kernel_checks import ALL, PROGRAMS, Kernels, assert_same_bits, need_of
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +33,7 @@ def _shortened(case: Layer) -> Layer:
 
 
 CASES = [_shortened(case) for case in LAYERS]
+CASES += PROGRAMS if DEVICE.type == "cuda" else ()
 # Small tiles, so that small layers have several programs in a team and several chunks.
 TEAMS = config.Config(batch_tile=16, hidden_tile=16, chunk=16, warps=4, split=1, resident=True)
 SPLIT = TEAMS._replace(chunk=128, warps=8, split=8)
@@ -44,8 +45,8 @@ TILINGS = {"chosen": None, "teams": TEAMS, "split": SPLIT, "registers": REGISTER
 def poison(monkeypatch):
     """New tensors start as NaNs: what is not written shows. And nothing may be left to report."""
     torch.use_deterministic_algorithms(True)
-    if DEVICE.type == "cpu":  # an interpreted spin is slow, and nobody else runs meanwhile
-        monkeypatch.setattr(launch, "POLLS", 3)
+    # An interpreted spin is slow, and nobody else runs meanwhile; on a GPU less than a second.
+    monkeypatch.setattr(launch, "POLLS", 3 if DEVICE.type == "cpu" else 1 << 20)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -173,6 +174,12 @@ def test_who_gives_up_waiting_is_reported(projection: int, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match=r"lstm_backward on .* team 0 at step"):
         backend.check(DEVICE)
     backend.check(DEVICE)
+
+
+def test_a_first_call_in_inference_mode_can_report() -> None:
+    with torch.inference_mode():
+        word = launch._fault_word.__wrapped__(DEVICE)
+    word.zero_()  # as after a report
 
 
 def test_a_whole_team_may_give_up_at_once() -> None:

@@ -17,13 +17,14 @@ class Backward : Block<C, Machine, Exchange> {
   using Base = Block<C, Machine, Exchange>;
   using Base::D_, Base::H_, Base::exchange_, Base::machine_, Base::place_;
   using Base::operand_sequence, Base::own_sequence, Base::own_unit, Base::owned;
-  using Base::sequence, Base::state, Base::unit, Base::wide;
+  using Base::sequence, Base::state, Base::unit, Base::widen;
   using typename Base::Element;
 
-  // What a cell has of its own step, before anything comes back to it.
+  // What a cell has of its own step, before anything comes back to it. What is there at every step
+  // stays as it is stored: who widens it waits for it to come from memory.
   struct Saved {
-    Gates<float> gates;
-    float c, c_in, dh, dc;
+    Element i, f, g, o, dy;
+    float c, c_in, dh_n, dc;
   };
 
  public:
@@ -76,7 +77,7 @@ class Backward : Block<C, Machine, Exchange> {
 
   // False: the block has given up.
   FASTLSTM_DEVICE bool undo(const Step& step, int position, float (&dc)[C::cells]) {
-    // What does not depend on other blocks comes before the wait.
+    // What does not depend on other blocks is asked for before the wait, and looked at after it.
     Saved saved[C::cells];
     bool carried[C::cells];
 #pragma unroll
@@ -94,7 +95,7 @@ class Backward : Block<C, Machine, Exchange> {
       // (eq. 8)
       const float carry = carried[k] ? exchange_.carry(own_sequence(k), own_unit(k)) : 0.0f;
       if (step.live(sequence(k)))
-        undo_cell(step, position, k, saved[k], saved[k].dh + carry, dc[k]);
+        undo_cell(step, position, k, saved[k], carry, dc[k]);
       else if (a_.dh0 != nullptr && sequence(k) < step.out.count)
         machine_.store(static_cast<Element*>(a_.dh0) + state(k),
                        Machine::template narrow<C::storage>(carry));
@@ -102,9 +103,11 @@ class Backward : Block<C, Machine, Exchange> {
     return exchange_.share(position, position + 1 < a_.walk.end);
   }
 
-  FASTLSTM_DEVICE void undo_cell(const Step& step, int position, int k, const Saved& s, float dh,
+  FASTLSTM_DEVICE void undo_cell(const Step& step, int position, int k, const Saved& s, float carry,
                                  float& dc) {
-    const CellGradient<float> d = Cell::cell_backward(s.gates, s.c_in, s.c, dh, s.dc);
+    const Gates<float> gates{widen(s.i), widen(s.f), widen(s.g), widen(s.o)};
+    const float dh = widen(s.dy) + s.dh_n + carry;
+    const CellGradient<float> d = Cell::cell_backward(gates, s.c_in, s.c, dh, s.dc);
     dc = d.dc_prev;
     Element* da = gradients(step.here, k);
     put(da, position, k, 0, d.da.i);
@@ -140,20 +143,26 @@ class Backward : Block<C, Machine, Exchange> {
     const int b = sequence(k);
     const int64_t row = (step.here.start + b) * D_ + place_.d, in_row = row * H_ + unit(k);
     const auto* gates = static_cast<const Element*>(a_.gates) + row * 4 * H_ + unit(k);
-    Saved s{{wide(gates), wide(gates + H_), wide(gates + 2 * H_), wide(gates + 3 * H_)},
+    Saved s{machine_.load(gates),
+            machine_.load(gates + H_),
+            machine_.load(gates + 2 * H_),
+            machine_.load(gates + 3 * H_),
+            Element{},
             machine_.load(a_.c_all + in_row),
             0,
             0,
             dc};
+    if (a_.dy != nullptr) s.dy = machine_.load(static_cast<const Element*>(a_.dy) + in_row);
     if (step.entered(machine_, b)) {
       const int64_t row_in = (step.in.start + b) * D_ + place_.d;
-      s.c_in = step.from_step(b) ? machine_.load(a_.c_all + row_in * H_ + unit(k))
-                                 : wide(static_cast<const Element*>(a_.c0) + state(k));
+      if (step.from_step(b))
+        s.c_in = machine_.load(a_.c_all + row_in * H_ + unit(k));
+      else
+        s.c_in = widen(machine_.load(static_cast<const Element*>(a_.c0) + state(k)));
     }
-    if (a_.dc_all != nullptr) s.dc += machine_.load(a_.dc_all + in_row);
-    if (a_.dy != nullptr) s.dh = wide(static_cast<const Element*>(a_.dy) + in_row);
     if (a_.dh_n != nullptr && step.last(b))
-      s.dh += wide(static_cast<const Element*>(a_.dh_n) + state(k));
+      s.dh_n = widen(machine_.load(static_cast<const Element*>(a_.dh_n) + state(k)));
+    if (a_.dc_all != nullptr) s.dc += machine_.load(a_.dc_all + in_row);
     return s;
   }
 

@@ -15,8 +15,12 @@ class Forward : Block<C, Machine, Exchange> {
   using Base = Block<C, Machine, Exchange>;
   using Base::D_, Base::H_, Base::exchange_, Base::machine_, Base::place_;
   using Base::operand_sequence, Base::own_sequence, Base::own_unit, Base::owned, Base::put;
-  using Base::sequence, Base::state, Base::unit, Base::wide;
+  using Base::sequence, Base::state, Base::unit, Base::widen;
   using typename Base::Element;
+
+  // Who widens what comes from memory waits for it. (A block of four eights has no registers to
+  // keep it as it is stored.)
+  static constexpr bool widens_late = C::n_tiles < 4 && sizeof(Element) < sizeof(float);
 
   // What enters a cell's next step: h of this one, or something else.
   struct Entering {
@@ -66,12 +70,18 @@ class Forward : Block<C, Machine, Exchange> {
 
   // False: the block has given up.
   FASTLSTM_DEVICE bool take(const Step& step, int position, float (&c)[C::cells]) {
-    // What does not depend on other blocks comes before the wait.
+    // What does not depend on other blocks is asked for before the wait, and looked at after it.
     const bool more = position + 1 < a_.walk.end;
     Gates<float> a[C::cells];
+    [[maybe_unused]] Gates<Element> x[C::cells];
 #pragma unroll
-    for (int k = 0; k < C::cells; ++k)
-      if (live(step, k)) a[k] = inputs(gates(step, k));
+    for (int k = 0; k < C::cells; ++k) {
+      if (!live(step, k)) continue;
+      if constexpr (widens_late)
+        x[k] = stored(gates(step, k));
+      else
+        a[k] = widened(stored(gates(step, k)));
+    }
     Entering next[C::cells];
     if constexpr (Exchange::in_cluster)
       if (more) find_entering(step_at(position + 1), next);
@@ -83,6 +93,7 @@ class Forward : Block<C, Machine, Exchange> {
       if (live(step, k)) {
         const Gates<float> r = exchange_.gates(own_sequence(k), own_unit(k));
         // (eq. 1)
+        if constexpr (widens_late) a[k] = widened(x[k]);
         a[k] = Cell::activate({a[k].i + r.i, a[k].f + r.f, a[k].g + r.g, a[k].o + r.o});
         c[k] = Cell::cell_state(a[k], step.entered(machine_, sequence(k)) ? c[k] : 0.0f);
         h = Machine::template narrow<C::storage>(Cell::cell_output(a[k], c[k]));
@@ -137,8 +148,12 @@ class Forward : Block<C, Machine, Exchange> {
     return static_cast<const Element*>(a_.h0) + (int64_t(place_.d) * a_.walk.batch + b) * H_;
   }
 
-  FASTLSTM_DEVICE Gates<float> inputs(const Element* gates) const {
-    return {wide(gates), wide(gates + H_), wide(gates + 2 * H_), wide(gates + 3 * H_)};
+  FASTLSTM_DEVICE Gates<Element> stored(const Element* gates) const {
+    return {machine_.load(gates), machine_.load(gates + H_), machine_.load(gates + 2 * H_),
+            machine_.load(gates + 3 * H_)};
+  }
+  static FASTLSTM_DEVICE Gates<float> widened(const Gates<Element>& x) {
+    return {widen(x.i), widen(x.f), widen(x.g), widen(x.o)};
   }
 
   FASTLSTM_DEVICE void keep(const Step& step, int k, const Gates<float>& s, float c) {

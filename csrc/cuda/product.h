@@ -174,7 +174,9 @@ class Product {
       for (int n = 0; n < C::n_tiles; ++n) {
         constexpr int distance = C::sharing * quads;
         b[k][n] = Piece{};
-        if (first + k < C::pairs && rows[n] != nullptr && start + (first + k) * distance < pieces_)
+        // Rows in shared memory are there, all of them: a look at their address would cost time.
+        const bool there = C::rows_in_shared || rows[n] != nullptr;
+        if (first + k < C::pairs && there && start + (first + k) * distance < pieces_)
           b[k][n] = row_piece(rows[n] + start * piece_elements(C::storage) +
                               (first + k) * distance * piece_elements(C::storage));
       }

@@ -116,8 +116,8 @@ class Block {
   FASTLSTM_DEVICE int operand_sequence(int n) const {
     return place_.first + n * mma_columns + b_column(machine_.thread() % lanes);
   }
-  FASTLSTM_DEVICE float wide(const Element* from) const {
-    return Machine::template widen<C::storage>(machine_.load(from));
+  static FASTLSTM_DEVICE float widen(Element value) {
+    return Machine::template widen<C::storage>(value);
   }
   FASTLSTM_DEVICE void put(Element* to, float value) {
     machine_.store(to, Machine::template narrow<C::storage>(value));
