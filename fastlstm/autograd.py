@@ -1,22 +1,22 @@
 """Differentiation of one layer: what is saved, and second order.
 
 ``LSTMLayer`` is the autograd Function over the two operators of ``ops.py``.  Its
-backward pass is itself differentiable: the gradient of a gradient is taken through
-``reference.layer_forward``, so second order works on every backend.  Under torch.func
-transforms and forward-mode differentiation, where an opaque operator would give wrong
-or zero tangents, the reference runs instead.
+backward pass is itself differentiable: the gradient of a gradient is taken through what
+torch differentiates by itself (``backends.differentiable``), so second order works on
+every backend.  Under torch.func transforms and forward-mode differentiation, where an
+opaque operator would give wrong or zero tangents, the reference runs instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, modes, ops, reference
-from .contract import Borders, OutputGradients, Requested, Reserve, Weights
+from .contract import Borders, OutputGradients, Outputs, Requested, Reserve, Weights
 
 
 class Run(NamedTuple):
@@ -269,11 +269,11 @@ def _batched_gradients(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # (A transform lets no tensor be made a leaf.)
-        leaves = _aliases(inputs, asked, again or modes.is_transformed())
+        leaves = aliases(inputs, asked, again or modes.is_transformed())
         return _composite_gradients(run, batch_sizes, reset, [*grads, *leaves], again)
 
 
-def _aliases(tensors: Sequence[Tensor | None], asked: Sequence[bool], again: bool) -> list[Any]:
+def aliases(tensors: Sequence[Tensor | None], asked: Sequence[bool], again: bool) -> list[Any]:
     """Of each tensor one of its own, so that one given for two arguments counts once in each;
     with the graph that leads to it, if it is to be differentiated ``again``."""
     return [
@@ -313,7 +313,7 @@ class LSTMLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
-        """Second order, by differentiating the reference twice.
+        """Second order, by differentiating twice what torch differentiates by itself.
 
         The gradient of <forward(inputs), grads> is what ``forward`` above returned;
         it is linear in ``grads`` and depends on the inputs through the whole layer.
@@ -321,31 +321,38 @@ class LSTMLayerBackward(torch.autograd.Function):
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
         batch_sizes, reset, *saved = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:]
-        with modes.without_autocast(saved[4].device):
+        x, h0, _, w_ih, w_hh, bias, w_hr, *_ = saved[4:]
+        weights = Weights(w_ih, w_hh, bias, w_hr)
+        call = backends.Call(_rows(x), batch_sizes, h0, weights, reset, ctx.run.need_cells, False)
+        forward = backends.differentiable(call).layer_forward
+        with modes.without_autocast(x.device):
             with torch.enable_grad():
-                tensors = _aliases(saved, asked, again)
-                first = _composite_gradients(ctx.run, batch_sizes, reset, tensors, True)
+                tensors = aliases(saved, asked, again)
+                first = _composite_gradients(ctx.run, batch_sizes, reset, tensors, True, forward)
             wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
-            second = iter(_grad(first, wanted, grads_of_grads, create_graph=again))
+            second = iter(differentiate(first, wanted, grads_of_grads, create_graph=again))
         return (None,) * 5 + tuple(next(second) if a else None for a in asked)
 
 
 def _composite_gradients(
-    run: Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any], create_graph: bool
+    run: Run,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    tensors: list[Any],
+    create_graph: bool,
+    forward: Callable[..., Outputs] = reference.layer_forward,
 ) -> list[Tensor | None]:
-    """Gradients of (x, h0, c0, *flat weights) through the reference."""
+    """Gradients of (x, h0, c0, *flat weights) through a ``forward`` that torch differentiates."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
     weights = [w.summed() for w in _unflatten(flat)]
-    out = reference.layer_forward(
-        _rows(x), batch_sizes, h0, c0, weights, reset, False, run.need_cells
-    )
+    out = forward(_rows(x), batch_sizes, h0, c0, weights, reset, create_graph, run.need_cells)
     rows = [None if r is None else _shaped(r, x) for r in (out.y, out.c_all)]
     inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]
-    found = iter(_grad((*rows, out.h_n, out.c_n), inputs, grads, create_graph))
+    found = iter(differentiate((*rows, out.h_n, out.c_n), inputs, grads, create_graph))
     return [next(found) if t is not None and t.requires_grad else None for t in tensors[4:]]
 
 
-def _grad(
+def differentiate(
     outputs: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],

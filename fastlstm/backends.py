@@ -146,6 +146,16 @@ def pick(backend: str, call: Call) -> Backend:
     return _TABLE[backend]
 
 
+def differentiable(call: Call) -> Backend:
+    """What to differentiate more than once: torch's own LSTM on the CPU, where it serves ``call``
+    and keeps its states in full precision, else the reference.  (cuDNN's is differentiated once.)
+    """
+    aten, exact = _TABLE["aten"], call.x.dtype in (torch.float32, torch.float64)
+    if call.x.device.type == "cpu" and exact and aten.refusal(call) is None:
+        return aten
+    return _TABLE["reference"]
+
+
 def plain_backend(backend: str) -> Backend | None:
     """What runs plain calls, if ``backend`` has such a way and it is there."""
     if backend == "auto":

@@ -109,6 +109,21 @@ def lstm(
     return _Rows(rows, h_n, c_n, None if cells is None else cells.to(rows.dtype))
 
 
+def has_changeable_output(dtype: torch.dtype, directions: int, projected: bool) -> bool:
+    """May the output of such an nn.LSTM be changed in place before the backward pass, of padded
+    input on the CPU?  Of what oneDNN makes it may not, which keeps it, as layers here do; otherwise
+    who changes it gets a copy.  (That of packed input always may.)"""
+    return dtype != torch.float32 or directions == 2 or projected
+
+
+def _changeable(result: _Rows) -> _Rows:
+    """With an output that may be changed."""
+    output = result.output
+    if not (output.is_cpu and output.requires_grad) or torch.compiler.is_compiling():
+        return result
+    return result._replace(output=output.clone())
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Autocast's rule: float64 is left alone."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
@@ -145,6 +160,9 @@ def lstm_padded(
         None if reset is None else reset.flatten().view(torch.uint8),
     )
 
+    weights = stack.layers[-1]
+    if has_changeable_output(result.output.dtype, len(weights), weights[0].w_hr is not None):
+        result = _changeable(result)
     if not batch_first:
         return Result(*result)
     return _with_form(result, lambda rows: rows.transpose(0, 1))
@@ -253,6 +271,7 @@ def lstm_packed(
         stack,
         None if reset is None else reset.data.contiguous().view(torch.uint8),
     )
+    result = _changeable(result)
     return _with_form(result, lambda rows: PackedSequence(rows, batch_sizes, order, unsort), unsort)
 
 

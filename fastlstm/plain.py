@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import autograd, backends, modes, per_sample
+from . import autograd, backends, functional, modes, per_sample
 from .contract import Reserve, Weights
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
@@ -97,6 +97,8 @@ def run(
             y, h_n, c_n = call.forward(rows, h0, c0, weights, reset, need_reserve=False)
     except _MisfitError:
         return None
+    if graph and functional.has_changeable_output(y.dtype, directions, module.proj_size > 0):
+        y = y.clone()
     if not batched:
         return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
     return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
@@ -287,6 +289,8 @@ def _long_gradients(
 ) -> list[Tensor | None]:
     """The gradients that ``PlainLayer.backward`` returns, with a graph, or batched."""
     single = x.dim() == 2  # a step of LSTMCell: rows as packed ones, states without a direction
+    if single and _is_plain_graph(x, grads):
+        return _step_gradients(asked, grads[2:], x, h0, c0, weights)
     steps, batch = (1, x.size(0)) if single else x.shape[:2]
     batch_sizes = torch.full((steps,), batch, dtype=torch.int64, device="cpu")
     if single:
@@ -319,3 +323,34 @@ def _long_gradients(
         ordered += (grad.bias, grad.b_hh) if call.biased else ()
         ordered += (grad.w_hr,) if weight.w_hr is not None else ()
     return ordered
+
+
+def _is_plain_graph(x: Tensor, grads: tuple[Tensor | None, ...]) -> bool:
+    """Is a graph of the gradients all that is wanted, of states in full precision?"""
+    return (
+        torch.is_grad_enabled()
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not modes.is_any_on_cpu()
+        and not any(map(modes.is_batched, grads))
+    )
+
+
+def _step_gradients(
+    asked: tuple[bool, ...],
+    grads: tuple[Tensor | None, ...],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Any,
+) -> list[Tensor | None]:
+    """Of a step of LSTMCell, from ``grads`` of its h and c: by torch's own, whose gradients have a
+    graph that is cheaper than a layer's."""
+    inputs = autograd.aliases((x, h0, c0, *weights), asked, again=True)
+    x, h0, c0, *weights = inputs
+    zeros = x.new_zeros(len(x), weights[1].size(1))
+    states = [zeros if state is None else state for state in (h0, c0)]
+    results = torch._VF.lstm_cell(x, states, *weights)
+    wanted = [t for t, ask in zip(inputs, asked, strict=True) if ask]
+    found = iter(autograd.differentiate(results, wanted, grads, create_graph=True))
+    return [next(found) if ask else None for ask in asked]

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cases import Layer, make_layer, tolerance
-from fastlstm import LSTM, reference
+from fastlstm import LSTM, backends, reference
 from fastlstm.autograd import lstm_layer
 from fastlstm.contract import Weights, by_kind
 
@@ -24,11 +24,13 @@ GRADIENT_CASES = (
 )
 
 
-def layer_function(case: Layer, backend: str, dtype: torch.dtype = torch.float64):
+def layer_function(
+    case: Layer, backend: str, dtype: torch.dtype = torch.float64, cells: bool = True
+):
     """A function of tensors alone, and the tensors, for gradcheck."""
     x, batch_sizes, h0, c0, weights, reset = make_layer(case, dtype, requires_grad=True)
     kinds = [[t is not None for t in w] for w in weights]
-    cells = backend != "aten"
+    cells &= backend != "aten"
 
     def run(x: Tensor, h0: Tensor, c0: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
         rest = iter(flat)
@@ -52,10 +54,34 @@ def test_gradcheck(case: Layer, backend: str) -> None:
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("cells", [True, False])
 @pytest.mark.parametrize(("case", "backend"), CASES, ids=str)
-def test_gradgradcheck(case: Layer, backend: str) -> None:
-    run, inputs = layer_function(case, backend)
+def test_gradgradcheck(case: Layer, backend: str, cells: bool) -> None:
+    run, inputs = layer_function(case, backend, cells=cells)
     assert torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
+@pytest.mark.parametrize("cells", [True, False])
+def test_what_is_differentiated_twice(case: Layer, dtype: torch.dtype, cells: bool) -> None:
+    """torch's own LSTM where it can; by both ways second order is the reference's."""
+    x, batch_sizes, h0, _, weights, reset = make_layer(case, dtype)
+    call = backends.Call(x, batch_sizes, h0, weights[0], reset, cells, False)
+    own = dtype == torch.float32 and not cells and serves(case, "aten")
+    assert backends.differentiable(call).name == ("aten" if own else "reference")
+
+    def penalty(backend: str) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        run, inputs = layer_function(case, backend, dtype, cells)
+        total = sum(out.float().sin().sum() for out in run(*inputs))
+        first = torch.autograd.grad(total, inputs, create_graph=True)
+        loss = sum(gradient.float().square().sum() for gradient in first)
+        return torch.autograd.grad(loss, inputs)
+
+    for a, b in zip(penalty("cpu"), penalty("reference"), strict=True):
+        scale = max(1.0, float(b.abs().max()))
+        torch.testing.assert_close(a / scale, b / scale, **tolerance(dtype))
 
 
 def test_gradgradcheck_of_the_module() -> None:
