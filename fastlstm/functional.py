@@ -10,7 +10,7 @@ the fit of a packed ``reset``, which are checked where they are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import modes
 from .autograd import layer_gates, lstm_layer
 from .contract import Weights
-from .packing import checked_lengths, pack
+from .packing import Packing, checked_lengths, pack
 
 
 class Stack(NamedTuple):
@@ -189,24 +189,50 @@ def lstm_lengths(
     if not modes.is_traced(lengths, input) and bool((lengths == steps).all()):
         return lstm_padded(input, h0, c0, stack, batch_first=batch_first, reset=reset)
 
-    batch_sizes, step, sequence, order, unsort = pack(lengths, steps)
+    packing = pack(lengths, steps)
+    step, sequence = packing.step, packing.sequence
     row = sequence * steps + step if batch_first else step * batch + sequence
-    row, order, unsort = (t.to(input.device) for t in (row, order, unsort))
+    reset = None if reset is None else reset.flatten()
+    result = _lstm_of_rows(input.flatten(0, 1), row, packing, h0, c0, stack, reset)
 
+    def padded(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, input.shape[:2])
+
+    return _with_form(result, padded)
+
+
+def _lstm_of_rows(
+    values: Tensor,
+    row: Tensor,
+    packing: Packing,
+    h0: Tensor,
+    c0: Tensor,
+    stack: Stack,
+    reset: Tensor | None,
+) -> _Rows:
+    """Of all rows ``values (.., I)`` those that ``row (N,)`` says, packed; the others aren't read.
+
+    Results are like ``values``, zero in those others, and states in the user's order; ``reset`` is
+    a bool for each of ``values``.
+    """
+    row, order, unsort = (t.to(values.device) for t in (row, packing.order, packing.unsort))
     result = lstm(
-        input.flatten(0, 1).index_select(0, row),
-        batch_sizes,
+        values.index_select(0, row),
+        packing.batch_sizes,
         h0.index_select(1, order),
         c0.index_select(1, order),
         stack,
-        None if reset is None else reset.flatten().index_select(0, row).view(torch.uint8),
+        None if reset is None else reset.index_select(0, row).view(torch.uint8),
     )
 
-    def padded(rows: Tensor) -> Tensor:
-        output = rows.new_zeros(batch * steps, rows.size(1)).index_copy_(0, row, rows)
-        return output.unflatten(0, input.shape[:2])
+    def spread(rows: Tensor | None) -> Any:
+        if rows is None:
+            return None
+        return rows.new_zeros(values.size(0), rows.size(1)).index_copy_(0, row, rows)
 
-    return _with_form(result, padded, unsort)
+    output, h_n, c_n, cells = result
+    h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)
+    return _Rows(spread(output), h_n, c_n, spread(cells))
 
 
 def lstm_jagged(
@@ -227,22 +253,9 @@ def lstm_jagged(
     offsets = offsets.to("cpu", torch.int64)
     lengths = offsets.diff() if lengths is None else lengths.to("cpu", torch.int64)
     steps = int(lengths.max()) if len(lengths) else 0
-    batch_sizes, step, sequence, order, unsort = pack(lengths, steps)
-    row = offsets[sequence] + step
-    row, order, unsort = (t.to(values.device) for t in (row, order, unsort))
-    result = lstm(
-        values.index_select(0, row),
-        batch_sizes,
-        h0.index_select(1, order),
-        c0.index_select(1, order),
-        stack,
-        None if reset is None else reset.index_select(0, row).view(torch.uint8),
-    )
-
-    def jagged(rows: Tensor) -> Tensor:
-        return rows.new_zeros(len(values), rows.size(1)).index_copy_(0, row, rows)
-
-    return _with_form(result, jagged, unsort)
+    packing = pack(lengths, steps)
+    row = offsets[packing.sequence] + packing.step
+    return Result(*_lstm_of_rows(values, row, packing, h0, c0, stack, reset))
 
 
 def lstm_packed(
