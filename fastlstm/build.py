@@ -138,39 +138,44 @@ class Step(NamedTuple):
 
 def library_path() -> Path:
     """The library to load, built first if need be."""
-    override = os.environ.get("FASTLSTM_LIBRARY")
-    if override:
-        if not Path(override).is_file():
-            raise BuildError(f"FASTLSTM_LIBRARY={override}: no such file")
-        return Path(override)
-    shipped = PACKAGE / LIBRARY
-    if not shipped.is_file():
+    named = _named_library("FASTLSTM_LIBRARY")
+    if named is not None:
+        return named
+    if not (PACKAGE / LIBRARY).is_file():
         return _cached_library()
-    if build_info(shipped).get("sources") != sources_digest():
-        raise BuildError(
-            f"{shipped} was built from other sources than those in {sources_dir()}: "
-            "run `make build` in a checkout, else reinstall fastlstm"
-        )
-    return shipped
+    return _shipped_library(LIBRARY, sources_digest(), "make build")
 
 
 def cuda_library_path() -> Path:
     """The CUDA library to load; it is not built here."""
-    override = os.environ.get("FASTLSTM_CUDA_LIBRARY")
-    if override:
-        if not Path(override).is_file():
-            raise BuildError(f"FASTLSTM_CUDA_LIBRARY={override}: no such file")
-        return Path(override)
-    shipped = PACKAGE / CUDA_LIBRARY
-    if not shipped.is_file():
+    named = _named_library("FASTLSTM_CUDA_LIBRARY")
+    if named is not None:
+        return named
+    if not (PACKAGE / CUDA_LIBRARY).is_file():
         raise MissingError(
             "its library was not built: install with FASTLSTM_BUILD=cuda where nvcc is, "
             "or run `make cuda` in a checkout"
         )
-    if build_info(shipped).get("sources") != cuda_sources_digest():
+    return _shipped_library(CUDA_LIBRARY, cuda_sources_digest(), "make cuda")
+
+
+def _named_library(variable: str) -> Path | None:
+    """The file that an environment variable names, if it does."""
+    named = os.environ.get(variable)
+    if not named:
+        return None
+    if not Path(named).is_file():
+        raise BuildError(f"{variable}={named}: no such file")
+    return Path(named)
+
+
+def _shipped_library(name: str, digest: str, command: str) -> Path:
+    """The one in the package, made of the sources that are there."""
+    shipped = PACKAGE / name
+    if build_info(shipped).get("sources") != digest:
         raise BuildError(
             f"{shipped} was built from other sources than those in {sources_dir()}: "
-            "run `make cuda` in a checkout, else reinstall fastlstm"
+            f"run `{command}` in a checkout, else reinstall fastlstm"
         )
     return shipped
 

@@ -51,3 +51,60 @@ def test_operator_refuses_bad_arguments(change: dict, message: str) -> None:
     _C.cpu_forward(*good.values())
     with pytest.raises(RuntimeError, match=message):
         _C.cpu_forward(*{**good, **change}.values())
+
+
+SAVED = dict(
+    y=torch.zeros(6, 4), c_all=torch.zeros(6, 4), gates=torch.zeros(6, 1, 16), m=None,
+)  # fmt: skip
+BACKWARD = dict(
+    dy=torch.zeros(6, 4), dc_all=torch.zeros(6, 4), dh_n=torch.zeros(1, 3, 4),
+    dc_n=torch.zeros(1, 3, 4), x=torch.zeros(6, 3), batch_sizes=torch.tensor([3, 3]),
+    h0=torch.zeros(1, 3, 4), c0=torch.zeros(1, 3, 4), w_ih=[torch.zeros(16, 3)],
+    w_hh=[torch.zeros(16, 4)], w_hr=[], reset=torch.zeros(6, dtype=torch.uint8), **SAVED,
+    need=[True] * 6 + [False], chunk_rows=1024, chunk_bytes=1 << 20,
+)  # fmt: skip
+PLAIN = dict(
+    dy=torch.zeros(2, 3, 4), dh_n=torch.zeros(1, 3, 4), dc_n=torch.zeros(1, 3, 4),
+    x=torch.zeros(2, 3, 3), h0=torch.zeros(1, 3, 4), c0=torch.zeros(1, 3, 4),
+    weights=[torch.zeros(16, 3), torch.zeros(16, 4), torch.zeros(16), torch.zeros(16)],
+    reset=torch.zeros(6, dtype=torch.uint8),
+    reserve=[torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(6, 1, 16)],
+    directions=1, biased=True, hidden_size=4, output_size=4,
+    need=[True] * 6 + [False], chunk_rows=1024, chunk_bytes=1 << 20,
+)  # fmt: skip
+RECOMPUTE = dict(
+    pre=torch.zeros(6, 16), batch_sizes=torch.tensor([3, 3]), c0=torch.zeros(1, 3, 4),
+    reset=torch.zeros(6, dtype=torch.uint8), need_m=False,
+)  # fmt: skip
+
+
+def changed(value):
+    """Whatever a caller could give instead: other sizes, another rank, another dtype."""
+    if isinstance(value, torch.Tensor):
+        yield value.new_zeros(*value.shape[:-1], value.size(-1) + 1)
+        yield value.new_zeros(*value.shape[:-1], value.size(-1) - 1)
+        yield value.unsqueeze(0)
+        yield value.to(torch.float64)
+    elif isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
+        yield value[:-1]
+        yield [*value, value[0]]
+        for k, one in enumerate(value):
+            yield from ([*value[:k], other, *value[k + 1 :]] for other in changed(one))
+    elif isinstance(value, list) and value:
+        yield value[:-1]
+        yield [*value, True]
+
+
+@pytest.mark.parametrize("name", ["cpu_backward", "cpu_plain_backward", "cpu_recompute"])
+def test_every_argument_is_looked_at(name: str) -> None:
+    """Of the passes that follow a forward pass, which are given what it has left."""
+    good = {"cpu_backward": BACKWARD, "cpu_plain_backward": PLAIN, "cpu_recompute": RECOMPUTE}[name]
+    operator = getattr(_C, name)
+    operator(*good.values())
+    for argument, value in good.items():
+        for other in changed(value):
+            try:
+                operator(*{**good, argument: other}.values())
+            except RuntimeError:
+                continue
+            raise AssertionError(f"{argument}: took {other}")
