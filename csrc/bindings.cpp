@@ -166,7 +166,8 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " Tensor m)");
   m.def(
       "cpu_plain_forward(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? reset,"
-      " int directions, bool biased, int hidden_size, int output_size, bool need_reserve)"
+      " int directions, bool biased, int hidden_size, int output_size, bool changeable,"
+      " bool need_reserve)"
       " -> Tensor[]");
   m.def(
       "cpu_plain_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0,"

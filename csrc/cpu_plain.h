@@ -116,12 +116,20 @@ std::vector<char> set_weights(fastlstm::ForwardArgs& args, const PlainCall& call
   return biases;
 }
 
+Tensor copy_of(const Tensor& tensor) {  // which is contiguous
+  Tensor copy = reserved(tensor.sizes(), tensor.scalar_type());
+  std::memcpy(copy.mutable_data_ptr(), tensor.const_data_ptr(),
+              size_t(tensor.numel()) * tensor.element_size());
+  return copy;
+}
+
 // y (T, B, D*P), h_n (L*D, B, P) and c_n (L*D, B, H), or of a single step without T (B, P) and
-// (B, H); or nothing, if anything does not fit. need_reserve is for single layers, and adds c_all,
-// gates and, with a projection, m.
+// (B, H); or nothing, if anything does not fit. need_reserve is for single layers, and adds what
+// cpu_plain_backward wants: y, c_all, gates and, with a projection, m. If the first y is to be
+// changeable, it is a copy of that.
 Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c0,
                           const Tensors& weights, const Optional& reset, int64_t directions,
-                          bool biased, int64_t hidden_size, int64_t output_size,
+                          bool biased, int64_t hidden_size, int64_t output_size, bool changeable,
                           bool need_reserve) {
   PlainCall call{x,          given(h0), given(c0),   weights,    given(reset),
                  directions, biased,    hidden_size, output_size};
@@ -156,7 +164,8 @@ Tensors cpu_plain_forward(const Tensor& x, const Optional& h0, const Optional& c
     fastlstm::kernels().forward(args);
     values = y;
   }
-  Tensors results{values, h_n, c_n};
+  Tensors results{need_reserve && changeable ? copy_of(values) : values, h_n, c_n};
+  if (need_reserve) results.push_back(values);
   results.insert(results.end(), reserve.begin(), reserve.end());
   return results;
 }
@@ -165,13 +174,6 @@ Tensor filled_with_zeros(Sizes sizes, ScalarType dtype) {
   Tensor tensor = empty(sizes, dtype);
   std::memset(tensor.mutable_data_ptr(), 0, size_t(tensor.numel()) * tensor.element_size());
   return tensor;
-}
-
-Tensor copy_of(const Tensor& vector) {
-  Tensor copy = empty({vector.size(0)}, vector.scalar_type());
-  std::memcpy(copy.mutable_data_ptr(), vector.const_data_ptr(),
-              size_t(vector.numel()) * vector.element_size());
-  return copy;
 }
 
 // Gradients of x, h0, c0 and the weights, in the order of a single layer's plain call, whose

@@ -84,6 +84,7 @@ def plain_forward(
     biased: bool,
     hidden_size: int,
     output_size: int,
+    changeable: bool,
     need_reserve: bool,
 ) -> list[Tensor]:
     """All layers of a plain call: y (T, B, D*P), h_n (L*D, B, P), c_n (L*D, B, H).
@@ -91,8 +92,8 @@ def plain_forward(
     ``x (T, B, I)``; ``h0`` and ``c0`` shaped as h_n and c_n, or None for zeros; ``weights`` as
     ``nn.LSTM`` holds them, layer by layer and direction by direction; a step of ``LSTMCell`` comes
     without T, its states as (B, P) and (B, H).  ``reset`` (N,) as in ``layer_forward``.  With
-    ``need_reserve``, for a single layer, also c_all, gates and, with a projection, m.  Empty where
-    anything does not fit.
+    ``need_reserve``, for a single layer, also y again, c_all, gates and, with a projection, m; the
+    first y is a copy, if it is to be ``changeable``.  Empty where anything does not fit.
     """
     return torch.ops.fastlstm_C.cpu_plain_forward.default(
         x,
@@ -104,6 +105,7 @@ def plain_forward(
         biased,
         hidden_size,
         output_size,
+        changeable,
         need_reserve,
     )
 
@@ -124,7 +126,7 @@ def plain_backward(
 ) -> list[Tensor]:
     """Gradients of x, h0, c0 and each of ``weights``, from those of y, h_n and c_n.
 
-    The other arguments as of ``plain_forward``; ``reserve`` is what it added, after y; ``need`` as
+    The other arguments as of ``plain_forward``; ``reserve`` is what it added; ``need`` as
     ``Requested``.  What is not asked for comes as an empty vector.
     """
     return torch.ops.fastlstm_C.cpu_plain_backward.default(

@@ -34,6 +34,7 @@ class PlainCall(NamedTuple):
     biased: bool
     hidden_size: int
     output_size: int
+    changeable: bool = False  # may y be changed before the backward pass?
 
     def forward(
         self,
@@ -71,7 +72,9 @@ def run(
     hidden_size = module.hidden_size
     output_size = module.proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
-    call = PlainCall(backend, directions, module.bias, hidden_size, output_size)
+    projected = module.proj_size > 0
+    changeable = functional.has_changeable_output(input.dtype, directions, projected)
+    call = PlainCall(backend, directions, module.bias, hidden_size, output_size, changeable)
     batched = input.dim() == 3
     batch_first = module.batch_first and batched
     if reset is not None:
@@ -97,8 +100,6 @@ def run(
             y, h_n, c_n = call.forward(rows, h0, c0, weights, reset, need_reserve=False)
     except _MisfitError:
         return None
-    if graph and functional.has_changeable_output(y.dtype, directions, module.proj_size > 0):
-        y = y.clone()
     if not batched:
         return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
     return y.transpose(0, 1) if batch_first else y, (h_n, c_n)
@@ -192,10 +193,12 @@ def _by_layers(
         if dropout and k > 0:
             rows = nn.functional.dropout(rows, dropout)
         h0, c0, here = h_in[k], c_in[k], weights[k * each : (k + 1) * each]
+        # A layer leaves its input as it is.
+        own = call if k + 1 == layers else call._replace(changeable=False)
         if graph and any(t is not None and t.requires_grad for t in (rows, h0, c0, *here)):
-            rows, h_n, c_n = PlainLayer.apply(call, reset, rows, h0, c0, *here)
+            rows, h_n, c_n = PlainLayer.apply(own, reset, rows, h0, c0, *here)
         else:  # the first layers may be frozen
-            rows, h_n, c_n = call.forward(rows, h0, c0, here, reset, need_reserve=False)
+            rows, h_n, c_n = own.forward(rows, h0, c0, here, reset, need_reserve=False)
         h_out.append(h_n)
         c_out.append(c_n)
     return rows, torch.cat(h_out), torch.cat(c_out)
@@ -217,11 +220,11 @@ class PlainLayer(torch.autograd.Function):
         c0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        y, h_n, c_n, *rest = call.forward(x, h0, c0, weights, reset, need_reserve=True)
+        y, h_n, c_n, *reserve = call.forward(x, h0, c0, weights, reset, need_reserve=True)
         ctx.set_materialize_grads(False)
         ctx.call = call
         # Saved this way, a tensor that is changed in place before the backward pass is noticed.
-        ctx.save_for_backward(reset, x, h0, c0, *weights, y, *rest)
+        ctx.save_for_backward(reset, x, h0, c0, *weights, *reserve)
         return y, h_n, c_n
 
     @staticmethod
@@ -252,7 +255,7 @@ class PlainLayer(torch.autograd.Function):
             weights,
             reset,
             reserve,
-            *call[1:],
+            *call[1:5],
             _needed(asked, call),
         )
         return None, None, *(grad if ask else None for grad, ask in zip(got, asked, strict=True))
