@@ -139,7 +139,7 @@ def layer_gates(
     return out.gates
 
 
-def _unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
+def unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
     """The fields of each direction's ``Weights`` in turn, back to those."""
     size = len(Weights._fields)
     return [Weights(*flat[k : k + size]) for k in range(0, len(flat), size)]  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ class LSTMLayer(torch.autograd.Function):
         c0: Tensor,
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        weights, saved = [w.summed() for w in _unflatten(flat)], None
+        weights, saved = [w.summed() for w in unflatten(flat)], None
         if run.checkpoint:
             out, saved = ops.checkpoint_forward(
                 x, batch_sizes, h0, c0, weights, reset, run.need_cells, run.backend
@@ -234,7 +234,7 @@ def _first_order(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of (x, h0, c0, *flat weights), None where not asked for."""
     x, h0, c0, *flat = inputs
-    weights, output_grads = _unflatten(flat), OutputGradients(*grads)
+    weights, output_grads = unflatten(flat), OutputGradients(*grads)
     if isinstance(reserve, Borders):
         summed = [w.summed() for w in weights]
         got = ops.checkpoint_backward(
@@ -344,7 +344,7 @@ def _composite_gradients(
 ) -> list[Tensor | None]:
     """Gradients of (x, h0, c0, *flat weights) through a ``forward`` that torch differentiates."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
-    weights = [w.summed() for w in _unflatten(flat)]
+    weights = [w.summed() for w in unflatten(flat)]
     out = forward(_rows(x), batch_sizes, h0, c0, weights, reset, create_graph, run.need_cells)
     rows = [None if r is None else _shaped(r, x) for r in (out.y, out.c_all)]
     inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]

@@ -316,8 +316,7 @@ def _long_gradients(
         grads,
         (x, h0, c0, *(t for w in layer for t in w)),
     )
-    size = len(Weights._fields)
-    by_direction = [Weights(*got[k : k + size]) for k in range(3, len(got), size)]  # type: ignore[arg-type]
+    by_direction = autograd.unflatten(got[3:])
     ordered: list[Tensor | None] = [
         t.squeeze(0) if single and k > 0 and t is not None else t for k, t in enumerate(got[:3])
     ]

@@ -128,17 +128,20 @@ class Kernels(NamedTuple):
         assert_same_bits(backward(given, *rest), backward(copied, *rest))
 
     def check_inference(self, case: Layer, monkeypatch: Any) -> None:
-        """It keeps nothing, and has the same bits however few steps' gates there is room for."""
-        layer = self.layer(case, torch.bfloat16)
+        """It keeps nothing, and has the same results however few steps' gates there is room for."""
+        dtype = torch.bfloat16
+        layer = self.layer(case, dtype)
         want = self.backend.layer_forward(*layer, True, True)
         step = max(case.batch_sizes) * case.directions * 4 * case.hidden * 2
         for steps, cells in ((100, True), (2, False), (1, True)):
             monkeypatch.setattr(self.backend, "_GATES_BYTES", steps * step)
             got = self.backend.layer_forward(*layer, False, cells)
             assert got.gates is None and got.m is None
-            assert_same_bits(
-                got, want._replace(gates=None, m=None, c_all=want.c_all if cells else None)
-            )
+            kept = want._replace(gates=None, m=None, c_all=want.c_all if cells else None)
+            if self.device.type == "cpu":
+                assert_same_bits(got, kept)
+            else:  # torch's products of other numbers of rows may sum in another order
+                self.assert_near(got, kept, dtype)
 
     def check_special_value(self, value: float, hidden: int) -> None:
         """NaN and inf stay in their sequence."""
