@@ -48,9 +48,17 @@ def is_there(build: ModuleType, name: str, digest: str, architecture: str | None
     there = info.get("sources") == digest
     if there and architecture is not None:
         there = architecture in info["architectures"]
-    if there:
-        print(f"{library} is of these sources")
-    return there
+    if not there:
+        return False
+    import torch  # which it is linked with
+
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        print(f"{library} is of these sources, but does not load here: {error}")
+        return False
+    print(f"{library} is of these sources")
+    return True
 
 
 def build_cuda(build: ModuleType) -> int:

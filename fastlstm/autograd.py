@@ -345,7 +345,7 @@ def _composite_gradients(
     """Gradients of (x, h0, c0, *flat weights) through a ``forward`` that torch differentiates."""
     grads, (x, h0, c0, *flat) = tensors[:4], tensors[4:]
     weights = [w.summed() for w in unflatten(flat)]
-    out = forward(_rows(x), batch_sizes, h0, c0, weights, reset, create_graph, run.need_cells)
+    out = forward(_rows(x), batch_sizes, h0, c0, weights, reset, False, run.need_cells)
     rows = [None if r is None else _shaped(r, x) for r in (out.y, out.c_all)]
     inputs = [t for t in tensors[4:] if t is not None and t.requires_grad]
     found = iter(differentiate((*rows, out.h_n, out.c_n), inputs, grads, create_graph))

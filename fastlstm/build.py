@@ -547,9 +547,10 @@ def _write_if_new(path: Path, text: str) -> None:
 
 
 def _cached_library() -> Path:
-    """What was built for these sources, this torch and the compiler that CXX names, if it names
-    one; where it is there, nothing that builds has to be."""
-    key = (sources_digest(), _find_torch()[1], os.environ.get("CXX"), platform.machine())
+    """What was built of these sources for this torch and system by the compiler that CXX names, if
+    it names one.  If it is there, no compiler is needed; after another was installed it stays."""
+    system = (platform.machine(), *platform.libc_ver())
+    key = (sources_digest(), _find_torch()[1], os.environ.get("CXX"), system)
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
     entry = _private_dir(_cache_root()) / name
     library = entry / LIBRARY

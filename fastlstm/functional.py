@@ -88,7 +88,8 @@ def lstm(
                 rows, batch_sizes, h_in[k], c_in[k], weights, reset, backend=stack.backend
             )
             gates = gates.unflatten(-1, (4, -1)).transpose(1, 2)  # from (N, D, 4H)
-            return _Rows(gates.reshape(*rows.shape[:-1], -1), h0, c0, None)
+            width = gates.shape[1:].numel()
+            return _Rows(gates.reshape(*rows.shape[:-1], width), h0, c0, None)
         rows, cells, h_n, c_n = lstm_layer(
             rows,
             batch_sizes,
@@ -110,18 +111,23 @@ def lstm(
 
 
 def has_changeable_output(dtype: torch.dtype, directions: int, projected: bool) -> bool:
-    """May the output of such an nn.LSTM be changed in place before the backward pass, of padded
-    input on the CPU?  Of what oneDNN makes it may not, which keeps it, as layers here do; otherwise
-    who changes it gets a copy.  (That of packed input always may.)"""
-    return dtype != torch.float32 or directions == 2 or projected
+    """May such an nn.LSTM's output be changed in place before the backward pass, for padded input
+    on the CPU?  Unless oneDNN made it, which keeps it for the backward pass.  Layers here keep
+    theirs too, so elsewhere the caller is given a copy.  (That of packed input always may.)"""
+    if dtype != torch.float32 or directions == 2 or projected:
+        return True
+    return not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available())
 
 
 def _changeable(result: _Rows) -> _Rows:
     """With an output that may be changed."""
+    return result._replace(output=result.output.clone()) if _may_matter(result) else result
+
+
+def _may_matter(result: _Rows) -> bool:
+    """Does the backward pass need an output as it is, which the caller could change?"""
     output = result.output
-    if not (output.is_cpu and output.requires_grad) or torch.compiler.is_compiling():
-        return result
-    return result._replace(output=output.clone())
+    return not torch.compiler.is_compiling() and output.is_cpu and output.requires_grad
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,11 +147,13 @@ def lstm_padded(
     *,
     batch_first: bool = False,
     reset: Tensor | None = None,
+    changeable: bool = False,
 ) -> Result:
     """Sequences of equal length.
 
     ``input (T, B, I)`` and ``reset (T, B)`` bool, or ``(B, T, I)`` and ``(B, T)``.
-    A contiguous ``(T, B, I)`` is packed rows already: nothing is copied.
+    A contiguous ``(T, B, I)`` is packed rows already: nothing is copied.  The output may be changed
+    in place before the backward pass if nn.LSTM's may, or if it is to be ``changeable``.
     """
     if batch_first:
         input = input.transpose(0, 1)
@@ -160,9 +168,11 @@ def lstm_padded(
         None if reset is None else reset.flatten().view(torch.uint8),
     )
 
-    weights = stack.layers[-1]
-    if has_changeable_output(result.output.dtype, len(weights), weights[0].w_hr is not None):
-        result = _changeable(result)
+    if _may_matter(result):
+        weights = stack.layers[-1]
+        projected = weights[0].w_hr is not None
+        if changeable or has_changeable_output(result.output.dtype, len(weights), projected):
+            result = _changeable(result)
     if not batch_first:
         return Result(*result)
     return _with_form(result, lambda rows: rows.transpose(0, 1))
@@ -187,7 +197,10 @@ def lstm_lengths(
     lengths = checked_lengths(lengths, batch)
     # A graph serves all lengths, so while it is traced nothing may depend on their values.
     if not modes.is_traced(lengths, input) and bool((lengths == steps).all()):
-        return lstm_padded(input, h0, c0, stack, batch_first=batch_first, reset=reset)
+        # Of shorter sequences the output is one of its own, so here it is too.
+        return lstm_padded(
+            input, h0, c0, stack, batch_first=batch_first, reset=reset, changeable=True
+        )
 
     packing = pack(lengths, steps)
     step, sequence = packing.step, packing.sequence

@@ -54,7 +54,8 @@ def gates(
     Raises:
         TypeError: ``module`` is not a ``fastlstm.LSTM``, or ``layer`` no integer.
         IndexError: it has no such layer.
-        As ``module`` does, where another argument does not fit.
+        As ``module`` does, where another argument does not fit or the backend can't run a layer
+        before.
     """
     if not isinstance(module, LSTM):
         raise TypeError(

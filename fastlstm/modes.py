@@ -1,6 +1,7 @@
 """What a call may be under besides eager execution: tracing, modes, transforms, autocast.
 
-All that the package asks of torch's own names, which may change between its versions, is here.
+What the package asks of torch's private names, which may change between its versions, is here, but
+for torch._VF, where torch's own LSTM is.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ def run(
     hidden_size = module.hidden_size
     output_size = module.proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
-    projected = module.proj_size > 0
-    changeable = functional.has_changeable_output(input.dtype, directions, projected)
-    call = PlainCall(backend, directions, module.bias, hidden_size, output_size, changeable)
+    call = PlainCall(backend, directions, module.bias, hidden_size, output_size)
     batched = input.dim() == 3
     batch_first = module.batch_first and batched
     if reset is not None:
@@ -91,6 +89,9 @@ def run(
     graph = torch.is_grad_enabled() and any(map(_requires_grad, (input, *hx, *weights)))
     if graph and module.checkpoint:
         return None
+    projected = module.proj_size > 0
+    if graph and functional.has_changeable_output(input.dtype, directions, projected):
+        call = call._replace(changeable=True)
     try:
         if graph or dropout:
             # What is saved is then nobody else's to change, and no more than is needed.

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from itertools import product
 from pathlib import Path
 
@@ -158,6 +159,38 @@ def test_the_budget_ends_a_chain(tmp_path: Path) -> None:
     todo = [python(name, "import time; time.sleep(60)") for name in ("one", "two")]
     assert gpu_run.run_all(todo, tmp_path, "cpu", budget=1) == 1
     assert [row["result"] for row in read(tmp_path / "steps.json")] == ["cut", "cut"]
+
+
+def test_a_run_that_is_ended_hands_on_what_there_is(tmp_path: Path) -> None:
+    """Of a step that is not done too."""
+    row = "import sys, time; open(sys.argv[1], 'w').write('[]'); time.sleep(60)"
+    program = (
+        "import signal, sys, gpu_run\n"
+        "def steps(device, out):\n"
+        f"    words = [sys.executable, '-S', '-c', {row!r}, str(out / 'gpu-row.json')]\n"
+        "    return [gpu_run.Step('measure', 60, words)]\n"
+        "gpu_run.steps = steps\n"
+        "sys.exit(gpu_run.main())\n"
+    )
+    words = [sys.executable, "-c", program, "--device", "cpu", "--out", str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "benches")}
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+    assert "measure" in process.stdout.readline()
+    time.sleep(2)  # it writes at once
+    process.terminate()
+    assert process.wait(20) == 143
+    assert read(tmp_path / "gpu-row.json") == []
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert {"all/gpu-row.json", "all/measure.log"} <= set(archive.getnames())
+
+
+def test_what_cannot_be_handed_on_ends_no_run(tmp_path: Path) -> None:
+    def after() -> None:
+        raise OSError("no room")
+
+    todo = [python("first", ""), python("second", "")]
+    assert gpu_run.run_all(todo, tmp_path, "cpu", after=after) == 0
+    assert [row["result"] for row in read(tmp_path / "steps.json")] == ["ok", "ok"]
 
 
 def test_the_split_fits_the_budget() -> None:

@@ -129,6 +129,14 @@ def test_the_modules_backend_is_asked_once_for_each_layer_up_to_it(backend, keep
     assert asked == [(first, False), (keeper, True)]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "aten", "reference"])
+def test_nothing_has_no_gates(backend):
+    lstm = fastlstm.LSTM(IN, H, backend=backend)
+    assert fastlstm.gates(lstm, torch.zeros(T, 0, IN)).i.shape == (T, 0, H)
+    found = fastlstm.gates(lstm, torch.zeros(T, B, IN), lengths=[0] * B)
+    assert not any(gate.any() for gate in found) and found.o.shape == (T, B, H)
+
+
 def test_gates_and_cells_fulfil_the_equations():
     """What the docstring promises, for an initial state of zero."""
     lstm = fastlstm.LSTM(IN, H).double()

@@ -163,11 +163,20 @@ def test_output_may_be_changed_where_nn_lstms_may(name, backend, kept):
 
 
 def test_what_onednn_makes_is_not_changed():
-    for module in make_pair(torch.float32):
-        output, _ = module(torch.randn(T, B, IN))
+    modules = make_pair(torch.float32)
+
+    def change(module, **options):
+        output, _ = module(torch.randn(T, B, IN), **options)
         output.relu_()
+        output.sum().backward()
+
+    for module in modules:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            output.sum().backward()
+            change(module)
+        with torch.backends.mkldnn.flags(enabled=False):
+            change(module)
+    for lengths in ([T] * B, [2, 5, 4]):
+        change(modules[1], lengths=lengths)
 
 
 def test_nan_and_inf_flow_through():
