@@ -72,7 +72,7 @@ def test_options_of_the_command_line_are_described() -> None:
 
 def test_environment_variables_are_described() -> None:
     text, source = section("Environment"), Path(build.__file__).read_text()
-    read = set(re.findall(r'environ\.get\("(\w+)"', source))
+    read = set(re.findall(r'(?:environ\.get|_named_library)\("(\w+)"', source))
     assert read == set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
     for mode in build.MODES:
         assert f"`{mode}`" in text
