@@ -182,8 +182,9 @@ def main() -> int:
         todo = steps(args.device, work)
         try:
             return run_all(todo, work, args.device, after=lambda: publish(work, out))
-        finally:  # what a step has written that is ended with us
+        except BaseException:  # what a step has written that is ended with us
             publish(work, out)
+            raise
 
 
 if __name__ == "__main__":

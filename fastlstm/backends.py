@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aten, cpu, cuda, dispatch, native, reference, triton
-from .contract import Gradients, Outputs, Reserve, Weights
+from .contract import Gradients, Outputs, Reserve, Weights, state_dtype
 
 
 class Call(NamedTuple):
@@ -150,7 +150,8 @@ def differentiable(call: Call) -> Backend:
     """What to differentiate more than once: torch's own LSTM on the CPU, where it serves ``call``
     and keeps its states in full precision, else the reference.  (cuDNN's is differentiated once.)
     """
-    aten, exact = _TABLE["aten"], call.x.dtype in (torch.float32, torch.float64)
+    aten, dtype = _TABLE["aten"], call.x.dtype
+    exact = dtype.is_floating_point and state_dtype(dtype) is dtype
     if call.x.device.type == "cpu" and exact and aten.refusal(call) is None:
         return aten
     return _TABLE["reference"]

@@ -119,13 +119,8 @@ def has_changeable_output(dtype: torch.dtype, directions: int, projected: bool) 
     return not (torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available())
 
 
-def _changeable(result: _Rows) -> _Rows:
-    """With an output that may be changed."""
-    return result._replace(output=result.output.clone()) if _may_matter(result) else result
-
-
-def _may_matter(result: _Rows) -> bool:
-    """Does the backward pass need an output as it is, which the caller could change?"""
+def _is_kept(result: _Rows) -> bool:
+    """Does a backward pass on the CPU need the output as it is?  (torch.compile sees to that.)"""
     output = result.output
     return not torch.compiler.is_compiling() and output.is_cpu and output.requires_grad
 
@@ -168,11 +163,11 @@ def lstm_padded(
         None if reset is None else reset.flatten().view(torch.uint8),
     )
 
-    if _may_matter(result):
+    if _is_kept(result):
         weights = stack.layers[-1]
         projected = weights[0].w_hr is not None
         if changeable or has_changeable_output(result.output.dtype, len(weights), projected):
-            result = _changeable(result)
+            result = result._replace(output=result.output.clone())
     if not batch_first:
         return Result(*result)
     return _with_form(result, lambda rows: rows.transpose(0, 1))
@@ -297,7 +292,8 @@ def lstm_packed(
         stack,
         None if reset is None else reset.data.contiguous().view(torch.uint8),
     )
-    result = _changeable(result)
+    if _is_kept(result):
+        result = result._replace(output=result.output.clone())
     return _with_form(result, lambda rows: PackedSequence(rows, batch_sizes, order, unsort), unsort)
 
 

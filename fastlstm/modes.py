@@ -7,6 +7,7 @@ for torch._VF, where torch's own LSTM is.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 @contextlib.contextmanager
-def recording() -> Any:
+def recording() -> Iterator[None]:
     """Autograd at work inside an operator too, where torch leaves it out."""
     with (
         torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, backends, functional, modes, per_sample
-from .contract import Reserve, Weights
+from .contract import Reserve, Weights, state_dtype
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
 _DENSE = frozenset((torch.strided,))
@@ -235,12 +235,15 @@ class PlainLayer(torch.autograd.Function):
         call, asked = ctx.call, ctx.needs_input_grad[2:]
         (reset, *saved), count = ctx.saved_tensors, len(asked)
         (x, h0, c0, *weights), reserve = saved[:count], saved[count:]
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+        watched = (
+            torch.compiler.is_compiling()
             or modes.is_any_on_cpu()
             or any(map(modes.is_batched, (dy, dh_n, dc_n)))
-        ):
+        )
+        graph, step = torch.is_grad_enabled(), x.dim() == 2
+        if graph and step and not watched and state_dtype(x.dtype) is x.dtype:
+            return None, None, *_step_gradients(asked, (dh_n, dc_n), x, h0, c0, weights)
+        if graph or watched:
             grads = (dy, None, dh_n, dc_n)
             return (
                 None,
@@ -293,8 +296,6 @@ def _long_gradients(
 ) -> list[Tensor | None]:
     """The gradients that ``PlainLayer.backward`` returns, with a graph, or batched."""
     single = x.dim() == 2  # a step of LSTMCell: rows as packed ones, states without a direction
-    if single and _is_plain_graph(x, grads):
-        return _step_gradients(asked, grads[2:], x, h0, c0, weights)
     steps, batch = (1, x.size(0)) if single else x.shape[:2]
     batch_sizes = torch.full((steps,), batch, dtype=torch.int64, device="cpu")
     if single:
@@ -326,17 +327,6 @@ def _long_gradients(
         ordered += (grad.bias, grad.b_hh) if call.biased else ()
         ordered += (grad.w_hr,) if weight.w_hr is not None else ()
     return ordered
-
-
-def _is_plain_graph(x: Tensor, grads: tuple[Tensor | None, ...]) -> bool:
-    """Is a graph of the gradients all that is wanted, of states in full precision?"""
-    return (
-        torch.is_grad_enabled()
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
-        and not modes.is_any_on_cpu()
-        and not any(map(modes.is_batched, grads))
-    )
 
 
 def _step_gradients(

@@ -165,7 +165,8 @@ def _instructions(name: str | None, forced: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
+    """torch, and the library with it, on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -183,7 +184,7 @@ def _check(place: Place, deadline: float) -> Outcome:
             outcome.left = len(todo) - k
             break
         try:
-            with _instructions(place.instructions, case.forced), _threads(case.threads):
+            with _instructions(place.instructions, case.forced), threads(case.threads):
                 problem = _problem(place, case, dtype)
         except backends.Refusal as refusal:
             outcome.refused[refusal.reason] += 1
