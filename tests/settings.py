@@ -7,16 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch, and the library with it, on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from fastlstm.cli.check import threads as threads
 
 
 @contextmanager

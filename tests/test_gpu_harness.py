@@ -163,24 +163,32 @@ def test_the_budget_ends_a_chain(tmp_path: Path) -> None:
 
 def test_a_run_that_is_ended_hands_on_what_there_is(tmp_path: Path) -> None:
     """Of a step that is not done too."""
-    row = "import sys, time; open(sys.argv[1], 'w').write('[]'); time.sleep(60)"
+    row = (
+        "import sys, time\n"
+        "for path in sys.argv[1:3]:\n"
+        "    open(path, 'w').write('[]')\n"
+        "time.sleep(60)"
+    )
+    out, written = tmp_path / "out", tmp_path / "written"
     program = (
         "import signal, sys, gpu_run\n"
         "def steps(device, out):\n"
         f"    words = [sys.executable, '-S', '-c', {row!r}, str(out / 'gpu-row.json')]\n"
+        f"    words.append({str(written)!r})\n"
         "    return [gpu_run.Step('measure', 60, words)]\n"
         "gpu_run.steps = steps\n"
         "sys.exit(gpu_run.main())\n"
     )
-    words = [sys.executable, "-c", program, "--device", "cpu", "--out", str(tmp_path)]
+    words = [sys.executable, "-c", program, "--device", "cpu", "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT / "benches")}
-    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
-    assert "measure" in process.stdout.readline()
-    time.sleep(2)  # it writes at once
+    process = subprocess.Popen(words, env=env)
+    deadline = time.monotonic() + 60
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     process.terminate()
     assert process.wait(20) == 143
-    assert read(tmp_path / "gpu-row.json") == []
-    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+    assert read(out / "gpu-row.json") == []
+    with tarfile.open(out / "all.tar.gz") as archive:
         assert {"all/gpu-row.json", "all/measure.log"} <= set(archive.getnames())
 
 

@@ -133,52 +133,6 @@ def test_input_may_be_non_contiguous_and_expanded():
         assert_same(flat(ours(x)), flat(stock(x)), torch.float64)
 
 
-CHANGED = {
-    "bidirectional": (torch.float32, {"bidirectional": True, "num_layers": 2}),
-    "proj": (torch.float32, {"proj_size": 2}),
-    "float64": (torch.float64, {}),
-    "packed": (torch.float32, {}),
-}
-
-
-@pytest.mark.parametrize("kept", [False, True], ids=["plain", "checkpoint"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("name", CHANGED)
-def test_output_may_be_changed_where_nn_lstms_may(name, backend, kept):
-    """In place before the backward pass, as by ReLU(inplace=True): whatever is not oneDNN's."""
-    dtype, config = CHANGED[name]
-    stock, ours = make_pair(dtype, backend, **config)
-    ours.checkpoint = kept
-
-    def run(module, x):
-        if name == "packed":
-            x = pack_padded_sequence(x, [5, 4, 2])
-        output, _ = module(x)
-        values = output.data if name == "packed" else output
-        return values.relu_()
-
-    x = torch.randn(T, B, IN, dtype=dtype)
-    want = values_and_gradients(stock, run, [x])
-    assert_same(values_and_gradients(ours, run, [x]), want, dtype)
-
-
-def test_what_onednn_makes_is_not_changed():
-    modules = make_pair(torch.float32)
-
-    def change(module, **options):
-        output, _ = module(torch.randn(T, B, IN), **options)
-        output.relu_()
-        output.sum().backward()
-
-    for module in modules:
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            change(module)
-        with torch.backends.mkldnn.flags(enabled=False):
-            change(module)
-    for lengths in ([T] * B, [2, 5, 4]):
-        change(modules[1], lengths=lengths)
-
-
 def test_nan_and_inf_flow_through():
     stock, ours = make_pair()
     x = torch.randn(T, B, IN, dtype=torch.float64)

@@ -12,7 +12,7 @@ import parallel_region
 import pytest
 import torch
 from parallel_region import REGION
-from test_module import assert_same, flat, make_pair
+from test_module import assert_same, flat, make_pair, values_and_gradients
 from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -140,6 +140,52 @@ def test_another_default_device_changes_nothing(kept, backend):
         got = [run(*pair) for pair in pairs]
     for a, e in zip(got, want, strict=True):
         assert_same(a, e, x.dtype)
+
+
+CHANGED = {
+    "bidirectional": (torch.float32, {"bidirectional": True, "num_layers": 2}),
+    "proj": (torch.float32, {"proj_size": 2}),
+    "float64": (torch.float64, {}),
+    "packed": (torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "checkpoint"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", CHANGED)
+def test_output_may_be_changed_where_nn_lstms_may(name, backend, kept):
+    """In place before the backward pass, as by ReLU(inplace=True): whatever is not oneDNN's."""
+    dtype, config = CHANGED[name]
+    stock, ours = make_pair(dtype, backend, **config)
+    ours.checkpoint = kept
+
+    def run(module, x):
+        if name == "packed":
+            x = pack_padded_sequence(x, [5, 4, 2])
+        output, _ = module(x)
+        values = output.data if name == "packed" else output
+        return values.relu_()
+
+    x = torch.randn(5, 3, IN, dtype=dtype)
+    want = values_and_gradients(stock, run, [x])
+    assert_same(values_and_gradients(ours, run, [x]), want, dtype)
+
+
+def test_what_onednn_makes_is_not_changed():
+    modules = make_pair(torch.float32)
+
+    def change(module, **options):
+        output, _ = module(torch.randn(5, 3, IN), **options)
+        output.relu_()
+        output.sum().backward()
+
+    for module in modules:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            change(module)
+        with torch.backends.mkldnn.flags(enabled=False):
+            change(module)
+    for lengths in ([5] * 3, [2, 5, 4]):
+        change(modules[1], lengths=lengths)
 
 
 def test_complex_numbers_go_through_the_reference():
