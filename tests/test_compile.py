@@ -82,16 +82,22 @@ def test_one_graph_serves_every_number_of_steps_and_sequences(form, grad):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("steps", [5, 2000])
-def test_compiling_takes_no_longer_for_more_steps(steps: int):
-    """Nothing is cached; about 4 s at both."""
-    model, x = Model(), torch.randn(steps, 2, IN)
-    with fresh_cache():
-        torch._dynamo.reset()
-        start = time.perf_counter()
-        compiled = torch.compile(model, fullgraph=True, dynamic=True)
-        results(compiled, x, {}, [*model.parameters()])
-        assert time.perf_counter() - start < 20
+def test_compiling_takes_no_longer_for_more_steps():
+    """Nothing is cached; about 4 s at both, the first with what torch imports for it."""
+
+    def seconds(steps: int) -> float:
+        model, x = Model(), torch.randn(steps, 2, IN)
+        with fresh_cache():
+            torch._dynamo.reset()
+            start = time.perf_counter()
+            compiled = torch.compile(model, fullgraph=True, dynamic=True)
+            results(compiled, x, {}, [*model.parameters()])
+            return time.perf_counter() - start
+
+    # Each step compiled for itself would take hundreds of times as long. (Against each other: by
+    # the clock alone a busy machine decides.)
+    few, many = seconds(5), seconds(2000)
+    assert many < 3 * few, (few, many)
 
 
 def test_lengths_are_looked_at_when_the_program_runs():
