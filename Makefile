@@ -11,6 +11,9 @@ VENV ?= .venv
 ARGS ?=
 PIP_ARGS ?=
 
+# Where python may not keep what it has compiled, each start of one compiles torch anew: 2 seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 BIN := $(VENV)/bin
 # Of the 18,000 files that are installed most are never imported: compiling them takes a minute.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS)

@@ -351,3 +351,31 @@ def test_a_run_and_an_addition_to_it(tmp_path: Path) -> None:
     path.write_text(json.dumps(second | {"environment": {"CXX": "another"}}))
     done = run("--shapes", "2,2,3,5", "--add", str(path))
     assert done.returncode == 2 and "another environment" in done.stderr
+
+
+def versions(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benches/versions.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_version_against_itself() -> None:
+    done = versions(
+        ".", "--shapes", "2,2,3,4", "--variants", "packed", "cell", "--modes", "train",
+        "--threads", "1", "--rounds", "2", "--seconds", "0.2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    head, *lines = done.stdout.splitlines()
+    assert "old / new" in head and len(lines) == 2
+    for line, variant in zip(lines, ("packed", "cell"), strict=True):
+        found = re.fullmatch(
+            rf"2,2,3,4 +{variant} +training +1 +([\d.]+) \(([\d.]+)-([\d.]+)\) +[\d.]+ +[\d.]+",
+            line,
+        )
+        assert found, line
+        middle, least, greatest = map(float, found.groups())
+        assert 0.3 < least <= middle <= greatest < 3  # the same code, beside other tests
+
+
+def test_a_version_that_is_none() -> None:
+    done = versions("no-such-commit")
+    assert done.returncode == 2 and "no-such-commit: not a commit" in done.stderr
