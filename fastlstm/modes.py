@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
@@ -34,6 +35,18 @@ def is_transformed() -> bool:
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
     )
+
+
+def is_differentiated() -> bool:
+    """Are torch.func's ``grad`` and ``vjp`` all the transforms under way, if there are any?"""
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    grad = torch._C._functorch.TransformType.Grad
+    return forward_ad._current_level < 0 and all(each.key() == grad for each in interpreters)
+
+
+def alive(tensor: Any) -> Any:
+    """What a transform that has ended had wrapped, without its wrapper."""
+    return unwrap_dead_wrappers((tensor,))[0]
 
 
 def is_batched(grad: Tensor | None) -> bool:

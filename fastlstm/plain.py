@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import autograd, backends, functional, modes, per_sample
+from . import backends, functional, gradients, modes, per_sample
 from .contract import Reserve, Weights, state_dtype
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
@@ -308,8 +308,8 @@ def _long_gradients(
         c0 = x.new_zeros(call.directions, batch, call.hidden_size)
     layer = _by_direction(call, weights)
     flags = _by_direction(call, asked[3:])
-    run = autograd.Run(False, call.backend.name, checkpoint=False, chosen=call.backend)
-    got = autograd.gradients(
+    run = gradients.Run(False, call.backend.name, checkpoint=False, chosen=call.backend)
+    got = gradients.gradients(
         run,
         (*asked[:3], *(bool(flag) for direction in flags for flag in direction)),
         Reserve(*reserve, *([None] * (4 - len(reserve)))),
@@ -318,7 +318,7 @@ def _long_gradients(
         grads,
         (x, h0, c0, *(t for w in layer for t in w)),
     )
-    by_direction = autograd.unflatten(got[3:])
+    by_direction = gradients.unflatten(got[3:])
     ordered: list[Tensor | None] = [
         t.squeeze(0) if single and k > 0 and t is not None else t for k, t in enumerate(got[:3])
     ]
@@ -339,11 +339,11 @@ def _step_gradients(
 ) -> list[Tensor | None]:
     """Of a step of LSTMCell, from ``grads`` of its h and c: by torch's own, whose gradients have a
     graph that is cheaper than a layer's."""
-    inputs = autograd.aliases((x, h0, c0, *weights), asked, again=True)
+    inputs = gradients.aliases((x, h0, c0, *weights), asked, again=True)
     x, h0, c0, *weights = inputs
     zeros = x.new_zeros(len(x), weights[1].size(1))
     states = [zeros if state is None else state for state in (h0, c0)]
     results = torch._VF.lstm_cell(x, states, *weights)
     wanted = [t for t, ask in zip(inputs, asked, strict=True) if ask]
-    found = iter(autograd.differentiate(results, wanted, grads, create_graph=True))
+    found = iter(gradients.differentiate(results, wanted, grads, create_graph=True))
     return [next(found) if ask else None for ask in asked]
