@@ -182,6 +182,10 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       " Tensor[] dw_hh,"
       " Tensor[] dbias, Tensor[] dw_hr)");
   m.def(
+      "cpu_walk(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor batch_sizes,"
+      " Tensor c0, Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c_all, Tensor gates,"
+      " bool[] need) -> (Tensor da, Tensor dh_all, Tensor dh0, Tensor dc0)");
+  m.def(
       "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
       " -> (Tensor c_all, Tensor gates, Tensor m)");
   m.def(
@@ -201,6 +205,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
   m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
   m.impl("cpu_plain_backward", TORCH_BOX(&cpu_plain_backward));
+  m.impl("cpu_walk", TORCH_BOX(&cpu_walk));
   m.impl("cpu_product", TORCH_BOX(&cpu_product));
   m.impl("cpu_recompute", TORCH_BOX(&cpu_recompute));
   m.impl("cpu_gate_math", TORCH_BOX(&cpu_gate_math));

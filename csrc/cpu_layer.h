@@ -180,4 +180,47 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   return {in_dtype(dx, dtype), dh0, dc0, dw_ih, dw_hh, dbias, dw_hr};
 }
 
+using WalkResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// The walk of a backward pass alone: da (N, D, 4H) and dh_all (N, D*P) in state type, dh0, dc0.
+// need: of dh_all, dh0 and dc0.
+WalkResult cpu_walk(const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                    const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
+                    const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                    const Tensor& c_all, const Tensor& gates, const std::vector<bool>& need) {
+  Rows rows(c_all);
+  States states(c0);
+  Inputs input;
+  if (need.size() != 3) fail("need: expected three flags");
+  const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
+  fastlstm::BackwardArgs walk{};
+  walk.shape = shape_of(input, rows.count(), batch_sizes, states, output_size_of(w_hh));
+  walk.storage = storage_of(dtype);
+  walk.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
+  walk.dy = input("dy", dy, rows.of(D * P), dtype);
+  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
+  walk.dh_n = input("dh_n", dh_n, states.of(P), dtype);
+  walk.dc_n = input("dc_n", dc_n, states.of(H), dtype);
+  walk.c0 = input("c0", c0, states.of(H), dtype);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
+  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
+  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
+  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  walk.end = std::count_if(sizes, sizes + T, [](int64_t size) { return size > 0; });
+
+  Tensor da = output({N, D, 4 * H}, state);
+  Tensor dh_all = need[0] ? output({N, D * P}, state) : absent();
+  Tensor dh0 = need[1] ? output(states.of(P), dtype) : absent();
+  Tensor dc0 = need[2] ? output(states.of(H), dtype) : absent();
+  walk.da = da.mutable_data_ptr();
+  if (need[0]) walk.dh_all = dh_all.mutable_data_ptr();
+  if (need[1]) walk.dh0 = dh0.mutable_data_ptr();
+  if (need[2]) walk.dc0 = dc0.mutable_data_ptr();
+  fastlstm::kernels().backward(walk);
+  return {da, dh_all, dh0, dc0};
+}
+
 }  // namespace

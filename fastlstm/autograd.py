@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, modes, ops, reference
+from . import backends, modes, ops, reference, samples
 from .contract import Borders, Outputs, Reserve, Weights
 from .gradients import Run, gradients, packed_rows, shaped, unflatten
+
+# vmap's models, which have weights of their own, are run one by one, or by the reference step by
+# step: so many models cost as much as a step (docs/performance.md).
+MODELS_PER_STEP = 3
 
 
 def lstm_layer(
@@ -55,11 +59,15 @@ def lstm_layer(
     """
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     flat = [t for w in weights for t in w]
-    train = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, h0, c0, *flat)
-    )
     transformed, traced = modes.is_transformed(), modes.is_traced(x, h0, *flat)
-    composite = transformed and not modes.is_differentiated()
+    mapped = transformed and not modes.is_differentiated()  # which hides who wants gradients
+    train = torch.is_grad_enabled() and (
+        mapped or any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
+    )
+    composite = transformed and not modes.is_differentiated_or_mapped()
+    if mapped and not composite:
+        count = max(modes.samples_of(t) for t in flat)
+        composite = count > batch_sizes.numel() * MODELS_PER_STEP
     chosen = None  # by name only, in checkpoint.py or behind an operator
     if not (composite or traced or checkpoint):
         call = backends.Call(
@@ -73,14 +81,17 @@ def lstm_layer(
         x = packed_rows(x)
     y: Tensor
     cells: Tensor | None
-    if train and not composite and (chosen is None or chosen.layer_backward is not None):
+    if transformed and not composite:
+        run = Run(need_cells, backend, checkpoint, chosen, train)
+        y, h_n, c_n, c_all, *_ = TransformedLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
+        cells = c_all if need_cells else None
+    elif train and not composite and (chosen is None or chosen.layer_backward is not None):
         # An opaque operator's backward pass can't be torch's own but by running forward again.
         checkpoint |= traced and backends.lacks_backward(backend, x, reset, need_cells)
         run = Run(need_cells, backend, checkpoint, chosen)
         if torch.compiler.is_compiling():  # it wants every input of a Function to be another one
             x, h0, c0, *flat = (t if t is None else t.view_as(t) for t in (x, h0, c0, *flat))  # type: ignore[assignment]
-        layer = TransformedLayer if transformed else LSTMLayer
-        y, h_n, c_n, *rest = layer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
+        y, h_n, c_n, *rest = LSTMLayer.apply(run, batch_sizes, reset, x, h0, c0, *flat)
         cells = rest[0] if need_cells else None
     else:  # torch differentiates it by itself, or nobody does
         args = (x, batch_sizes, h0, c0, [w.summed() for w in weights], reset)
@@ -168,8 +179,8 @@ class LSTMLayer(torch.autograd.Function):
 
 
 class TransformedLayer(LSTMLayer):
-    """The same under torch.func's ``grad`` and ``vjp``, which have to see all that is saved: there
-    are c_all, be it asked for or not, and the rest of what is kept among the results."""
+    """The same under torch.func's ``grad``, ``vjp`` and ``vmap``, which have to see all that is
+    saved: c_all, be it asked for or not, and the rest of what is kept are among the results."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -182,16 +193,40 @@ class TransformedLayer(LSTMLayer):
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         out, kept = _forward(run, batch_sizes, reset, x, h0, c0, flat)
-        rest = kept[1:] if isinstance(kept, Borders) else kept[2:]
+        rest = kept[1:] if run.checkpoint else kept[2:]
         return out.y, out.h_n, out.c_n, out.c_all, *rest
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         run, *rest = inputs
+        if not run.train:
+            return
         y, _, _, c_all, *kept = output
         hidden = kept if run.need_cells else (c_all, *kept)
         ctx.mark_non_differentiable(*(t for t in hidden if t is not None))
         _keep(ctx, run, (y, *kept) if run.checkpoint else (y, c_all, *kept), *rest)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        run: Run,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        *inputs: Tensor | None,
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        count, dims = info.batch_size, in_dims[3:]
+        if any(dim is not None for dim in dims[3:]):
+            args = (run, batch_sizes, reset, *inputs)
+            return samples.one_by_one(TransformedLayer.apply, count, in_dims, args)
+        states = (samples.folded(t, d, count) for t, d in zip(inputs[:3], dims, strict=False))
+        reset = samples.folded(reset, in_dims[2], count, axis=0)
+        results = TransformedLayer.apply(run, batch_sizes * count, reset, *states, *inputs[3:])
+        # The gates are (N, D, 4H).
+        axes = [0 if k == 4 and not run.checkpoint else -2 for k in range(len(results))]
+        pairs = (samples.unfolded(t, count, a) for t, a in zip(results, axes, strict=True))
+        tensors, along = zip(*pairs, strict=True)
+        return tensors, along
 
 
 def _forward(
@@ -202,16 +237,16 @@ def _forward(
     h0: Tensor,
     c0: Tensor,
     flat: Sequence[Tensor | None],
-) -> tuple[Outputs, Reserve | Borders]:
-    """The layer's results, and what to keep of them."""
+) -> tuple[Outputs, Sequence[Tensor | None]]:
+    """The layer's results, and what to keep of them for training."""
     args = (x, batch_sizes, h0, c0, [w.summed() for w in unflatten(flat)], reset)
-    if run.checkpoint:
+    if run.checkpoint and run.train:
         return ops.checkpoint_forward(*args, run.need_cells, run.backend)
     if run.chosen is not None:
-        out = run.chosen.layer_forward(*args, True, run.need_cells)
+        out = run.chosen.layer_forward(*args, run.train, run.need_cells)
     else:
-        out = ops.layer_forward(*args, True, run.need_cells, run.backend)
-    return out, out.reserve()
+        out = ops.layer_forward(*args, run.train, run.need_cells, run.backend)
+    return out, out.reserve() if run.train else ()
 
 
 def _keep(ctx: Any, run: Run, kept: Sequence[Tensor | None], *inputs: Tensor | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Backend:
     # The reserve of a forward direction whose y is known (see reference.layer_recompute); None:
     # its layer_forward makes it again.
     layer_recompute: Callable[..., Reserve] | None = None
+    # The walk alone of a backward pass (see cpu.layer_walk); None: it is not to be had.
+    layer_walk: Callable[..., Any] | None = None
     # Of plain calls on the CPU: see plain.py, and cpu.py for what they take and return.
     plain_forward: Callable[..., list[Tensor]] | None = None
     plain_backward: Callable[..., list[Tensor]] | None = None
@@ -83,6 +85,7 @@ _TABLE = {
             compiled=True,
             padded=True,
             layer_recompute=cpu.layer_recompute,
+            layer_walk=cpu.layer_walk,
             plain_forward=cpu.plain_forward,
             plain_backward=cpu.plain_backward,
         ),

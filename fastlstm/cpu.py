@@ -219,6 +219,26 @@ def layer_backward(
     )
 
 
+def layer_walk(
+    grads: OutputGradients,
+    batch_sizes: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Reserve,
+    need: Requested,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The walk of a backward pass, without the products: da (N, D, 4H) in state dtype; dh_all
+    (N, D*P) in state dtype where w_hr's gradient is asked for; dh0 and dc0 where they are."""
+    _, w_hh, _, w_hr = by_kind(weights)
+    asked = (need.w_hr, need.h0, need.c0)
+    da, *rest = torch.ops.fastlstm_C.cpu_walk.default(
+        *grads, batch_sizes, c0, w_hh, w_hr, reset, saved.c_all, saved.gates, asked
+    )
+    dh_all, dh0, dc0 = (t if a else None for t, a in zip(rest, asked, strict=True))
+    return da, dh_all, dh0, dc0
+
+
 # A chunk's dgates are about this large, if that is rows enough for the products to be efficient.
 _CHUNK_BYTES = 8 << 20
 _CHUNK_ROWS = 1024

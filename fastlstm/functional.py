@@ -236,7 +236,10 @@ def _lstm_of_rows(
     def spread(rows: Tensor | None) -> Any:
         if rows is None:
             return None
-        return rows.new_zeros(values.size(0), rows.size(1)).index_copy_(0, row, rows)
+        zeros = rows.new_zeros(values.size(0), rows.size(1))
+        if modes.is_transformed():  # vmap would do the other sample by sample
+            return zeros.index_copy(0, row, rows)
+        return zeros.index_copy_(0, row, rows)
 
     output, h_n, c_n, cells = result
     h_n, c_n = h_n.index_select(1, unsort), c_n.index_select(1, unsort)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, modes, ops, reference
-from .contract import Borders, OutputGradients, Outputs, Requested, Reserve, Weights
+from . import backends, modes, ops, products, reference, samples
+from .contract import Borders, Gradients, OutputGradients, Outputs, Requested, Reserve, Weights
 
 
 class Run(NamedTuple):
@@ -25,6 +25,7 @@ class Run(NamedTuple):
     backend: str
     checkpoint: bool
     chosen: backends.Backend | None = None  # what ``backend`` came to, where it was called directly
+    train: bool = True  # keep what a backward pass needs?
 
 
 def unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
@@ -47,7 +48,7 @@ def gradients(
     need, compiling = _requested(asked), torch.compiler.is_compiling()
     with modes.without_autocast(inputs[0].device):
         if modes.is_transformed():
-            if modes.is_differentiated():
+            if modes.is_differentiated_or_mapped():
                 return TransformedBackward.apply(
                     run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
@@ -83,6 +84,11 @@ def _first_order(
             output_grads, x, batch_sizes, h0, c0, weights, reset, reserve, need,
             run.backend, run.chosen,
         )  # fmt: skip
+    return _flat(got, weights)
+
+
+def _flat(got: Gradients, weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of (x, h0, c0, *flat weights)."""
     # Two biases have a gradient each: whoever changes one has not changed both.
     two = got.bias is not None and weights[0].b_hh is not None
     b_hh = [bias.clone() for bias in got.bias or ()] if two else None
@@ -191,6 +197,48 @@ class TransformedBackward(LSTMLayerBackward):
         _keep(ctx, run, *tensors)
 
     @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        run: Run,
+        need: Requested,
+        reserve: Reserve | Borders,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        count, (kept, _, reset_dim, *dims) = info.batch_size, in_dims[2:]
+        if all(dim is None for dim in kept):  # only gradients come in samples
+            grads, inputs = tensors[:4], tensors[4:]
+            return _mapped_gradients(run, need, batch_sizes, reset, grads, dims[:4], inputs)
+        walk = run.chosen.layer_walk if run.chosen is not None else None
+        graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        weighs = any(need[3:])  # each sample has gradients of weights
+        directly = walk is not None and not graph and not modes.is_transformed()
+        if any(dim is not None for dim in dims[7:]) or (weighs and not directly):
+            args = (run, need, reserve, batch_sizes, reset, *tensors)
+            return samples.one_by_one(TransformedBackward.apply, count, in_dims, args)
+        # The gates are (N, D, 4H).
+        axes = (-2, -2) if run.checkpoint else (-2, -2, 0, -2)
+        saved = type(reserve)(
+            *(samples.folded(t, d, count, a) for t, d, a in zip(reserve, kept, axes, strict=True))
+        )
+        args = (
+            saved,
+            batch_sizes * count,
+            samples.folded(reset, reset_dim, count, axis=0),
+            *(samples.folded(t, d, count) for t, d in zip(tensors[:7], dims, strict=False)),
+            *tensors[7:],
+        )
+        if weighs:
+            got = _sample_gradients(need, walk, count, *args)
+        else:
+            got = TransformedBackward.apply(run, need, *args)
+        states = [samples.unfolded(t, count) for t in got[:3]]
+        found = [*states, *((t, None if t is None else 0) for t in got[3:])]
+        return tuple(t for t, _ in found), tuple(dim for _, dim in found)
+
+    @staticmethod
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         batch_sizes, reset, *saved = map(modes.alive, ctx.saved_tensors)
         results = _differentiable(ctx.run, batch_sizes, reset, saved[4:], transformed=True)
@@ -202,6 +250,47 @@ class TransformedBackward(LSTMLayerBackward):
         with modes.without_autocast(saved[4].device):
             asked = ctx.needs_input_grad[5:]
             return (None,) * 5 + tuple(_pulled_back(first, saved, asked, grads_of_grads))
+
+
+def _mapped_gradients(
+    run: Run,
+    need: Requested,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Any],
+    dims: Sequence[samples.Dim],
+    inputs: Sequence[Any],
+) -> tuple[tuple[Any, ...], tuple[samples.Dim, ...]]:
+    """Gradients from several of the same results, through the reference, and their dimensions."""
+    results = partial(_results, run, batch_sizes, reset, reference.layer_forward)
+    x, h0, c0, w_ih, w_hh, bias, w_hr = need
+    kinds = (x, h0, c0, *(w_ih, w_hh, bias, w_hr, bias) * (len(inputs) // len(Weights._fields)))
+    asked = [ask and t is not None for ask, t in zip(kinds, inputs, strict=True)]
+
+    def pull(*grads: Any) -> tuple[Any, ...]:
+        return tuple(g for g in _pulled_back(results, inputs, asked, grads) if g is not None)
+
+    found = iter(torch.func.vmap(pull, tuple(dims))(*grads))
+    return tuple(next(found) if a else None for a in asked), tuple(0 if a else None for a in asked)
+
+
+def _sample_gradients(
+    need: Requested,
+    walk: Any,
+    count: int,
+    reserve: Reserve,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    *tensors: Any,
+) -> tuple[Tensor | None, ...]:
+    """As ``_first_order``, of samples in one batch: gradients of weights for each of them."""
+    grads, (x, h0, c0, *flat) = OutputGradients(*tensors[:4]), tensors[4:]
+    weights = unflatten(flat)
+    walked = walk(grads, batch_sizes, c0, weights, reset, reserve, need)
+    rows, saved = packed_rows(x), reserve._replace(y=packed_rows(reserve.y))
+    inputs = (rows, batch_sizes, h0, weights, reset, saved, need)
+    got = products.sample_gradients(count, walked, *inputs)
+    return _flat(got._replace(x=None if got.x is None else shaped(got.x, x)), weights)
 
 
 def _keep(ctx: Any, run: Run, *tensors: Tensor | None) -> None:

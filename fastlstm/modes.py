@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -32,16 +33,33 @@ def is_transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
+    return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_differentiated() -> bool:
     """Are torch.func's ``grad`` and ``vjp`` all the transforms under way, if there are any?"""
-    interpreters = torch._C._functorch.get_interpreter_stack() or ()
-    grad = torch._C._functorch.TransformType.Grad
-    return forward_ad._current_level < 0 and all(each.key() == grad for each in interpreters)
+    return _are_transforms(functorch.TransformType.Grad)
+
+
+def is_differentiated_or_mapped() -> bool:
+    """The same with its ``vmap``?"""
+    return _are_transforms(functorch.TransformType.Grad, functorch.TransformType.Vmap)
+
+
+def _are_transforms(*kinds: functorch.TransformType) -> bool:
+    interpreters = functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level < 0 and all(each.key() in kinds for each in interpreters)
+
+
+def samples_of(tensor: Tensor | None) -> int:
+    """How many of it vmap has, one inside the other."""
+    count, wrapped = 1, tensor
+    while wrapped is not None and functorch.is_functorch_wrapped_tensor(wrapped):
+        inner = functorch.get_unwrapped(wrapped)
+        if functorch.is_batchedtensor(wrapped):
+            count *= inner.size(functorch.maybe_get_bdim(wrapped))
+        wrapped = inner
+    return count
 
 
 def alive(tensor: Any) -> Any:
@@ -51,7 +69,7 @@ def alive(tensor: Any) -> Any:
 
 def is_batched(grad: Tensor | None) -> bool:
     """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
-    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
+    return grad is not None and functorch.is_legacy_batchedtensor(grad)
 
 
 def is_jit() -> bool:
@@ -64,7 +82,7 @@ def is_any_on_cpu() -> bool:
     # All in one function: small calls ask before each of them.
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch.is_autocast_enabled("cpu")

@@ -66,8 +66,8 @@ def _refuse_gradient(gradient: Tensor | None) -> None:
 def gradients(module: nn.RNNBase, x: Tensor, dy: Tensor) -> dict[nn.Parameter, Tensor]:
     """The gradient of every parameter for each sequence, with a leading B.
 
-    ``x (B, T, I)`` and ``dy (B, T, D*P)``, whatever ``batch_first`` says.  By torch.func, so
-    through the reference.
+    ``x (B, T, I)`` and ``dy (B, T, D*P)``, whatever ``batch_first`` says.  By torch.func, which
+    runs them as one batch (``samples.py``).
     """
     bare = _without_hooks(module)
     wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}

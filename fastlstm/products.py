@@ -1,6 +1,6 @@
-"""What follows a backward walk on a GPU: the products of (eq. 9).
+"""What follows a backward walk: the products of (eq. 9), one for each gradient asked for.
 
-Once dgates are known, what is left is one product for each gradient asked for.
+On a GPU they are all there is; on the CPU, whose library has its own, those of samples are here.
 """
 
 from __future__ import annotations
@@ -71,6 +71,55 @@ def walked_gradients(
         w_ih=[own.T @ x for own in das] if need.w_ih else None,
         w_hh=w_hh,
         bias=[own.sum(0, dtype=torch.float32).to(x.dtype) for own in das] if need.bias else None,
+        w_hr=w_hr,
+    )
+
+
+def sample_gradients(
+    samples: int,
+    walked: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    x: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    saved: Reserve,
+    need: Requested,
+) -> Gradients:
+    """As ``walked_gradients``, but those of weights for each of so many samples, (samples, ...).
+
+    The sequences of sample s are those whose number is s modulo ``samples``.  ``walked`` is da,
+    dh_all, dh0 and dc0; the first two are in state dtype here, in which everything is multiplied.
+    """
+    da, dh_all, dh0, dc0 = walked
+    state, dtype, output_size = da.dtype, x.dtype, h0.size(2)
+
+    def apart(rows: Tensor) -> Tensor:
+        """(samples, rows of one, ...)"""
+        return rows.unflatten(0, (-1, samples)).transpose(0, 1)
+
+    def products(left: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(apart(left).mT, apart(right.to(state))).to(dtype)
+
+    das = da.unbind(1)
+    w_hh, w_hr = None, None
+    if need.w_hh:
+        ys = saved.y.split(output_size, 1)
+        entered = [entered_h(d, y, h0[d], batch_sizes, reset) for d, y in enumerate(ys)]
+        w_hh = [products(own, h) for own, h in zip(das, entered, strict=True)]
+    if need.w_hr:
+        if dh_all is None or saved.m is None:
+            raise ValueError("dh_all, saved.m: got None, needed for the gradient of w_hr")
+        pairs = zip(dh_all.chunk(len(das), 1), saved.m.chunk(len(das), 1), strict=True)
+        w_hr = [products(dh, m) for dh, m in pairs]
+    w_ih = torch.cat([w.w_ih for w in weights]).to(state) if need.x else None
+    return Gradients(
+        x=None if w_ih is None else (da.flatten(1) @ w_ih).to(dtype),
+        h0=dh0,
+        c0=dc0,
+        w_ih=[products(own, x) for own in das] if need.w_ih else None,
+        w_hh=w_hh,
+        bias=[apart(own).sum(1).to(dtype) for own in das] if need.bias else None,
         w_hr=w_hr,
     )
 

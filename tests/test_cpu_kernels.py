@@ -11,8 +11,8 @@ from torch import Tensor
 
 import settings
 from cases import DTYPES, LARGER, LAYERS, Layer, make_layer, tolerance
-from fastlstm import cpu, native, reference
-from fastlstm.contract import OutputGradients, Requested, Weights
+from fastlstm import cpu, native, products, reference
+from fastlstm.contract import Gradients, OutputGradients, Requested, Weights
 from kernel_checks import ALL, Kernels, need_of, random_gradients
 
 _C = torch.ops.fastlstm_C
@@ -91,6 +91,23 @@ def test_initial_cells_alone(case: Layer, threads: int, instruction_set: str) ->
         alone = cpu.layer_backward(*inputs, only_c0)
     assert torch.equal(alone.c0, whole.c0)
     assert alone.h0 is None
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *LARGER, *MEETING], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_walk_alone(case: Layer, dtype: torch.dtype, threads: int, instruction_set: str) -> None:
+    """And what follows it where each sample has gradients of weights, for the only one."""
+    layer = x, batch_sizes, h0, c0, weights, reset = make_layer(case, dtype)
+    saved = reference.layer_forward(*layer, True, True)
+    grads, reserve, need = random_gradients(saved), saved.reserve(), need_of(case)
+    with settings.threads(threads):
+        walked = cpu.layer_walk(grads, batch_sizes, c0, weights, reset, reserve, need)
+        inputs = (x, batch_sizes, h0, weights, reset, reserve, need)
+        got = products.sample_gradients(1, walked, *inputs)
+    alone = [w if w is None else [t.squeeze(0) for t in w] for w in got[3:]]
+    want = reference.layer_backward(grads, *layer, reserve, need)
+    CPU.assert_near(Gradients(*got[:3], *alone), want, dtype)
 
 
 @pytest.mark.parametrize("case", MEETING, ids=str)

@@ -72,6 +72,12 @@ PLAIN = dict(
     directions=1, biased=True, hidden_size=4, output_size=4,
     need=[True] * 6 + [False], chunk_rows=1024, chunk_bytes=1 << 20,
 )  # fmt: skip
+WALK = dict(
+    dy=torch.zeros(6, 4), dc_all=torch.zeros(6, 4), dh_n=torch.zeros(1, 3, 4),
+    dc_n=torch.zeros(1, 3, 4), batch_sizes=torch.tensor([3, 3]), c0=torch.zeros(1, 3, 4),
+    w_hh=[torch.zeros(16, 4)], w_hr=[], reset=torch.zeros(6, dtype=torch.uint8),
+    c_all=torch.zeros(6, 4), gates=torch.zeros(6, 1, 16), need=[True] * 3,
+)  # fmt: skip
 RECOMPUTE = dict(
     pre=torch.zeros(6, 16), batch_sizes=torch.tensor([3, 3]), c0=torch.zeros(1, 3, 4),
     reset=torch.zeros(6, dtype=torch.uint8), need_m=False,
@@ -95,11 +101,18 @@ def changed(value):
         yield [*value, True]
 
 
-@pytest.mark.parametrize("name", ["cpu_backward", "cpu_plain_backward", "cpu_recompute"])
+OPERATORS = {
+    "cpu_backward": BACKWARD,
+    "cpu_plain_backward": PLAIN,
+    "cpu_walk": WALK,
+    "cpu_recompute": RECOMPUTE,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
 def test_every_argument_is_looked_at(name: str) -> None:
     """Of the passes that follow a forward pass, which are given what it has left."""
-    good = {"cpu_backward": BACKWARD, "cpu_plain_backward": PLAIN, "cpu_recompute": RECOMPUTE}[name]
-    operator = getattr(_C, name)
+    good, operator = OPERATORS[name], getattr(_C, name)
     operator(*good.values())
     for argument, value in good.items():
         for other in changed(value):

@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # Bottom to top: a module imports only what stands above it in this list.  A new module
 # must be given its place here.
 LAYERS = (
-    *("contract", "modes", "build", "native", "products", "dispatch", "walks"),
+    *("contract", "modes", "build", "native", "products", "samples", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
     *("backends", "checkpoint", "ops", "packing", "gradients", "autograd", "functional", "tracers"),
     *("per_sample", "checks", "plain", "module", "cell", "inspect", "compat", "surgery", "opacus"),
