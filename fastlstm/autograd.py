@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends, modes, ops, reference, samples
 from .contract import Borders, Outputs, Reserve, Weights
-from .gradients import Run, gradients, packed_rows, shaped, unflatten
+from .gradients import Run, gradients, keep, packed_rows, shaped, unflatten
 
 # vmap's models, which have weights of their own, are run one by one, or by the reference step by
 # step: so many models cost as much as a step (docs/performance.md).
@@ -60,22 +60,19 @@ def lstm_layer(
     ops.check_layer(x, batch_sizes, h0, c0, weights, reset)
     flat = [t for w in weights for t in w]
     transformed, traced = modes.is_transformed(), modes.is_traced(x, h0, *flat)
-    mapped = transformed and not modes.is_differentiated()  # which hides who wants gradients
+    # (What the innermost transform does not differentiate may still be for an outer one.)
     train = torch.is_grad_enabled() and (
-        mapped or any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
+        transformed or any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
     )
-    composite = transformed and not modes.is_differentiated_or_mapped()
-    if mapped and not composite:
-        count = max(modes.samples_of(t) for t in flat)
-        composite = count > batch_sizes.numel() * MODELS_PER_STEP
+    composite = transformed and not _has_functions_for_transforms(batch_sizes, x, h0, c0, flat)
     chosen = None  # by name only, in checkpoint.py or behind an operator
     if not (composite or traced or checkpoint):
         call = backends.Call(
             x, batch_sizes, h0, weights[0], reset, need_cells, need_reserve=False, train=train
         )
         chosen = backends.pick(backend, call)
-        # Torch's own LSTM knows no transforms of packed sequences, nor cuDNN's second order.
-        composite = transformed and chosen.layer_backward is None
+        # Of torch's own LSTM transforms know no packed sequences, and cuDNN's has no second order.
+        composite = composite or (transformed and chosen.layer_backward is None)
     given = x
     if chosen is None or not chosen.padded:
         x = packed_rows(x)
@@ -106,6 +103,16 @@ def lstm_layer(
     if given.dim() == 3 and x.dim() == 2:
         y, cells = shaped(y, given), None if cells is None else shaped(cells, given)
     return y, cells, h_n, c_n
+
+
+def _has_functions_for_transforms(
+    batch_sizes: Tensor, x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None]
+) -> bool:
+    """Is ``TransformedLayer`` the way through the transforms under way, or the reference?"""
+    if not modes.is_differentiated_or_mapped():
+        return False
+    counts = [modes.samples_of(t) for t in (x, h0, c0, *flat)]
+    return 0 not in counts and max(counts[3:]) <= batch_sizes.numel() * MODELS_PER_STEP
 
 
 def layer_gates(
@@ -150,7 +157,7 @@ class LSTMLayer(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         out, kept = _forward(run, batch_sizes, reset, x, h0, c0, flat)
-        _keep(ctx, run, kept, batch_sizes, reset, x, h0, c0, *flat)
+        keep(ctx, run, *kept, batch_sizes, reset, x, h0, c0, *flat)
         if run.need_cells:
             return out.y, out.h_n, out.c_n, out.c_all
         return out.y, out.h_n, out.c_n
@@ -162,10 +169,9 @@ class LSTMLayer(torch.autograd.Function):
         dh_n: Tensor | None,
         dc_n: Tensor | None,
         dc_all: Tensor | None = None,
-        *_: None,
+        *_: None,  # of TransformedLayer's further results
     ) -> tuple[Any, ...]:
-        # All at once: checkpointing recomputes them at each look.
-        saved: list[Any] = [modes.alive(tensor) for tensor in ctx.saved_tensors]
+        saved = modes.unwrapped(ctx.saved_tensors)  # once: checkpointing makes them at each look
         kept: type[Borders] | type[Reserve] = Borders if ctx.run.checkpoint else Reserve
         count = len(kept._fields)
         reserve, (batch_sizes, reset, *inputs) = kept(*saved[:count]), saved[count:]
@@ -183,6 +189,7 @@ class TransformedLayer(LSTMLayer):
     saved: c_all, be it asked for or not, and the rest of what is kept are among the results."""
 
     @staticmethod
+    @modes.uncompiled
     def forward(  # type: ignore[override]
         run: Run,
         batch_sizes: Tensor,
@@ -193,20 +200,27 @@ class TransformedLayer(LSTMLayer):
         *flat: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         out, kept = _forward(run, batch_sizes, reset, x, h0, c0, flat)
-        rest = kept[1:] if run.checkpoint else kept[2:]
-        return out.y, out.h_n, out.c_n, out.c_all, *rest
+        given = (out.y, out.h_n, out.c_n, out.c_all)
+        if isinstance(kept, Borders):
+            return *given, kept.c
+        return (*given, kept.gates, kept.m) if kept else given
 
     @staticmethod
+    @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         run, *rest = inputs
         if not run.train:
             return
-        y, _, _, c_all, *kept = output
-        hidden = kept if run.need_cells else (c_all, *kept)
-        ctx.mark_non_differentiable(*(t for t in hidden if t is not None))
-        _keep(ctx, run, (y, *kept) if run.checkpoint else (y, c_all, *kept), *rest)
+        y, _, _, c_all, *further = output
+        constant = further if run.need_cells else (c_all, *further)
+        ctx.mark_non_differentiable(*(t for t in constant if t is not None))
+        kept = Borders(y, *further) if run.checkpoint else Reserve(y, c_all, *further)
+        keep(ctx, run, *kept, *rest)
+
+    backward = staticmethod(modes.uncompiled(LSTMLayer.backward))
 
     @staticmethod
+    @modes.uncompiled
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],
@@ -237,7 +251,7 @@ def _forward(
     h0: Tensor,
     c0: Tensor,
     flat: Sequence[Tensor | None],
-) -> tuple[Outputs, Sequence[Tensor | None]]:
+) -> tuple[Outputs, Reserve | Borders | tuple[()]]:
     """The layer's results, and what to keep of them for training."""
     args = (x, batch_sizes, h0, c0, [w.summed() for w in unflatten(flat)], reset)
     if run.checkpoint and run.train:
@@ -247,11 +261,3 @@ def _forward(
     else:
         out = ops.layer_forward(*args, run.train, run.need_cells, run.backend)
     return out, out.reserve() if run.train else ()
-
-
-def _keep(ctx: Any, run: Run, kept: Sequence[Tensor | None], *inputs: Tensor | None) -> None:
-    """What ``LSTMLayer.backward`` needs: saved this way, a tensor that is changed in place before
-    the backward pass is noticed."""
-    ctx.set_materialize_grads(False)
-    ctx.run = run
-    ctx.save_for_backward(*kept, *inputs)

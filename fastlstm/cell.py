@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, checks, functional, plain
+from . import backends, checks, functional, modes, plain
 from .module import State, weights_of
 
 # fastlstm itself imports this file, so this is torch's own class and never patch()'s.
@@ -71,8 +71,12 @@ class LSTMCell(Stock):
         result = plain.step(self, names, input, hx)
         if result is not None:
             return result
-        if self.backend in ("auto", "aten"):
+        # (Of torch's own cell torch.func.vmap knows nothing.)
+        mapped = not torch.compiler.is_compiling() and modes.is_mapped()
+        if self.backend == "aten" or (self.backend == "auto" and not mapped):
             return self._torchs_own_step(input, hx)
+        if modes.is_transform_compiled():
+            return self._run_uncompiled(input, hx)
         weights = weights_of(self, names)
         batched = checks.check_step(input, self.input_size, weights.w_ih)
         if not batched:  # one sequence is a batch of one
@@ -90,6 +94,10 @@ class LSTMCell(Stock):
             functional.Stack([[weights]], backend=self.backend),
         )
         return (h_n[0], c_n[0]) if batched else (h_n[0, 0], c_n[0, 0])
+
+    @modes.uncompiled
+    def _run_uncompiled(self, *args: Any) -> State:
+        return self.forward(*args)
 
     def _torchs_own_step(self, input: Tensor, hx: State | None) -> State:
         """nn.LSTMCell's, by a shorter way than nn.Module's __getattr__ for each weight: what it

@@ -122,7 +122,9 @@ def has_changeable_output(dtype: torch.dtype, directions: int, projected: bool) 
 def _is_kept(result: _Rows) -> bool:
     """Does a backward pass on the CPU need the output as it is?  (torch.compile sees to that.)"""
     output = result.output
-    return not torch.compiler.is_compiling() and output.is_cpu and output.requires_grad
+    if torch.compiler.is_compiling() or not output.is_cpu:
+        return False
+    return output.requires_grad or modes.is_transformed()  # which an outer transform may do
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,11 @@ class Run(NamedTuple):
     train: bool = True  # keep what a backward pass needs?
 
 
+# From a layer's inputs, (x, h0, c0, *flat weights), to its results (y, c_all, h_n, c_n); or from
+# the gradients of these and the inputs to the gradients of the inputs.
+Function = Callable[[list[Any]], Sequence[Tensor | None]]
+
+
 def unflatten(flat: Sequence[Tensor | None]) -> list[Weights]:
     """The fields of each direction's ``Weights`` in turn, back to those."""
     size = len(Weights._fields)
@@ -118,9 +123,13 @@ def _batched_gradients(
 
 def aliases(tensors: Sequence[Tensor | None], asked: Sequence[bool], again: bool) -> list[Any]:
     """Of each tensor one of its own, so that one given for two arguments counts once in each;
-    with the graph that leads to it, if it is to be differentiated ``again``."""
+    with the graph that leads to it, if there is one and it is to be differentiated ``again``."""
     return [
-        t if t is None else t.view_as(t) if again else t.detach().requires_grad_(a)
+        t
+        if t is None
+        else t.view_as(t)
+        if again and t.requires_grad
+        else t.detach().requires_grad_(a)
         for t, a in zip(tensors, asked, strict=True)
     ]
 
@@ -149,7 +158,7 @@ class LSTMLayerBackward(torch.autograd.Function):
         reset: Tensor | None,
         *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights
     ) -> tuple[Tensor | None, ...]:
-        _keep(ctx, run, batch_sizes, reset, *tensors)
+        keep(ctx, run, batch_sizes, reset, *tensors)
         return _first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
 
     @staticmethod
@@ -160,14 +169,16 @@ class LSTMLayerBackward(torch.autograd.Function):
         it is linear in ``grads`` and depends on the inputs through the whole layer.
         """
         if modes.is_transformed():
-            return TransformedBackward.backward(ctx, *grads_of_grads)
+            return _pulled_back_twice(ctx, grads_of_grads)
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
         batch_sizes, reset, *saved = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:]
         results = _differentiable(ctx.run, batch_sizes, reset, saved[4:])
+        # An input that a transform wanted, which has ended, has a gradient and may require none.
+        first_asked = (a or g is not None for a, g in zip(asked[4:], grads_of_grads, strict=True))
         with modes.without_autocast(saved[4].device):
             with torch.enable_grad():
-                tensors = aliases(saved, asked, again)
+                tensors = aliases(saved, (*asked[:4], *first_asked), again)
                 first = _composite_gradients(results, tensors[:4], tensors[4:], True)
             wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
             second = iter(differentiate(first, wanted, grads_of_grads, create_graph=again))
@@ -175,12 +186,10 @@ class LSTMLayerBackward(torch.autograd.Function):
 
 
 class TransformedBackward(LSTMLayerBackward):
-    """The same for torch.func's ``grad`` and ``vjp``.
-
-    They let no tensor be made a leaf, and what they have wrapped may outlive them, so here they
-    differentiate too."""
+    """The same for torch.func's ``grad``, ``vjp`` and ``vmap``."""
 
     @staticmethod
+    @modes.uncompiled
     def forward(  # type: ignore[override]
         run: Run,
         need: Requested,
@@ -192,11 +201,13 @@ class TransformedBackward(LSTMLayerBackward):
         return _first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
 
     @staticmethod
+    @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         run, _, _, *tensors = inputs
-        _keep(ctx, run, *tensors)
+        keep(ctx, run, *tensors)
 
     @staticmethod
+    @modes.uncompiled
     def vmap(
         info: Any,
         in_dims: tuple[Any, ...],
@@ -239,17 +250,24 @@ class TransformedBackward(LSTMLayerBackward):
         return tuple(t for t, _ in found), tuple(dim for _, dim in found)
 
     @staticmethod
+    @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
-        batch_sizes, reset, *saved = map(modes.alive, ctx.saved_tensors)
-        results = _differentiable(ctx.run, batch_sizes, reset, saved[4:], transformed=True)
-        wanted = [g is not None for g in grads_of_grads]
+        return _pulled_back_twice(ctx, grads_of_grads)
 
-        def first(tensors: list[Any]) -> list[Tensor | None]:
-            return _pulled_back(results, tensors[4:], wanted, tensors[:4])
 
-        with modes.without_autocast(saved[4].device):
-            asked = ctx.needs_input_grad[5:]
-            return (None,) * 5 + tuple(_pulled_back(first, saved, asked, grads_of_grads))
+def _pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Second order whatever transforms are under way, or have been: they let no tensor be made a
+    leaf, and what they had wrapped may outlive them, so here they differentiate themselves."""
+    batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
+    results = _differentiable(ctx.run, batch_sizes, reset, saved[4:], transformed=True)
+    wanted = [g is not None for g in grads_of_grads]
+
+    def first(tensors: list[Any]) -> list[Tensor | None]:
+        return _pulled_back(results, tensors[4:], wanted, tensors[:4])
+
+    with modes.without_autocast(saved[4].device):
+        asked = ctx.needs_input_grad[5:]
+        return (None,) * 5 + tuple(_pulled_back(first, saved, asked, grads_of_grads))
 
 
 def _mapped_gradients(
@@ -293,13 +311,12 @@ def _sample_gradients(
     return _flat(got._replace(x=None if got.x is None else shaped(got.x, x)), weights)
 
 
-def _keep(ctx: Any, run: Run, *tensors: Tensor | None) -> None:
+def keep(ctx: Any, run: Run, *tensors: Tensor | None) -> None:
+    """What a backward pass needs: saved this way, a tensor that is changed in place before it is
+    noticed."""
     ctx.set_materialize_grads(False)
     ctx.run = run
     ctx.save_for_backward(*tensors)
-
-
-Results = Callable[[list[Any]], Sequence[Tensor | None]]  # of inputs, or of these and gradients
 
 
 def _differentiable(
@@ -308,17 +325,17 @@ def _differentiable(
     reset: Tensor | None,
     inputs: Sequence[Any],
     transformed: bool = False,
-) -> Results:
+) -> Function:
     """``_results`` by what is best differentiated more than once."""
     x, h0, _, *flat = inputs
-    rows, weights = packed_rows(x), unflatten(flat)[0]
-    call = backends.Call(rows, batch_sizes, h0, weights, reset, run.need_cells, False)
-    if transformed:  # torch's own LSTM serves only grad and vjp, and no packed sequences
-        full = len(rows) == batch_sizes.numel() * h0.size(1)
-        known = full and modes.is_differentiated()
-    else:
-        known = True
-    forward = backends.differentiable(call).layer_forward if known else reference.layer_forward
+    rows = packed_rows(x)
+    forward = reference.layer_forward
+    # Of torch's own LSTM transforms know no vmap, no tracing and no packed sequences.
+    full = len(rows) == batch_sizes.numel() * h0.size(1)
+    if not transformed or (full and modes.is_differentiated() and not modes.is_traced(x)):
+        weights = unflatten(flat)[0]
+        call = backends.Call(rows, batch_sizes, h0, weights, reset, run.need_cells, False)
+        forward = backends.differentiable(call).layer_forward
     return partial(_results, run, batch_sizes, reset, forward)
 
 
@@ -338,7 +355,7 @@ def _results(
 
 
 def _pulled_back(
-    function: Results,
+    function: Function,
     tensors: Sequence[Any],
     asked: Sequence[bool],
     grads: Sequence[Tensor | None],
@@ -360,7 +377,7 @@ def _pulled_back(
 
 
 def _composite_gradients(
-    results: Results, grads: Sequence[Tensor | None], inputs: list[Any], create_graph: bool
+    results: Function, grads: Sequence[Tensor | None], inputs: list[Any], create_graph: bool
 ) -> list[Tensor | None]:
     """Gradients of those ``inputs`` that require them, from those of their ``results``."""
     leaves = [t for t in inputs if t is not None and t.requires_grad]

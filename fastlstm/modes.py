@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._compile import _disable_dynamo
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
@@ -27,13 +28,18 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Is a torch.func transform or forward-mode differentiation under way?
-
-    (torch.compile's own tracing has an interpreter on that stack too, and is not meant.)
-    """
-    if torch.compiler.is_compiling():
-        return False
+    """Is a torch.func transform or forward-mode differentiation under way?"""
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_transform_compiled() -> bool:
+    """Does torch.compile trace such a transform around this call?  Then the call is to run
+    ``uncompiled``: of what it traces the operators would have no gradients, without a word."""
+    return torch.compiler.is_dynamo_compiling() and is_transformed()
+
+
+# A decorator: torch.compile leaves the function as it is, and all that it calls.
+uncompiled = _disable_dynamo
 
 
 def is_differentiated() -> bool:
@@ -44,6 +50,17 @@ def is_differentiated() -> bool:
 def is_differentiated_or_mapped() -> bool:
     """The same with its ``vmap``?"""
     return _are_transforms(functorch.TransformType.Grad, functorch.TransformType.Vmap)
+
+
+def is_mapped() -> bool:
+    """Is torch.func's ``vmap`` among the transforms under way?"""
+    vmap = functorch.TransformType.Vmap
+    return any(each.key() == vmap for each in functorch.get_interpreter_stack() or ())
+
+
+# Dynamo is to ask these while it traces, and to keep the answers: it guards the transforms.
+for _question in (is_transformed, is_differentiated, is_differentiated_or_mapped, is_mapped):
+    _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _are_transforms(*kinds: functorch.TransformType) -> bool:
@@ -62,9 +79,9 @@ def samples_of(tensor: Tensor | None) -> int:
     return count
 
 
-def alive(tensor: Any) -> Any:
-    """What a transform that has ended had wrapped, without its wrapper."""
-    return unwrap_dead_wrappers((tensor,))[0]
+def unwrapped(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """The tensors without the wrappers of transforms that have ended."""
+    return unwrap_dead_wrappers(tensors)
 
 
 def is_batched(grad: Tensor | None) -> bool:

@@ -160,6 +160,10 @@ class LSTM(nn.RNNBase):
             return result.output, (result.h_n, result.c_n), result.cells
         return result.output, (result.h_n, result.c_n)
 
+    @modes.uncompiled
+    def _run_uncompiled(self, *args: Any) -> functional.Result:
+        return self._run(*args)
+
     def _run(
         self,
         input: Tensor | PackedSequence,
@@ -168,6 +172,8 @@ class LSTM(nn.RNNBase):
         reset: Tensor | PackedSequence | None,
         stack: functional.Stack,
     ) -> functional.Result:
+        if modes.is_transform_compiled():
+            return self._run_uncompiled(input, hx, lengths, reset, stack)
         if isinstance(input, PackedSequence):
             run = self._run_packed
         elif isinstance(input, Tensor) and input.is_nested:

@@ -125,3 +125,28 @@ def test_packing_passes_opcheck():
     for lengths in ([2, 5, 0, 3], [0, 0], [1], []):
         args = torch.tensor(lengths, dtype=torch.int64), 5
         torch.library.opcheck(torch.ops.fastlstm.packing.default, args)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+@pytest.mark.parametrize("lengths", [None, [2, 4]])
+def test_transforms_inside_a_compiled_function_stay_right(transform: str, lengths) -> None:
+    """They run uncompiled; with fullgraph=True torch says that it can't."""
+    lstm = fastlstm.LSTM(IN, H)
+    x = torch.randn(3, 4, 2, IN)
+
+    def loss(x: Tensor) -> Tensor:
+        return lstm(x, lengths=lengths)[0].sin().sum()
+
+    programs = {
+        "grad": lambda x: torch.func.grad(loss)(x[0]),
+        "vmap": lambda x: torch.func.vmap(torch.func.grad(loss))(x),
+        "jvp": lambda x: torch.func.jvp(loss, (x[0],), (x[1],))[1],
+    }
+    program = programs[transform]
+    want = program(x)
+    assert want.any()
+    found = torch.compile(program, backend="aot_eager")(x)
+    torch.testing.assert_close(found, want, **tolerance(torch.float32))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="_run_uncompiled"):
+        torch.compile(program, fullgraph=True, backend="aot_eager")(x)

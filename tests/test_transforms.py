@@ -1,4 +1,4 @@
-"""torch.func: grad, vjp and vmap run the kernels; with other transforms the reference runs."""
+"""torch.func: grad and vjp run the kernels; with jvp and forward mode the reference runs."""
 
 from __future__ import annotations
 
@@ -7,34 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 import fastlstm
 from cases import tolerance
 from fastlstm import modes, reference
+from transforms import CALLS, CASES, MODULES, assert_same
 
-MODULES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "both directions, two layers": dict(bidirectional=True, num_layers=2),
-    "projection": dict(proj_size=2),
-    "no bias": dict(bias=False),
-    "checkpoint": dict(checkpoint=True),
-    "reference": dict(backend="reference"),
-    "aten": dict(backend="aten"),
-}
-CALLS: dict[str, dict[str, Any]] = {
-    "padded": {},
-    "lengths": dict(lengths=torch.tensor([2, 3])),
-    "resets": dict(reset=torch.tensor([[1, 0], [0, 1], [1, 0]], dtype=torch.bool)),
-    "cells": dict(return_cells=True),
-}
-CASES = [
-    (module, call)
-    for module in MODULES
-    for call in CALLS
-    if module != "aten" or call in ("padded", "lengths")
-]
 Function = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -59,10 +41,10 @@ def _sum(cells: Tensor) -> Tensor:
 
 def same(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same as through the reference's operators, which torch transforms by itself."""
-    found = torch.utils._pytree.tree_leaves(run())
+    found = tree_leaves(run())
     with monkeypatch.context() as patch:
         patch.setattr(modes, "_are_transforms", lambda *_: False)
-        wanted = torch.utils._pytree.tree_leaves(run())
+        wanted = tree_leaves(run())
     assert any(bool(want.any()) for want in wanted)
     for got, want in zip(found, wanted, strict=True):
         torch.testing.assert_close(got, want, **tolerance(torch.float64))
@@ -92,7 +74,7 @@ def test_gradients_of_gradients(case, monkeypatch) -> None:
 
     def penalty(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         slopes = grad(loss, (0, 1))(weights, x)
-        return sum(g.square().sum() for g in torch.utils._pytree.tree_leaves(slopes))
+        return sum(g.square().sum() for g in tree_leaves(slopes))
 
     same(lambda: grad(penalty, (0, 1))(weights, x), monkeypatch)
     third = grad(lambda x: grad(penalty, 1)(weights, x).square().sum())
@@ -120,6 +102,98 @@ def test_of_parameters_that_eager_code_differentiates(monkeypatch) -> None:
         return torch.autograd.grad(slope.square().sum(), [x, *lstm.parameters()])
 
     same(run, monkeypatch)
+
+
+# ---- against nn.LSTM, which torch transforms ----------------------------------------------------
+
+
+class Pair:
+    """Weights, and a call of an LSTM with them: of ours and of torch's."""
+
+    def __init__(self, **config: Any) -> None:
+        torch.manual_seed(0)
+        self.stock = nn.LSTM(4, 3, **config).double()
+        self.ours = fastlstm.LSTM(4, 3, **config).double()
+        self.weights = {name: p.detach() for name, p in self.stock.named_parameters()}
+        self.x = torch.randn(5, 2, 4, dtype=torch.float64)
+
+    def agree(self, run: Callable[[Callable[..., Tensor]], Any]) -> None:
+        """``run`` with a function from weights and x to the output."""
+        found, wanted = (
+            run(lambda w, x, lstm=lstm: functional_call(lstm, w, (x,))[0])
+            for lstm in (self.ours, self.stock)
+        )
+        assert any(bool(want.any()) for want in tree_leaves(wanted))
+        assert_same(found, wanted)
+
+
+CONFIGS = [{}, dict(num_layers=2), dict(bidirectional=True), dict(num_layers=2, proj_size=2)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_what_only_an_outer_transform_differentiates(config: dict[str, Any]) -> None:
+    """Inside of grad over something else, where no tensor says that it requires a gradient."""
+    pair = Pair(**config)
+    scale = torch.ones((), dtype=torch.float64)
+
+    def inner(output, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        def loss(scale: Tensor) -> Tensor:
+            doubled = {name: 2 * w for name, w in weights.items()}
+            return (scale.square() * output(doubled, x * 1).sin()).sum()
+
+        return grad(loss)(scale)
+
+    def of_eager_tensors(output) -> Any:
+        x = pair.x.clone().requires_grad_()
+        weights = {name: w.clone().requires_grad_() for name, w in pair.weights.items()}
+        return torch.autograd.grad(inner(output, weights, x), [x, *weights.values()])
+
+    pair.agree(of_eager_tensors)
+    pair.agree(lambda output: grad(lambda w, x: inner(output, w, x), (0, 1))(pair.weights, pair.x))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("batched", [False, True])
+def test_what_is_pulled_back_is_differentiated_later(config: dict[str, Any], batched: bool) -> None:
+    """By eager code, of an input that was no eager leaf, and of what is pulled back."""
+    pair = Pair(**config)
+
+    def run(output) -> Any:
+        x = pair.x.clone().requires_grad_()
+        y, pull = vjp(lambda w, x: output(w, x).sin(), pair.weights, x)
+        cotangent = y.detach().cos().requires_grad_()
+        both = torch.stack([cotangent, 2 * cotangent])
+        slopes = vmap(pull)(both) if batched else pull(cotangent)
+        penalty = sum(g.square().sum() for g in tree_leaves(slopes))
+        return torch.autograd.grad(penalty, [x, cotangent])
+
+    pair.agree(run)
+
+
+def test_output_may_be_changed_that_an_outer_transform_differentiates() -> None:
+    pair, scale = Pair(), torch.ones((), dtype=torch.float64)
+
+    def run(output) -> Any:
+        def loss(w: dict[str, Tensor]) -> Tensor:
+            return grad(lambda s: (s.square() * output(w, pair.x).relu_()).sum())(scale)
+
+        return grad(loss)(pair.weights)
+
+    pair.agree(run)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_traced_by_make_fx(order: int) -> None:
+    lstm = fastlstm.LSTM(4, 3).double()
+
+    def loss(x: Tensor) -> Tensor:
+        if order == 1:
+            return lstm(x)[0].sin().sum()
+        return grad(lambda x: lstm(x)[0].sin().sum())(x).square().sum()
+
+    x = torch.randn(2, 5, 2, 4, dtype=torch.float64)
+    program = make_fx(grad(loss))(x[0])
+    assert_same(program(x[1]), grad(loss)(x[1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -154,183 +228,3 @@ def test_a_backend_that_cannot_serve_says_so() -> None:
     reset = torch.ones(3, 2, dtype=torch.bool)
     with pytest.raises(RuntimeError, match="torch's own LSTM has no resets"):
         grad(lambda x: lstm(x, reset=reset)[0].sum())(torch.randn(3, 2, 2))
-
-
-# ---- vmap --------------------------------------------------------------------------------------
-
-SAMPLES = 3
-
-
-class Mapped:
-    """A module's call as a function of five arguments, some of which come in samples."""
-
-    NAMES = ("weights", "x", "h0", "c0", "reset")
-
-    def __init__(self, module: str, call: str, which: tuple[str, ...]) -> None:
-        options = MODULES[module]
-        self.lstm = lstm = fastlstm.LSTM(2, 3, **options).double()
-        self.call = CALLS[call]
-        sides = lstm.num_layers * (1 + lstm.bidirectional)
-        one = dict(dtype=torch.float64)
-        self.given: list[Any] = [
-            {name: torch.randn(SAMPLES, *p.shape, **one) for name, p in lstm.named_parameters()},
-            torch.randn(SAMPLES, 3, 2, 2, **one),
-            torch.randn(SAMPLES, sides, 2, lstm.proj_size or 3, **one),
-            torch.randn(SAMPLES, sides, 2, 3, **one),
-            torch.rand(SAMPLES, 3, 2) < 0.4,
-        ]
-        self.dims = tuple(0 if name in which else None for name in self.NAMES)
-        for k, dim in enumerate(self.dims):
-            self.given[k] = self.given[k] if dim == 0 else _of(self.given[k], 0)
-
-    def outputs(self, weights: Any, x: Tensor, h0: Tensor, c0: Tensor, reset: Tensor) -> Any:
-        options = self.call | (dict(reset=reset) if "reset" in self.call else {})
-        output, states, *cells = functional_call(self.lstm, weights, (x, (h0, c0)), options)
-        return (output, *states, *cells)
-
-    def loss(self, *given: Any) -> Tensor:
-        return sum(((1 + k) * out.sin()).sum() for k, out in enumerate(self.outputs(*given)))
-
-    def each(self, run: Callable[..., Any]) -> list[Tensor]:
-        """The leaves of what ``run`` returns for each sample, stacked."""
-        found = []
-        for k in range(SAMPLES):
-            own = [_of(t, k) if d == 0 else t for t, d in zip(self.given, self.dims, strict=True)]
-            found.append(torch.utils._pytree.tree_leaves(run(*own)))
-        return [torch.stack(leaves) for leaves in zip(*found, strict=True)]
-
-
-def _of(tree: Any, sample: int) -> Any:
-    return torch.utils._pytree.tree_map(lambda t: t[sample], tree)
-
-
-def eager(function: Callable[..., Tensor], wanted: tuple[int, ...]) -> Callable[..., Any]:
-    """Gradients of some arguments, by plain autograd."""
-
-    def run(*given: Any) -> Any:
-        own = [
-            torch.utils._pytree.tree_map(
-                lambda t: t.clone().requires_grad_() if t.is_floating_point() else t, tree
-            )
-            for tree in given
-        ]
-        leaves = torch.utils._pytree.tree_leaves([own[k] for k in wanted])
-        return torch.autograd.grad(function(*own), leaves)
-
-    return run
-
-
-def assert_same(found: Any, wanted: Any) -> None:
-    pairs = zip(
-        torch.utils._pytree.tree_leaves(found),
-        torch.utils._pytree.tree_leaves(wanted),
-        strict=True,
-    )
-    for got, want in pairs:
-        torch.testing.assert_close(got, want, **tolerance(torch.float64))
-
-
-WHICH = [("x",), ("weights",), ("h0",), ("x", "c0", "reset"), ("weights", "x"), Mapped.NAMES]
-
-
-@pytest.fixture(params=CASES, ids=" - ".join)
-def module_and_call(request) -> tuple[str, str]:
-    torch.manual_seed(0)
-    return request.param
-
-
-@pytest.mark.parametrize("which", WHICH, ids=" ".join)
-def test_samples(module_and_call, which) -> None:
-    """Results and gradients of each, against plain calls and autograd one by one."""
-    case = Mapped(*module_and_call, which)
-    mapped = vmap(case.outputs, case.dims)
-    assert_same(mapped(*case.given), case.each(case.outputs))
-    with torch.no_grad():
-        assert_same(mapped(*case.given), case.each(case.outputs))
-    for wanted in ((0, 1, 2, 3), (1,), (0,), (2, 3)):
-        found = vmap(grad(case.loss, wanted), case.dims)(*case.given)
-        assert_same(found, case.each(eager(case.loss, wanted)))
-
-
-@pytest.mark.parametrize("which", WHICH, ids=" ".join)
-def test_gradients_of_all_samples(module_and_call, which) -> None:
-    """grad and autograd around vmap, and around vmap of grad, which needs second order."""
-    case = Mapped(*module_and_call, which)
-
-    def total(*given: Any) -> Tensor:
-        return vmap(case.loss, case.dims)(*given).square().sum()
-
-    def total_one_by_one(*given: Any) -> Tensor:
-        case.given = list(given)
-        return case.each(case.loss)[0].square().sum()
-
-    def penalty(*given: Any) -> Tensor:
-        slopes = vmap(grad(case.loss, (0, 1)), case.dims)(*given)
-        return sum(g.square().sum() for g in torch.utils._pytree.tree_leaves(slopes))
-
-    def penalty_one_by_one(*given: Any) -> Tensor:
-        case.given = list(given)
-
-        def slopes(*own: Any) -> Any:
-            own = torch.utils._pytree.tree_map(lambda t: t.view_as(t), list(own))
-            leaves = torch.utils._pytree.tree_leaves(own[:2])
-            return torch.autograd.grad(case.loss(*own), leaves, create_graph=True)
-
-        return sum(g.square().sum() for g in case.each(slopes))
-
-    given, every = list(case.given), (0, 1, 2, 3)
-    for mapped, one_by_one in ((total, total_one_by_one), (penalty, penalty_one_by_one)):
-        want = eager(one_by_one, every)(*given)
-        assert_same(eager(mapped, every)(*given), want)
-        assert_same(grad(mapped, every)(*given), want)
-
-
-def test_samples_of_samples() -> None:
-    lstm = fastlstm.LSTM(2, 3).double()
-    weights = {name: p.detach() for name, p in lstm.named_parameters()}
-    x = torch.randn(4, SAMPLES, 3, 2, 2, dtype=torch.float64)
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(lstm, weights, (x,))[0].sin().sum()
-
-    along = vmap(grad(loss, (0, 1)), (None, 0))
-    rows = [along(weights, each) for each in x]
-    found = torch.utils._pytree.tree_leaves(vmap(along, (None, 0))(weights, x))
-    wanted = [torch.utils._pytree.tree_leaves(row) for row in rows]
-    assert_same(found, [torch.stack(leaves) for leaves in zip(*wanted, strict=True)])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_samples_of_other_dtypes(dtype: torch.dtype) -> None:
-    lstm = fastlstm.LSTM(5, 7, bidirectional=True, dtype=dtype)
-    weights = {name: p.detach() for name, p in lstm.named_parameters()}
-    x = torch.randn(6, 4, 1, 5, dtype=dtype)
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(lstm, weights, (x,))[0].float().square().sum()
-
-    found = vmap(grad(loss), (None, 0))(weights, x)
-    for k, sample in enumerate(x):
-        for name, want in grad(loss)(weights, sample).items():
-            torch.testing.assert_close(found[name][k], want, **tolerance(dtype))
-
-
-def test_vmap_runs_the_kernels(monkeypatch) -> None:
-    lstm = fastlstm.LSTM(2, 3, num_layers=2, backend="cpu")
-    weights = {name: p.detach() for name, p in lstm.named_parameters()}
-    many = {name: torch.stack([p, -p]) for name, p in weights.items()}
-    x = torch.randn(2, 3, 2, 2)
-
-    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(lstm, weights, (x,))[0].sin().sum()
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("the reference ran")
-
-    monkeypatch.setattr(reference, "layer_forward", refuse)
-    assert vmap(grad(loss), (None, 0))(weights, x)["weight_hh_l1"].any()
-    assert vmap(grad(loss))(many, x)["weight_hh_l1"].any()
-    # Many models of few steps are less work for the reference, which has all of them at once.
-    many = {name: torch.stack([p] * 10) for name, p in weights.items()}
-    with pytest.raises(AssertionError, match="the reference ran"):
-        vmap(loss, (0, None))(many, x[0])
