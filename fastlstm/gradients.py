@@ -124,14 +124,15 @@ def _batched_gradients(
 def aliases(tensors: Sequence[Tensor | None], asked: Sequence[bool], again: bool) -> list[Any]:
     """Of each tensor one of its own, so that one given for two arguments counts once in each;
     with the graph that leads to it, if there is one and it is to be differentiated ``again``."""
-    return [
-        t
-        if t is None
-        else t.view_as(t)
-        if again and t.requires_grad
-        else t.detach().requires_grad_(a)
-        for t, a in zip(tensors, asked, strict=True)
-    ]
+
+    def alias(tensor: Tensor | None, ask: bool) -> Tensor | None:
+        if tensor is None:
+            return None
+        if again and tensor.requires_grad:
+            return tensor.view_as(tensor)
+        return tensor.detach().requires_grad_(ask)
+
+    return list(map(alias, tensors, asked))
 
 
 def _requested(flags: Sequence[bool]) -> Requested:
