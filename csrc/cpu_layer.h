@@ -113,6 +113,32 @@ void torch_products(const fastlstm::ProductArgs& p) {
     if (part.N > 0) torch_product(p, part);
 }
 
+// What a walk is given; what it is to make is left to the caller.
+fastlstm::BackwardArgs walk_args(Inputs& input, ScalarType dtype, Rows& rows, States& states,
+                                 const Optional& dy, const Optional& dc_all, const Optional& dh_n,
+                                 const Optional& dc_n, const Tensor& batch_sizes, const Tensor& c0,
+                                 const Tensors& w_hh, const Tensors& w_hr, const Optional& reset,
+                                 const Tensor& c_all, const Tensor& gates) {
+  const ScalarType state = state_of(dtype);
+  fastlstm::BackwardArgs walk{};
+  walk.shape = shape_of(input, rows.count(), batch_sizes, states, output_size_of(w_hh));
+  walk.storage = storage_of(dtype);
+  walk.threads = threads();
+  const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
+  walk.dy = input("dy", dy, rows.of(D * P), dtype);
+  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
+  walk.dh_n = input("dh_n", dh_n, states.of(P), dtype);
+  walk.dc_n = input("dc_n", dc_n, states.of(H), dtype);
+  walk.c0 = input("c0", c0, states.of(H), dtype);
+  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
+  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
+  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
+  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
+  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
+  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
+  return walk;
+}
+
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensors, Tensors, Tensors, Tensors>;
 
 // need: of x, h0, c0, w_ih, w_hh, bias, w_hr. A list that is not asked for is empty. The walk stops
@@ -131,28 +157,16 @@ BackwardResult cpu_backward(const Optional& dy, const Optional& dc_all, const Op
   const ScalarType dtype = x.scalar_type(), state = state_of(dtype);
   fastlstm::LayerBackwardArgs args{};
   fastlstm::BackwardArgs& walk = args.walk;
-  walk.shape = shape_of(input, rows.count(), batch_sizes, states, output_size_of(w_hh));
+  walk = walk_args(input, dtype, rows, states, dy, dc_all, dh_n, dc_n, batch_sizes, c0, w_hh, w_hr,
+                   reset, c_all, gates);
   walk.shape.I = x.size(x.dim() - 1);
-  walk.storage = storage_of(dtype);
-  walk.threads = threads();
   const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
   const int64_t row_bytes = D * 4 * H * (state == ScalarType::Double ? 8 : 4);
   args.chunk_rows = std::max(chunk_rows, chunk_bytes / row_bytes);
-  walk.dy = input("dy", dy, rows.of(D * P), dtype);
-  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
-  walk.dh_n = input("dh_n", dh_n, states.of(P), dtype);
-  walk.dc_n = input("dc_n", dc_n, states.of(H), dtype);
   args.x = input("x", x, rows.of(I), dtype);
   args.h0 = input("h0", h0, states.of(P), dtype);
-  walk.c0 = input("c0", c0, states.of(H), dtype);
   input.each("w_ih", w_ih, D, {4 * H, I}, dtype, args.w_ih, true);
-  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
-  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
-  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
-  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
   args.y = input("y", y, rows.of(D * P), dtype);
-  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
-  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
   args.m = input("m", m, {N, D * H}, dtype);
   if (need[6] && !m) fail("m: expected a tensor, needed for the gradient of w_hr");
 
@@ -193,22 +207,9 @@ WalkResult cpu_walk(const Optional& dy, const Optional& dc_all, const Optional& 
   Inputs input;
   if (need.size() != 3) fail("need: expected three flags");
   const ScalarType dtype = c0.scalar_type(), state = state_of(dtype);
-  fastlstm::BackwardArgs walk{};
-  walk.shape = shape_of(input, rows.count(), batch_sizes, states, output_size_of(w_hh));
-  walk.storage = storage_of(dtype);
-  walk.threads = threads();
+  fastlstm::BackwardArgs walk = walk_args(input, dtype, rows, states, dy, dc_all, dh_n, dc_n,
+                                          batch_sizes, c0, w_hh, w_hr, reset, c_all, gates);
   const auto [T, N, B, D, I, H, P, sizes] = walk.shape;
-  walk.dy = input("dy", dy, rows.of(D * P), dtype);
-  walk.dc_all = input("dc_all", dc_all, rows.of(D * H), state);
-  walk.dh_n = input("dh_n", dh_n, states.of(P), dtype);
-  walk.dc_n = input("dc_n", dc_n, states.of(H), dtype);
-  walk.c0 = input("c0", c0, states.of(H), dtype);
-  input.each("w_hh", w_hh, D, {4 * H, P}, dtype, walk.w_hh, true);
-  input.each("w_hr", w_hr, D, {P, H}, dtype, walk.w_hr);
-  if (w_hr.empty() && P != H) fail("w_hr: expected a projection, since P is not H");
-  walk.reset = static_cast<const uint8_t*>(input("reset", reset, {N}, ScalarType::Byte));
-  walk.c_all = input("c_all", c_all, rows.of(D * H), state);
-  walk.gates = input("gates", gates, {N, D, 4 * H}, dtype);
   walk.end = std::count_if(sizes, sizes + T, [](int64_t size) { return size > 0; });
 
   Tensor da = output({N, D, 4 * H}, state);
