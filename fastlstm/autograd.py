@@ -8,6 +8,7 @@ instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import backends, modes, ops, reference, samples
+from .backward import gradients
 from .contract import Borders, Outputs, Reserve, Weights
-from .gradients import Run, gradients, keep, packed_rows, shaped, unflatten
+from .gradients import Run, keep, packed_rows, shaped, unflatten
 
 # vmap's models, which have weights of their own, are run one by one, or by the reference step by
 # step: so many models cost as much as a step (docs/performance.md).
@@ -111,7 +113,7 @@ def _has_functions_for_transforms(
     """Is ``TransformedLayer`` the way through the transforms under way, or the reference?"""
     if not modes.is_differentiated_or_mapped():
         return False
-    counts = [modes.samples_of(t) for t in (x, h0, c0, *flat)]
+    counts = [math.prod(modes.samples_of(t)) for t in (x, h0, c0, *flat)]
     return 0 not in counts and max(counts[3:]) <= batch_sizes.numel() * MODELS_PER_STEP
 
 
@@ -236,9 +238,9 @@ class TransformedLayer(LSTMLayer):
         states = (samples.folded(t, d, count) for t, d in zip(inputs[:3], dims, strict=False))
         reset = samples.folded(reset, in_dims[2], count, axis=0)
         results = TransformedLayer.apply(run, batch_sizes * count, reset, *states, *inputs[3:])
-        # The gates are (N, D, 4H).
-        axes = [0 if k == 4 and not run.checkpoint else -2 for k in range(len(results))]
-        pairs = (samples.unfolded(t, count, a) for t, a in zip(results, axes, strict=True))
+        further = samples.AXES[Borders][1:] if run.checkpoint else samples.AXES[Reserve][2:]
+        axes = (*[-2] * 4, *further)
+        pairs = (samples.unfolded(t, count, a) for t, a in zip(results, axes, strict=False))
         tensors, along = zip(*pairs, strict=True)
         return tensors, along
 

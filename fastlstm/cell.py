@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,12 +72,21 @@ class LSTMCell(Stock):
         result = plain.step(self, names, input, hx)
         if result is not None:
             return result
-        # (Of torch's own cell torch.func.vmap knows nothing.)
+        # Of torch's own cell, which is not cast by autocast, torch.func.vmap knows nothing.
         mapped = not torch.compiler.is_compiling() and modes.is_mapped()
+        if mapped and self.backend == "aten":
+            raise backends.Refusal("aten", "torch.func.vmap does not know torch's own cell")
         if self.backend == "aten" or (self.backend == "auto" and not mapped):
             return self._torchs_own_step(input, hx)
+        if self.backend == "auto":
+            with modes.without_autocast(input.device):
+                return self._run(input, hx, names)
+        return self._run(input, hx, names)
+
+    def _run(self, input: Tensor, hx: State | None, names: Sequence[str]) -> State:
+        """By a backend of layers."""
         if modes.is_transform_compiled():
-            return self._run_uncompiled(input, hx)
+            return self._run_uncompiled(input, hx, names)
         weights = weights_of(self, names)
         batched = checks.check_step(input, self.input_size, weights.w_ih)
         if not batched:  # one sequence is a batch of one
@@ -97,7 +107,7 @@ class LSTMCell(Stock):
 
     @modes.uncompiled
     def _run_uncompiled(self, *args: Any) -> State:
-        return self.forward(*args)
+        return self._run(*args)
 
     def _torchs_own_step(self, input: Tensor, hx: State | None) -> State:
         """nn.LSTMCell's, by a shorter way than nn.Module's __getattr__ for each weight: what it

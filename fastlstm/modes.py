@@ -68,15 +68,15 @@ def _are_transforms(*kinds: functorch.TransformType) -> bool:
     return forward_ad._current_level < 0 and all(each.key() in kinds for each in interpreters)
 
 
-def samples_of(tensor: Tensor | None) -> int:
-    """How many of it vmap has, one inside the other."""
-    count, wrapped = 1, tensor
+def samples_of(tensor: Tensor | None) -> tuple[int, ...]:
+    """How many of it torch.func's ``vmap`` has, at each of its levels; () where it has one."""
+    counts, wrapped = [], tensor
     while wrapped is not None and functorch.is_functorch_wrapped_tensor(wrapped):
         inner = functorch.get_unwrapped(wrapped)
         if functorch.is_batchedtensor(wrapped):
-            count *= inner.size(functorch.maybe_get_bdim(wrapped))
+            counts.append(inner.size(functorch.maybe_get_bdim(wrapped)))
         wrapped = inner
-    return count
+    return tuple(counts)
 
 
 def unwrapped(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:

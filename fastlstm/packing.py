@@ -88,6 +88,10 @@ def checked_lengths(lengths: Tensor | Sequence[int], batch: int) -> Tensor:
             lengths = lengths.long()
     if lengths.layout != torch.strided:
         raise TypeError(f"lengths: expected a dense tensor, got layout {lengths.layout}")
+    if not torch.compiler.is_compiling() and modes.samples_of(lengths):
+        raise ValueError(
+            "lengths: torch.func.vmap can't map them: expected the same for all samples"
+        )
     if lengths.device.type == "meta":
         raise ValueError("lengths: expected values, got a tensor on meta, which has none")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:

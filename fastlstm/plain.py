@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional, gradients, modes, per_sample
+from . import backends, backward, functional, gradients, modes, per_sample
 from .contract import Reserve, Weights, state_dtype
 
 _PLAIN = frozenset((Tensor, nn.Parameter))  # a subclass of them has its own way with operators
@@ -309,7 +309,7 @@ def _long_gradients(
     layer = _by_direction(call, weights)
     flags = _by_direction(call, asked[3:])
     run = gradients.Run(False, call.backend.name, checkpoint=False, chosen=call.backend)
-    got = gradients.gradients(
+    got = backward.gradients(
         run,
         (*asked[:3], *(bool(flag) for direction in flags for flag in direction)),
         Reserve(*reserve, *([None] * (4 - len(reserve)))),

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .contract import Borders, Reserve
+
 Dim = int | None  # along which a tensor has its samples; None where they share it
+
+# The axes of sequences, of what is kept: rows and states have them before the last one, but the
+# gates are (N, D, 4H).
+AXES: dict[type, tuple[int, ...]] = {Reserve: (-2, -2, 0, -2), Borders: (-2, -2)}
 
 
 def folded(tensor: Tensor | None, dim: Dim, samples: int, axis: int = -2) -> Any:
@@ -37,6 +43,48 @@ def unfolded(tensor: Tensor | None, samples: int, axis: int = -2) -> tuple[Any, 
     axis %= tensor.dim()
     sequences = tensor.size(axis) // samples
     return tensor.unflatten(axis, (sequences, samples)), axis + 1
+
+
+def have_own_weights(dims: Sequence[Dim]) -> bool:
+    """By the dimensions of gradients of y, c_all, h_n and c_n, x, h0, c0 and the weights."""
+    return any(dim is not None for dim in dims[7:])
+
+
+def folded_backward(
+    samples: int,
+    dims: Sequence[Any],
+    reserve: Reserve | Borders,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    *tensors: Any,
+) -> tuple[Any, ...]:
+    """What a backward pass of samples that share their weights is given, as of one batch."""
+    kept, _, reset_dim, *rest = dims
+    axes = AXES[type(reserve)]
+    saved = (folded(t, d, samples, axis) for t, d, axis in zip(reserve, kept, axes, strict=True))
+    return (
+        type(reserve)(*saved),
+        batch_sizes * samples,
+        folded(reset, reset_dim, samples, axis=0),
+        *(folded(t, d, samples) for t, d in zip(tensors[:7], rest, strict=False)),
+        *tensors[7:],
+    )
+
+
+def unfolded_gradients(
+    samples: int, gradients: Sequence[Tensor | None], shape: tuple[int, ...] = ()
+) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:
+    """Its gradients of x, h0, c0 and the weights, and along which dimension they have the samples.
+
+    Those of weights come with the samples first, or with samples of samples, of this ``shape``.
+    """
+    found = [unfolded(t, samples) for t in gradients[:3]]
+    for t in gradients[3:]:
+        if t is None:
+            found.append((None, None))
+        else:
+            found.append((t.unflatten(0, shape), 1) if shape else (t, 0))
+    return tuple(t for t, _ in found), tuple(dim for _, dim in found)
 
 
 def one_by_one(

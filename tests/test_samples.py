@@ -117,7 +117,13 @@ def test_gradients_of_all_samples(module_and_call, which) -> None:
         assert_same(grad(mapped, every)(*given), want)
 
 
+def stacked(rows: list[Any]) -> list[Tensor]:
+    """The leaves of all, stacked."""
+    return [torch.stack(leaves) for leaves in zip(*map(tree_leaves, rows), strict=True)]
+
+
 def test_samples_of_samples() -> None:
+    """Whatever dimensions they lie along, and a few at a time."""
     lstm = fastlstm.LSTM(2, 3).double()
     weights = {name: p.detach() for name, p in lstm.named_parameters()}
     x = torch.randn(4, SAMPLES, 3, 2, 2, dtype=torch.float64)
@@ -125,11 +131,45 @@ def test_samples_of_samples() -> None:
     def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(lstm, weights, (x,))[0].sin().sum()
 
+    alone = eager(loss, (0, 1))
+    wanted = [stacked([alone(weights, sample) for sample in row]) for row in x]
     along = vmap(grad(loss, (0, 1)), (None, 0))
-    rows = [along(weights, each) for each in x]
-    found = tree_leaves(vmap(along, (None, 0))(weights, x))
-    wanted = [tree_leaves(row) for row in rows]
-    assert_same(found, [torch.stack(leaves) for leaves in zip(*wanted, strict=True)])
+    assert_same(vmap(along, (None, 0))(weights, x), stacked(wanted))
+    inner = vmap(grad(loss, (0, 1)), (None, -1), chunk_size=2)
+    found = vmap(inner, (None, 1), out_dims=-1)(weights, x.permute(2, 0, 3, 4, 1))
+    assert_same([leaf.movedim(-1, 0) for leaf in tree_leaves(found)], stacked(wanted))
+
+
+def test_steps_of_several_tasks() -> None:
+    """MAML: two steps of gradients for each sample, and the gradient through both."""
+    lstm = fastlstm.LSTM(2, 3).double()
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+    x = torch.randn(SAMPLES, 4, 2, 2, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(lstm, weights, (x,))[0].sin().sum()
+
+    def task(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        for _ in range(2):
+            slopes = grad(loss)(weights, x)
+            weights = {name: w - 0.1 * slopes[name] for name, w in weights.items()}
+        return loss(weights, x)
+
+    def task_alone(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        for _ in range(2):
+            slopes = torch.autograd.grad(
+                loss(weights, x), list(weights.values()), create_graph=True
+            )
+            steps = zip(weights.items(), slopes, strict=True)
+            weights = {name: w - 0.1 * slope for (name, w), slope in steps}
+        return loss(weights, x)
+
+    def total(weights: dict[str, Tensor]) -> Tensor:
+        return vmap(task, (None, 0))(weights, x).sum()
+
+    wanted = eager(lambda w: sum(task_alone(w, sample) for sample in x), (0,))(weights)
+    assert_same(grad(total)(weights), wanted)
+    assert_same(eager(total, (0,))(weights), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -143,8 +183,9 @@ def test_samples_of_other_dtypes(dtype: torch.dtype) -> None:
 
     found = vmap(grad(loss), (None, 0))(weights, x)
     for k, sample in enumerate(x):
-        for name, want in grad(loss)(weights, sample).items():
-            torch.testing.assert_close(found[name][k], want, **tolerance(dtype))
+        wanted = eager(loss, (0,))(weights, sample)
+        for got, want in zip(found.values(), wanted, strict=True):
+            torch.testing.assert_close(got[k], want, **tolerance(dtype))
 
 
 def test_vmap_runs_the_kernels(monkeypatch) -> None:
@@ -181,8 +222,10 @@ def test_no_samples_or_sequences_or_only_one(shape: tuple[int, ...]) -> None:
     assert found[1].shape == shape
     for name, got in found[0].items():
         assert got.shape == (shape[0], *weights[name].shape)
-        for k, sample in enumerate(x):
-            torch.testing.assert_close(got[k], grad(loss)(weights, sample)[name])
+    for k, sample in enumerate(x):
+        wanted = eager(loss, (0, 1))(weights, sample)
+        for got, want in zip(tree_leaves(found), wanted, strict=True):
+            torch.testing.assert_close(got[k], want, **tolerance(torch.float32))
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
@@ -199,3 +242,18 @@ def test_samples_of_a_cell(backend: str) -> None:
     for k in range(SAMPLES):
         wanted = eager(loss, (0, 1, 2, 3))(weights, x[k], h[k], c[k])
         assert_same(_of(found, k), wanted)
+
+
+def test_a_cell_keeps_its_dtype_under_autocast() -> None:
+    cell, x = fastlstm.LSTMCell(2, 3), torch.randn(SAMPLES, 4, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vmap(lambda x: cell(x)[0])(x).dtype == cell(x[0])[0].dtype == torch.float32
+
+
+def test_what_vmap_cannot_have() -> None:
+    cell, lstm = fastlstm.LSTMCell(2, 3, backend="aten"), fastlstm.LSTM(2, 3)
+    with pytest.raises(RuntimeError, match="vmap does not know torch's own cell"):
+        vmap(cell)(torch.randn(SAMPLES, 4, 2))
+    x, lengths = torch.randn(SAMPLES, 5, 2, 2), torch.tensor([[3, 5]] * SAMPLES)
+    with pytest.raises(ValueError, match="lengths: .*expected the same for all samples"):
+        vmap(lambda x, n: lstm(x, lengths=n)[0])(x, lengths)

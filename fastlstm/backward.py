@@ -1,0 +1,273 @@
+"""Backward passes of one layer: which way they go, and what differentiates them again.
+
+The gradient of a gradient is taken through what torch differentiates by itself
+(``backends.differentiable``), so second order works on every backend.  What a transform gives
+tangents goes through the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import modes, products, reference, samples
+from .contract import Borders, OutputGradients, Requested, Reserve
+from .gradients import (
+    Run,
+    aliases,
+    composite_gradients,
+    differentiable,
+    differentiate,
+    first_order,
+    flat_gradients,
+    keep,
+    layer_results,
+    packed_rows,
+    pulled_back,
+    requested,
+    shaped,
+    unflatten,
+    wanted_of,
+)
+
+
+def gradients(
+    run: Run,
+    asked: Sequence[bool],
+    reserve: Reserve | Borders,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+) -> Sequence[Tensor | None]:
+    """Gradients of ``inputs``, (x, h0, c0, *flat weights), from ``grads`` of y, c_all, h_n and c_n:
+    with a graph, or batched, as they are wanted.  None where not ``asked`` for."""
+    need, compiling = requested(asked), torch.compiler.is_compiling()
+    with modes.without_autocast(inputs[0].device):
+        if modes.is_transformed():
+            if modes.is_differentiated_or_mapped():
+                return TransformedBackward.apply(
+                    run, need, reserve, batch_sizes, reset, *grads, *inputs
+                )
+            results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
+            return pulled_back(results, inputs, asked, grads)
+        if not compiling and any(map(modes.is_batched, grads)):
+            return _batched_gradients(run, batch_sizes, reset, grads, inputs, asked)
+        if torch.is_grad_enabled() or compiling:
+            return LSTMLayerBackward.apply(run, need, reserve, batch_sizes, reset, *grads, *inputs)
+        # Nobody asks for a graph of it, which would cost time.
+        return first_order(run, need, reserve, batch_sizes, reset, grads, inputs)
+
+
+def _batched_gradients(
+    run: Run,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    asked: Sequence[bool],
+) -> list[Tensor | None]:
+    """Through the reference, for several gradients at once."""
+    again = torch.is_grad_enabled()
+    results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
+    with torch.enable_grad():
+        return composite_gradients(results, grads, aliases(inputs, asked, again), again)
+
+
+class LSTMLayerBackward(torch.autograd.Function):
+    """The backward pass as a Function, so that it can be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Run,
+        need: Requested,
+        reserve: Reserve | Borders,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights
+    ) -> tuple[Tensor | None, ...]:
+        keep(ctx, run, batch_sizes, reset, *tensors)
+        return first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
+        """Second order, by differentiating twice what torch differentiates by itself.
+
+        The gradient of <forward(inputs), grads> is what ``forward`` above returned;
+        it is linear in ``grads`` and depends on the inputs through the whole layer.
+        """
+        if modes.is_transformed():
+            return _pulled_back_twice(ctx, grads_of_grads)
+        again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
+        batch_sizes, reset, *saved = ctx.saved_tensors
+        asked = ctx.needs_input_grad[5:]
+        results = differentiable(ctx.run, batch_sizes, reset, saved[4:])
+        # An input that a transform wanted, which has ended, has a gradient and may require none.
+        first_asked = (a or g is not None for a, g in zip(asked[4:], grads_of_grads, strict=True))
+        with modes.without_autocast(saved[4].device):
+            with torch.enable_grad():
+                tensors = aliases(saved, (*asked[:4], *first_asked), again)
+                first = composite_gradients(results, tensors[:4], tensors[4:], True)
+            wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
+            second = iter(differentiate(first, wanted, grads_of_grads, create_graph=again))
+        return (None,) * 5 + tuple(next(second) if a else None for a in asked)
+
+
+class TransformedBackward(LSTMLayerBackward):
+    """The same for torch.func's ``grad``, ``vjp`` and ``vmap``."""
+
+    @staticmethod
+    @modes.uncompiled
+    def forward(  # type: ignore[override]
+        run: Run,
+        need: Requested,
+        reserve: Reserve | Borders,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor | None, ...]:
+        return first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
+
+    @staticmethod
+    @modes.uncompiled
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        run, _, _, *tensors = inputs
+        keep(ctx, run, *tensors)
+
+    @staticmethod
+    @modes.uncompiled
+    def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
+        return _pulled_back_twice(ctx, grads_of_grads)
+
+    @staticmethod
+    @modes.uncompiled
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        run, need, _, batch_sizes, reset, *tensors = args
+        kept, _, *dims = in_dims[2:]
+        count, weighs = info.batch_size, any(need[3:])
+        direct = run.chosen is not None and run.chosen.layer_walk is not None
+        apart = samples.have_own_weights(dims[1:]) or (weighs and not direct)
+        again = modes.is_transformed() or (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        )
+        if all(dim is None for dim in kept) or (apart and again):
+            # From the same results, or to be differentiated again: one graph for all samples.
+            wanted = wanted_of(need, tensors[4:])
+            return _by_reference(run, wanted, batch_sizes, reset, tensors, dims)
+        if apart:
+            return samples.one_by_one(TransformedBackward.apply, count, in_dims, args)
+        batch = samples.folded_backward(count, in_dims[2:], *args[2:])
+        if not weighs:
+            got = TransformedBackward.apply(run, need, *batch)
+        else:
+            got = SampleGradients.apply(run, need, count, *batch)
+        return samples.unfolded_gradients(count, got)
+
+
+class SampleGradients(torch.autograd.Function):
+    """The backward pass of samples that share their weights, in one batch (``samples.py``), with
+    gradients of weights for each of them.
+
+    (run, need, samples, reserve, batch_sizes, reset, gradients of y, c_all, h_n and c_n, x, h0, c0,
+    *flat weights) -> gradients of the last, those of weights as (samples, ...).
+    """
+
+    @staticmethod
+    @modes.uncompiled
+    def forward(
+        run: Run,
+        need: Requested,
+        count: int,
+        reserve: Reserve,
+        batch_sizes: Tensor,
+        reset: Tensor | None,
+        *tensors: Any,
+    ) -> tuple[Tensor | None, ...]:
+        assert run.chosen is not None and run.chosen.layer_walk is not None  # it was asked
+        grads, (x, h0, c0, *flat) = OutputGradients(*tensors[:4]), tensors[4:]
+        weights = unflatten(flat)
+        walked = run.chosen.layer_walk(grads, batch_sizes, c0, weights, reset, reserve, need)
+        rows, saved = packed_rows(x), reserve._replace(y=packed_rows(reserve.y))
+        inputs = (rows, batch_sizes, h0, weights, reset, saved, need)
+        got = products.sample_gradients(count, walked, *inputs)
+        return flat_gradients(got._replace(x=None if got.x is None else shaped(got.x, x)), weights)
+
+    @staticmethod
+    @modes.uncompiled
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        run, _, count, _, *tensors = inputs
+        keep(ctx, run, *tensors)
+        ctx.count = count
+
+    @staticmethod
+    @modes.uncompiled
+    def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
+        """Second order, by differentiating the reference for all samples at once."""
+        batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
+        run, count, asked = ctx.run, ctx.count, ctx.needs_input_grad[6:]
+        wanted = [g is not None for g in grads_of_grads]
+        reset, dim = samples.unfolded(reset, count, axis=0)
+        sizes = batch_sizes // count
+
+        def first(tensors: list[Any]) -> list[Tensor | None]:
+            parts = [samples.unfolded(t, count) for t in tensors[:7]]
+            given = [*(t for t, _ in parts), *tensors[7:]]
+            dims = [dim, *(d for _, d in parts), *[None] * len(tensors[7:])]
+            found, _ = _by_reference(run, wanted, sizes, reset, given, dims)
+            return [*(samples.folded(t, 0, count) for t in found[:3]), *found[3:]]
+
+        with modes.without_autocast(saved[4].device):
+            return (None,) * 6 + tuple(pulled_back(first, saved, asked, grads_of_grads))
+
+    @staticmethod
+    @modes.uncompiled
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """Samples of samples are so many more of them."""
+        run, need, count, *rest = args
+        if samples.have_own_weights(in_dims[6:]):
+            return samples.one_by_one(SampleGradients.apply, info.batch_size, in_dims, args)
+        batch = samples.folded_backward(info.batch_size, in_dims[3:], *rest)
+        got = SampleGradients.apply(run, need, count * info.batch_size, *batch)
+        return samples.unfolded_gradients(info.batch_size, got, (count, info.batch_size))
+
+
+def _pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Second order whatever transforms are under way, or have been: they let no tensor be made a
+    leaf, and what they had wrapped may outlive them, so here they differentiate themselves."""
+    batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
+    results = differentiable(ctx.run, batch_sizes, reset, saved[4:], transformed=True)
+    wanted = [g is not None for g in grads_of_grads]
+
+    def first(tensors: list[Any]) -> list[Tensor | None]:
+        return pulled_back(results, tensors[4:], wanted, tensors[:4])
+
+    with modes.without_autocast(saved[4].device):
+        asked = ctx.needs_input_grad[5:]
+        return (None,) * 5 + tuple(pulled_back(first, saved, asked, grads_of_grads))
+
+
+def _by_reference(
+    run: Run,
+    wanted: Sequence[bool],
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    tensors: Sequence[Any],
+    dims: Sequence[samples.Dim],
+) -> tuple[tuple[Any, ...], tuple[samples.Dim, ...]]:
+    """``wanted`` gradients of samples, by the reference and vmap itself, with their dimensions;
+    ``dims`` are those of ``reset`` and of the ``tensors``: gradients of results, and inputs."""
+
+    def pull(reset: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
+        results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
+        found = pulled_back(results, tensors[4:], wanted, tensors[:4])
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    found = iter(torch.func.vmap(pull, tuple(dims))(reset, *tensors))
+    return tuple(next(found) if w else None for w in wanted), tuple(
+        0 if w else None for w in wanted
+    )
