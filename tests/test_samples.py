@@ -255,5 +255,5 @@ def test_what_vmap_cannot_have() -> None:
     with pytest.raises(RuntimeError, match="vmap does not know torch's own cell"):
         vmap(cell)(torch.randn(SAMPLES, 4, 2))
     x, lengths = torch.randn(SAMPLES, 5, 2, 2), torch.tensor([[3, 5]] * SAMPLES)
-    with pytest.raises(ValueError, match="lengths: .*expected the same for all samples"):
+    with pytest.raises(ValueError, match="expected the same for all samples"):
         vmap(lambda x, n: lstm(x, lengths=n)[0])(x, lengths)
