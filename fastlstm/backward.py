@@ -150,17 +150,13 @@ class TransformedBackward(LSTMLayerBackward):
         run, need, _, batch_sizes, reset, *tensors = args
         kept, _, *dims = in_dims[2:]
         count, weighs = info.batch_size, any(need[3:])
-        direct = run.chosen is not None and run.chosen.layer_walk is not None
-        apart = samples.have_own_weights(dims[1:]) or (weighs and not direct)
-        again = modes.is_transformed() or (
-            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        )
-        if all(dim is None for dim in kept) or (apart and again):
-            # From the same results, or to be differentiated again: one graph for all samples.
+        if all(dim is None for dim in kept):  # several gradients from the same results
             wanted = wanted_of(need, tensors[4:])
             return _by_reference(run, wanted, batch_sizes, reset, tensors, dims)
-        if apart:
-            return samples.one_by_one(TransformedBackward.apply, count, in_dims, args)
+        direct = run.chosen is not None and run.chosen.layer_walk is not None
+        if samples.have_own_weights(dims[1:]) or (weighs and not direct):
+            got = ModelGradients.apply(run, need, count, in_dims[2:], *args[2:])
+            return got, tuple(None if gradient is None else 0 for gradient in got)
         batch = samples.folded_backward(count, in_dims[2:], *args[2:])
         if not weighs:
             got = TransformedBackward.apply(run, need, *batch)
@@ -234,6 +230,53 @@ class SampleGradients(torch.autograd.Function):
         batch = samples.folded_backward(info.batch_size, in_dims[3:], *rest)
         got = SampleGradients.apply(run, need, count * info.batch_size, *batch)
         return samples.unfolded_gradients(info.batch_size, got, (count, info.batch_size))
+
+
+class ModelGradients(torch.autograd.Function):
+    """The backward pass of samples one by one, such as have weights of their own.
+
+    (run, need, samples, their dimensions in what follows, reserve, batch_sizes, reset, gradients of
+    y, c_all, h_n and c_n, x, h0, c0, *flat weights) -> gradients of the last, (samples, ...).
+    """
+
+    @staticmethod
+    @modes.uncompiled
+    def forward(
+        run: Run, need: Requested, count: int, dims: tuple[Any, ...], *given: Any
+    ) -> tuple[Tensor | None, ...]:
+        def alone(
+            reserve: Reserve | Borders, batch_sizes: Tensor, reset: Tensor | None, *tensors: Any
+        ) -> tuple[Tensor | None, ...]:
+            grads, inputs = tensors[:4], tensors[4:]
+            return first_order(run, need, reserve, batch_sizes, reset, grads, inputs)
+
+        return samples.one_by_one(alone, count, dims, given)[0]
+
+    @staticmethod
+    @modes.uncompiled
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        run, _, _, dims, _, *tensors = inputs
+        keep(ctx, run, *tensors)
+        ctx.dims = dims[2:]
+
+    @staticmethod
+    @modes.uncompiled
+    def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
+        """As ``SampleGradients.backward``."""
+        batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
+        wanted = [g is not None for g in grads_of_grads]
+
+        def first(tensors: list[Any]) -> Sequence[Tensor | None]:
+            return _by_reference(ctx.run, wanted, batch_sizes, reset, tensors, ctx.dims)[0]
+
+        with modes.without_autocast(saved[4].device):
+            asked = ctx.needs_input_grad[7:]
+            return (None,) * 7 + tuple(pulled_back(first, saved, asked, grads_of_grads))
+
+    @staticmethod
+    @modes.uncompiled
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return samples.one_by_one(ModelGradients.apply, info.batch_size, in_dims, args)
 
 
 def _pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
