@@ -129,6 +129,11 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return torch.autocast(device.type, enabled=False)
 
 
+def below_autograd() -> contextlib.AbstractContextManager[Any]:
+    """Calls of operators that autograd has seen already."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Autograd at work inside an operator too, where torch leaves it out."""

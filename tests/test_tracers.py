@@ -68,16 +68,30 @@ def test_export_with_dynamic_steps_and_batch(config, strict, tmp_path: Path) -> 
     assert_same(torch.export.load(tmp_path / "model.pt2").module(), model)
 
 
-def test_exported_program_trains() -> None:
-    model = Model()
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_exported_program_trains(config) -> None:
+    model = Model(**config)
     program = exported(model).module()
     x = make_input(model, 9, 2)
-    for run in (model, program):
+    for run in (program, model):
+        model.zero_grad()
         output, h_n, c_n = run(x)
         (output.sum() + h_n.sum() + c_n.square().sum()).backward()
-    mine = dict(program.named_parameters())
+        if run is program:
+            mine = {name: p.grad.clone() for name, p in model.named_parameters()}
+    # They share their parameters.
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(mine[name].grad, parameter.grad, **tolerance(x.dtype))
+        torch.testing.assert_close(mine[name], parameter.grad, **tolerance(x.dtype))
+
+
+def test_program_exported_without_gradients_says_so() -> None:
+    model = Model()
+    with torch.no_grad():
+        program = exported(model).module()
+    x = make_input(model, 9, 2)
+    assert_same(program, model)
+    with pytest.raises(RuntimeError, match="kept nothing for a backward pass"):
+        program(x)[0].sum().backward()
 
 
 def aot_compiled(program: torch.export.ExportedProgram, folder: Path):
