@@ -1,7 +1,7 @@
 """One layer, differentiably: what runs it, and what is saved of it.
 
 ``LSTMLayer`` is the autograd Function over the two operators of ``ops.py``; under torch.func's
-``grad`` and ``vjp`` it is ``TransformedLayer``.  Under other transforms and forward-mode
+``grad``, ``vjp`` and ``vmap`` it is ``TransformedLayer``.  Under other transforms and forward-mode
 differentiation, where an opaque operator would give wrong or zero tangents, the reference runs
 instead.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, modes, ops, reference, samples
+from . import backends, exported, modes, ops, reference, samples  # noqa: F401  (exported: operators)
 from .backward import gradients
 from .contract import Borders, Outputs, Reserve, Weights
 from .gradients import Run, keep, packed_rows, shaped, unflatten

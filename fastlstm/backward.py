@@ -311,6 +311,5 @@ def _by_reference(
         return tuple(gradient for gradient in found if gradient is not None)
 
     found = iter(torch.func.vmap(pull, tuple(dims))(reset, *tensors))
-    return tuple(next(found) if w else None for w in wanted), tuple(
-        0 if w else None for w in wanted
-    )
+    gradients = tuple(next(found) if w else None for w in wanted)
+    return gradients, tuple(0 if w else None for w in wanted)

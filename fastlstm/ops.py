@@ -29,26 +29,26 @@ from .contract import (
     state_dtype,
 )
 
-_library = torch.library.Library("fastlstm", "DEF")
-_library.define(
+library = torch.library.Library("fastlstm", "DEF")
+library.define(
     "layer_forward(Tensor x, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih,"
     " Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, Tensor? reset, bool need_reserve,"
     " bool need_cells, str backend)"
     " -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor gates, Tensor m)"
 )
-_library.define(
+library.define(
     "layer_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
     " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias,"
     " Tensor[] w_hr, Tensor? reset, Tensor y, Tensor c_all, Tensor gates, Tensor m, bool[] need,"
     " str backend) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dw_ih, Tensor[] dw_hh,"
     " Tensor[] dbias, Tensor[] dw_hr)"
 )
-_library.define(
+library.define(
     "checkpoint_forward(Tensor x, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih,"
     " Tensor[] w_hh, Tensor[] bias, Tensor[] w_hr, Tensor? reset, bool need_cells, str backend)"
     " -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor borders)"
 )
-_library.define(
+library.define(
     "checkpoint_backward(Tensor? dy, Tensor? dc_all, Tensor? dh_n, Tensor? dc_n, Tensor x,"
     " Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_ih, Tensor[] w_hh, Tensor[] bias,"
     " Tensor[] w_hr, Tensor? reset, Tensor y, Tensor borders, bool[] need, str backend)"
@@ -355,72 +355,14 @@ def _none(x: Tensor) -> Tensor:
     return x.new_empty(0)
 
 
-_library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")
-_library.impl("layer_backward", _backward_impl, "CompositeExplicitAutograd")
-_library.impl("checkpoint_forward", _checkpoint_forward_impl, "CompositeExplicitAutograd")
-_library.impl("checkpoint_backward", _checkpoint_backward_impl, "CompositeExplicitAutograd")
-torch.library.register_fake("fastlstm::layer_forward", _forward_fake, lib=_library)
-torch.library.register_fake("fastlstm::layer_backward", _backward_fake, lib=_library)
-torch.library.register_fake("fastlstm::checkpoint_forward", _checkpoint_forward_fake, lib=_library)
-torch.library.register_fake("fastlstm::checkpoint_backward", _backward_fake, lib=_library)
-
-
-class _LayerForward(torch.autograd.Function):
-    """Backpropagation through ``layer_forward`` itself: an exported program has no other.
-
-    (counts, batch_sizes, reset, need_reserve, need_cells, backend, x, h0, c0, *weights by kind)
-    """
-
-    @staticmethod
-    def forward(ctx: Any, counts: Sequence[int], *args: Any) -> tuple[Tensor, ...]:
-        batch_sizes, reset, need_reserve, need_cells, backend, x, h0, c0, *flat = args
-        weights = _by_counts(flat, counts)
-        with modes.below_autograd():
-            out = torch.ops.fastlstm.layer_forward(
-                x, batch_sizes, h0, c0, *weights, reset, need_reserve, need_cells, backend
-            )
-        ctx.counts, ctx.need_reserve, ctx.backend = counts, need_reserve, backend
-        y, c_all, _, _, gates, m = out
-        ctx.save_for_backward(batch_sizes, reset, y, c_all, gates, m, x, h0, c0, *flat)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, dc_all: Tensor, *rest: Tensor) -> tuple[Any, ...]:
-        if not ctx.need_reserve:
-            raise RuntimeError(
-                "layer_forward kept nothing for a backward pass: it was not asked to"
-            )
-        batch_sizes, reset, y, c_all, gates, m, x, h0, c0, *flat = ctx.saved_tensors
-        asked = ctx.needs_input_grad[6:]
-        need = [*asked[:3], *map(any, _by_counts(asked[3:], ctx.counts))]
-        dx, dh0, dc0, *kinds = torch.ops.fastlstm.layer_backward(
-            dy, dc_all, *rest[:2], x, batch_sizes, h0, c0, *_by_counts(flat, ctx.counts), reset,
-            y, c_all, gates, m, need, ctx.backend,
-        )  # fmt: skip
-        weights: list[Tensor | None] = []
-        for count, kind in zip(ctx.counts, kinds, strict=True):
-            weights += kind or [None] * count
-        found = (dx, dh0, dc0, *weights)
-        return (None,) * 6 + tuple(t if a else None for t, a in zip(found, asked, strict=True))
-
-
-def _by_counts(flat: Sequence[Any], counts: Sequence[int]) -> list[list[Any]]:
-    rest = iter(flat)
-    return [[next(rest) for _ in range(count)] for count in counts]
-
-
-def _forward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    x, batch_sizes, h0, c0, *kinds = args[:8]
-    kinds = [kind or [] for kind in kinds]  # AOTInductor has None for an empty list
-    flat = [tensor for kind in kinds for tensor in kind]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *flat)):
-        given = (batch_sizes, *args[8:], x, h0, c0, *flat)
-        return _LayerForward.apply(tuple(map(len, kinds)), *given)
-    with modes.below_autograd():
-        return torch.ops.fastlstm.layer_forward(x, batch_sizes, h0, c0, *kinds, *args[8:])
-
-
-_library.impl("layer_forward", _forward_autograd, "Autograd")
+library.impl("layer_forward", _forward_impl, "CompositeExplicitAutograd")
+library.impl("layer_backward", _backward_impl, "CompositeExplicitAutograd")
+library.impl("checkpoint_forward", _checkpoint_forward_impl, "CompositeExplicitAutograd")
+library.impl("checkpoint_backward", _checkpoint_backward_impl, "CompositeExplicitAutograd")
+torch.library.register_fake("fastlstm::layer_forward", _forward_fake, lib=library)
+torch.library.register_fake("fastlstm::layer_backward", _backward_fake, lib=library)
+torch.library.register_fake("fastlstm::checkpoint_forward", _checkpoint_forward_fake, lib=library)
+torch.library.register_fake("fastlstm::checkpoint_backward", _backward_fake, lib=library)
 
 
 def check_layer(

@@ -20,17 +20,8 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 LAYERS = (
     *("contract", "modes", "build", "native", "products", "samples", "dispatch", "walks"),
     *("reference", "aten", "cpu", "triton", "cuda"),
-    *(
-        "backends",
-        "checkpoint",
-        "ops",
-        "packing",
-        "gradients",
-        "backward",
-        "autograd",
-        "functional",
-        "tracers",
-    ),
+    *("backends", "checkpoint", "ops", "packing", "exported"),
+    *("gradients", "backward", "autograd", "functional", "tracers"),
     *("per_sample", "checks", "plain", "module", "cell", "inspect", "compat", "surgery", "opacus"),
     *("cli", "__init__", "__main__"),
 )

@@ -68,7 +68,9 @@ def test_export_with_dynamic_steps_and_batch(config, strict, tmp_path: Path) -> 
     assert_same(torch.export.load(tmp_path / "model.pt2").module(), model)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(
+    "config", [*CONFIGS.values(), dict(checkpoint=True)], ids=[*CONFIGS, "checkpoint"]
+)
 def test_exported_program_trains(config) -> None:
     model = Model(**config)
     program = exported(model).module()
@@ -92,6 +94,15 @@ def test_program_exported_without_gradients_says_so() -> None:
     assert_same(program, model)
     with pytest.raises(RuntimeError, match="kept nothing for a backward pass"):
         program(x)[0].sum().backward()
+
+
+def test_exported_program_is_differentiated_once() -> None:
+    model = Model()
+    x = make_input(model, 9, 2).requires_grad_()
+    output, *_ = exported(model).module()(x)
+    (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
 
 
 def aot_compiled(program: torch.export.ExportedProgram, folder: Path):
