@@ -100,7 +100,7 @@ bench: build $(VENV)/.bench ## time against nn.LSTM and others, in under 10 minu
 # On a machine with a GPU and a python that has torch and triton; no .venv and no network.
 gpu: ## test, stress and time the kernels for GPUs on one, into OUT=FOLDER
 	@test -n "$(OUT)" || { echo 'make gpu: expected OUT=FOLDER' >&2; exit 2; }
-	$(PYTHON) benches/gpu_run.py --out "$(OUT)" $(ARGS)
+	PYTHONPATH="benches:$$PYTHONPATH" $(PYTHON) -m gpu.run --out "$(OUT)" $(ARGS)
 
 wheel: build ## build the wheel into dist
 	FASTLSTM_BUILD=cpu $(BIN)/python -m pip wheel --quiet $(PIP_ARGS) \

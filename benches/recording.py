@@ -61,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """What gpu_run.py hands to every step; ``deadline`` is by the monotonic clock."""
+    """What gpu/run.py hands to every step; ``deadline`` is by the monotonic clock."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")

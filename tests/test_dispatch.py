@@ -20,10 +20,11 @@ from fastlstm.contract import Weights
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benches"))
 
-import gpu  # noqa: E402
 import make_dispatch  # noqa: E402
-from gpu_cases import Case  # noqa: E402
 from recording import write_json  # noqa: E402
+
+from gpu import measure  # noqa: E402
+from gpu.cases import Case  # noqa: E402
 
 DEVICE, CPU = "NVIDIA H200", torch.device("cpu")
 PASSED = dict.fromkeys(("describe", "tests", "stress", "cuda", "micro"), "ok")
@@ -70,16 +71,16 @@ def record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pat
     def run(
         times: Times, cases: list[Case], date: str = "2026-11-24T00:00:00+00:00", **steps: str
     ) -> Path:
-        monkeypatch.setattr(gpu, "DeviceContest", partial(Contest, times=times))
-        monkeypatch.setattr(gpu, "now", lambda: date)
+        monkeypatch.setattr(measure, "DeviceContest", partial(Contest, times=times))
+        monkeypatch.setattr(measure, "now", lambda: date)
         machine = dict(device=dict(name=DEVICE), versions=dict(commit="0123456789ab"))
         write_json(tmp_path / "machine.json", machine)
         ended = [dict(step=name, result=how) for name, how in (PASSED | dict(steps)).items()]
         write_json(tmp_path / "steps.json", ended)
-        result = gpu.new_result(tmp_path, CPU)
+        result = measure.new_result(tmp_path, CPU)
         for case in cases:
-            result["rows"] += gpu.measure_case(case, CPU, 0.0)
-        path = gpu.path_of(result, tmp_path)
+            result["rows"] += measure.measure_case(case, CPU, 0.0)
+        path = measure.path_of(result, tmp_path)
         write_json(path, result | dict(dry=False))
         return path
 

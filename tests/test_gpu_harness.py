@@ -21,13 +21,11 @@ from fastlstm import build
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benches"))
 
-import gpu_build  # noqa: E402
-import gpu_cuda  # noqa: E402
-import gpu_describe  # noqa: E402
-import gpu_micro  # noqa: E402
-import gpu_run  # noqa: E402
 import recording  # noqa: E402
-from gpu_common import KERNELS  # noqa: E402
+
+from gpu import build as build_step  # noqa: E402
+from gpu import cuda, describe, micro, run  # noqa: E402
+from gpu.common import KERNELS  # noqa: E402
 
 WALKS = ("forward", "backward")
 
@@ -51,7 +49,7 @@ def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
     logs = "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
     assert done.returncode == 0, done.stdout + done.stderr + logs
     results = {row["step"]: row["result"] for row in read(tmp_path / "steps.json")}
-    assert list(results) == [step.name for step in gpu_run.steps("cpu", tmp_path)]
+    assert list(results) == [step.name for step in run.steps("cpu", tmp_path)]
     skipped = {name for name, result in results.items() if result != "ok"}
     assert skipped == {"build", "compile"}
 
@@ -90,11 +88,11 @@ def test_the_whole_chain_in_a_dry_run(tmp_path: Path) -> None:
 def test_what_the_sanitizer_watches(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs, on such kernels."""
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(gpu_cuda, "LAYERS", ((3, 9, 24),))
-    monkeypatch.setattr(gpu_cuda, "WIDE", {kernel: lambda dtype: (2, 1, 64 // dtype.itemsize)})
+    monkeypatch.setattr(cuda, "LAYERS", ((3, 9, 24),))
+    monkeypatch.setattr(cuda, "WIDE", {kernel: lambda dtype: (2, 1, 64 // dtype.itemsize)})
     with emulated.emulator():
         try:
-            text = gpu_cuda.sanitized(torch.device("cpu"), kernel)
+            text = cuda.sanitized(torch.device("cpu"), kernel)
         finally:
             torch.set_float32_matmul_precision(before)
     assert text == f"6 layers of {kernel} kernels"
@@ -114,31 +112,31 @@ def check_measured(result: dict) -> None:
         assert row["their_kernels"]
 
 
-def python(name: str, code: str, limit: int = 20) -> gpu_run.Step:
-    return gpu_run.Step(name, limit, [sys.executable, "-S", "-c", code])
+def python(name: str, code: str, limit: int = 20) -> run.Step:
+    return run.Step(name, limit, [sys.executable, "-S", "-c", code])
 
 
 def test_a_step_that_fails_leaves_the_others(tmp_path: Path, capfd) -> None:
     todo = [
         python("first", "print('one')"),
         python("second", "raise SystemExit('two is broken')"),
-        python("third", f"raise SystemExit({gpu_run.SKIPPED})"),
+        python("third", f"raise SystemExit({run.SKIPPED})"),
         python("fourth", "import os; os.abort()"),
         python("fifth", "print('five')"),
     ]
-    assert gpu_run.run_all(todo, tmp_path, "cpu") == 1
+    assert run.run_all(todo, tmp_path, "cpu") == 1
     results = [row["result"] for row in read(tmp_path / "steps.json")]
     assert results == ["ok", "failed", "skipped", "failed", "ok"]
     assert (tmp_path / "fifth.log").read_text() == "five\n"
     assert "two is broken" in capfd.readouterr().out
-    assert gpu_run.run_all(todo[::2], tmp_path, "cpu") == 0
+    assert run.run_all(todo[::2], tmp_path, "cpu") == 0
 
 
 def test_a_limit_cuts_a_step_and_its_children(tmp_path: Path) -> None:
     child = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', {child!r}])"
     todo = [python("hangs", parent, limit=1), python("goes on", "print('on')")]
-    assert gpu_run.run_all(todo, tmp_path, "cpu") == 1
+    assert run.run_all(todo, tmp_path, "cpu") == 1
     hung, after = read(tmp_path / "steps.json")
     assert hung["result"] == "cut" and hung["seconds"] < 10
     assert after["result"] == "ok"
@@ -157,7 +155,7 @@ def gone(pid: int) -> bool:
 
 def test_the_budget_ends_a_chain(tmp_path: Path) -> None:
     todo = [python(name, "import time; time.sleep(60)") for name in ("one", "two")]
-    assert gpu_run.run_all(todo, tmp_path, "cpu", budget=1) == 1
+    assert run.run_all(todo, tmp_path, "cpu", budget=1) == 1
     assert [row["result"] for row in read(tmp_path / "steps.json")] == ["cut", "cut"]
 
 
@@ -171,13 +169,14 @@ def test_a_run_that_is_ended_hands_on_what_there_is(tmp_path: Path) -> None:
     )
     out, written = tmp_path / "out", tmp_path / "written"
     program = (
-        "import signal, sys, gpu_run\n"
+        "import signal, sys\n"
+        "from gpu import run\n"
         "def steps(device, out):\n"
         f"    words = [sys.executable, '-S', '-c', {row!r}, str(out / 'gpu-row.json')]\n"
         f"    words.append({str(written)!r})\n"
-        "    return [gpu_run.Step('measure', 60, words)]\n"
-        "gpu_run.steps = steps\n"
-        "sys.exit(gpu_run.main())\n"
+        "    return [run.Step('measure', 60, words)]\n"
+        "run.steps = steps\n"
+        "sys.exit(run.main())\n"
     )
     words = [sys.executable, "-c", program, "--device", "cpu", "--out", str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT / "benches")}
@@ -197,19 +196,19 @@ def test_what_cannot_be_handed_on_ends_no_run(tmp_path: Path) -> None:
         raise OSError("no room")
 
     todo = [python("first", ""), python("second", "")]
-    assert gpu_run.run_all(todo, tmp_path, "cpu", after=after) == 0
+    assert run.run_all(todo, tmp_path, "cpu", after=after) == 0
     assert [row["result"] for row in read(tmp_path / "steps.json")] == ["ok", "ok"]
 
 
 def test_the_split_fits_the_budget() -> None:
-    assert sum(step.limit for step in gpu_run.steps("cuda", Path())) <= gpu_run.BUDGET <= 560
+    assert sum(step.limit for step in run.steps("cuda", Path())) <= run.BUDGET <= 560
 
 
 def test_kernels_come_from_this_checkout() -> None:
     """Also where another checkout is installed."""
     code = "import fastlstm.kernels.launch as m, os; print(os.path.realpath(m.__file__))"
-    with gpu_run.checkout_path() as path:
-        env = gpu_run.environment(path, "cpu", "tests")
+    with run.checkout_path() as path:
+        env = run.environment(path, "cpu", "tests")
         words = [sys.executable, "-P", "-c", code]
         found = subprocess.check_output(words, env=env, cwd=ROOT, text=True)
     assert found.strip() == str(ROOT / "kernels" / "launch.py")
@@ -227,18 +226,18 @@ def test_a_copy_without_git_is_told_its_commit(tmp_path: Path, monkeypatch) -> N
 def test_the_machine_is_known_before_a_library_is(tmp_path: Path, monkeypatch) -> None:
     """Which may have to be built, and is cut: without a commit nothing could be concluded."""
     monkeypatch.setattr(fastlstm, "available_backends", lambda: sys.exit("cut"))
-    words = ["gpu_describe.py", "--device", "cpu", "--out", str(tmp_path)]
+    words = ["describe.py", "--device", "cpu", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match="cut"):
-        gpu_describe.main()
+        describe.main()
     assert read(tmp_path / "machine.json")["versions"]["commit"] == recording.commit()
 
 
 def test_a_library_that_came_along_is_not_built_again() -> None:
-    module = gpu_build.load_build()
-    assert gpu_build.is_there(module, module.LIBRARY, module.sources_digest())
-    assert not gpu_build.is_there(module, module.LIBRARY, "of other sources")
-    assert not gpu_build.is_there(module, "_missing.so", module.sources_digest())
+    module = build_step.load_build()
+    assert build_step.is_there(module, module.LIBRARY, module.sources_digest())
+    assert not build_step.is_there(module, module.LIBRARY, "of other sources")
+    assert not build_step.is_there(module, "_missing.so", module.sources_digest())
 
 
 def test_make_asks_where_to() -> None:
@@ -248,13 +247,13 @@ def test_make_asks_where_to() -> None:
 
 def test_the_cluster_benchmark_compiles(tmp_path: Path) -> None:
     """And says what is wrong where it cannot run."""
-    nvcc = gpu_micro.find_nvcc()
+    nvcc = micro.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     program = tmp_path / "clusters"
-    assert gpu_micro.build_clusters(nvcc, (9, 0), str(program)) is None
+    assert micro.build_clusters(nvcc, (9, 0), str(program)) is None
     done = subprocess.run([program], capture_output=True, text=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert rows and any("error" in row for row in rows) == (done.returncode != 0)
-    problem = gpu_micro.build_clusters(nvcc, (1, 0), str(program))
+    problem = micro.build_clusters(nvcc, (1, 0), str(program))
     assert "unsupported gpu architecture" in problem.lower()

@@ -2,8 +2,8 @@
 
 The barrier of kernels/barrier.py, by programs that do nothing but arrive and wait for each other.
 A walk in one launch, with a launch for each exchange, and the latter captured in a graph. And what
-clusters of thread blocks cost, which Triton has not: gpu_clusters.cu, where nvcc is there. And the
-walks of the cuda backend alone: gpu_walks.py.
+clusters of thread blocks cost, which Triton has not: clusters.cu, where nvcc is there. And the
+walks of the cuda backend alone: walks.py.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 
-import gpu_walks
 import torch
 import triton
 import triton.language as tl
-from gpu_common import by_exchanges, captured, device_of, synchronize
 from recording import arguments, write_json
 
 import fastlstm
 from fastlstm.cli.timing import cuda_seconds_per_call, quartiles, seconds_per_call
 from fastlstm.kernels.barrier import arrive, wait
 from fastlstm.kernels.launch import POLLS
+from gpu import walks
+from gpu.common import by_exchanges, captured, device_of, synchronize
 
-CLUSTERS = Path(__file__).with_name("gpu_clusters.cu")
+CLUSTERS = Path(__file__).with_name("clusters.cu")
 
 PROGRAMS = (8, 16, 32, 64, 128)
 
@@ -111,7 +111,7 @@ def find_nvcc() -> str | None:
 
 
 def build_clusters(nvcc: str, capability: tuple[int, int], program: str) -> str | None:
-    """Compile gpu_clusters.cu; what went wrong, or None."""
+    """Compile clusters.cu; what went wrong, or None."""
     arch = f"{capability[0]}{capability[1]}a"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     words = [nvcc, "-O3", "-std=c++17", target, "-o", program, str(CLUSTERS)]
@@ -120,7 +120,7 @@ def build_clusters(nvcc: str, capability: tuple[int, int], program: str) -> str 
 
 
 def clusters(device: torch.device) -> list[dict[str, object]]:
-    """What gpu_clusters.cu prints, or what is missing for it."""
+    """What clusters.cu prints, or what is missing for it."""
     row: dict[str, object] = {"what": "clusters"}
     nvcc = find_nvcc()
     if device.type != "cuda" or (capability := torch.cuda.get_device_capability(device)) < (9, 0):
@@ -146,7 +146,7 @@ def parts(device: torch.device) -> Iterator[dict[str, object]]:
         yield barrier(programs, 10_000 if cuda else 5, device)
     yield from walk(device)
     yield from clusters(device)
-    yield from gpu_walks.walks(device)
+    yield from walks.walks(device)
 
 
 def main() -> int:

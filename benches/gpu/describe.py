@@ -9,11 +9,11 @@ import sys
 
 import torch
 import triton
-from gpu_common import device_of
 from recording import arguments, commit, cpu_count, now, write_json
 
 import fastlstm
 from fastlstm.cli.info import cpu_model
+from gpu.common import device_of
 
 QUERIES = (
     *("name", "driver_version", "vbios_version", "clocks.max.sm", "clocks.max.mem"),

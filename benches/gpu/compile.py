@@ -14,8 +14,8 @@ from recording import SKIPPED, arguments, cpu_count
 
 def compile_share(index: int, count: int, deadline: float) -> int:
     """Every ``count``-th case from ``index`` on; 1 if one could not be run."""
-    from gpu_cases import DeviceContest, cases
-    from gpu_common import device_of, synchronize
+    from gpu.cases import DeviceContest, cases
+    from gpu.common import device_of, synchronize
 
     failed = 0
     device = device_of("cuda")
@@ -43,7 +43,7 @@ def main() -> int:
         index, count = map(int, share.split("/"))
         return compile_share(index, count, args.deadline)
     count = max(1, min(14, cpu_count() - 1))
-    words = [sys.executable, __file__]
+    words = [sys.executable, "-P", "-m", "gpu.compile"]
     workers = [subprocess.Popen([*words, f"{k}/{count}", *sys.argv[1:]]) for k in range(count)]
     statuses = [worker.wait() for worker in workers]
     return int(any(statuses))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from recording import ROOT, SKIPPED, write_json
 
-BENCHES = Path(__file__).resolve().parent
+BENCHES = Path(__file__).resolve().parent.parent
 BUDGET = 560  # seconds, all steps together
 GRACE = 8  # seconds before its limit that a step is told to come to its end
 
@@ -54,8 +54,8 @@ def steps(device: str, out: Path) -> list[Step]:
 
 
 def command(name: str, device: str, out: Path) -> list[str]:
-    script = "gpu.py" if name == "measure" else f"gpu_{name}.py"
-    return [sys.executable, str(BENCHES / script), "--device", device, "--out", str(out)]
+    module = ["-P", "-m", f"gpu.{name}"]
+    return [sys.executable, *module, "--device", device, "--out", str(out)]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A step of ``make gpu``: the tests on the device, in several processes, since kernels compile.
 
 Leaves a log and, of a process that came to its end, a junit file of each; OUT/tests.json counts.
-(gpu_others.py does the same for tests of the CPU's tensors, as OUT/others.json.)
+(others.py does the same for tests of the CPU's tensors, as OUT/others.json.)
 """
 
 from __future__ import annotations

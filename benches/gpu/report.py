@@ -1,4 +1,4 @@
-"""Markdown and a plot from a run of benches/gpu.py."""
+"""Markdown and a plot from a run of measure.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// What clusters of thread blocks cost on this device: compiled and run by gpu_micro.py, which reads
+// What clusters of thread blocks cost on this device: compiled and run by micro.py, which reads
 // what is printed here, one JSON object a line.
 //
 // barrier: all blocks of a cluster meet. hop: a value stored into another block's shared memory

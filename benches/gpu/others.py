@@ -1,11 +1,12 @@
-"""A step of ``make gpu``: tests of the CPU's tensors with this torch; see gpu_tests.py."""
+"""A step of ``make gpu``: tests of the CPU's tensors with this torch; see tests.py."""
 
 from __future__ import annotations
 
 import sys
 
-from gpu_tests import run
 from recording import arguments
+
+from gpu.tests import run
 
 TESTS = ("test_module.py", "test_functional.py", "test_autograd.py")
 TESTS += ("test_triton_launch.py", "test_dispatch.py")

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from gpu_common import KERNELS
 from torch import Tensor
 from variants import VariantContest
 
 from fastlstm import cuda
 from fastlstm.cli.compare import tolerance
+from gpu.common import KERNELS
 
 STEPS, SHORT = 512, 32  # short: what a call costs beyond its steps counts
 # The most important first: a run that is cut short has those.

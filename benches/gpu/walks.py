@@ -1,4 +1,4 @@
-"""What a step of the CUDA walks takes alone, without the products around them: for gpu_micro.py."""
+"""What a step of the CUDA walks takes alone, without the products around them: for micro.py."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from gpu_common import KERNELS, setting, synchronize
 
 import fastlstm
 from fastlstm import cuda
 from fastlstm.cli.timing import cuda_seconds_per_call, quartiles, seconds_per_call
+from gpu.common import KERNELS, setting, synchronize
 
 # (T, B, H): what issues and other projects name; FlashRNN publishes the last.
 SHAPES = (

@@ -13,15 +13,15 @@ from time import monotonic
 from typing import Any
 
 import torch
-from gpu_cases import Case, DeviceContest, cases, dry_cases
-from gpu_common import device_of, synchronize
-from gpu_report import plot, write_report
 from recording import arguments, now, stem, write_json
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastlstm import cuda, triton
+from gpu.cases import Case, DeviceContest, cases, dry_cases
+from gpu.common import device_of, synchronize
+from gpu.report import plot, write_report
 
 MODES = ("train", "infer")
 CHECKS = {"triton": triton.check, "cuda": cuda.check}  # have kernels reported a fault?

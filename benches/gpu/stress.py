@@ -14,7 +14,6 @@ from functools import partial
 from time import monotonic
 
 import torch
-from gpu_common import by_exchanges, captured, device_of, setting, synchronize
 from recording import arguments, write_json
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -23,6 +22,7 @@ import fastlstm
 from fastlstm import triton as backend
 from fastlstm.cli.compare import difference
 from fastlstm.kernels import launch
+from gpu.common import by_exchanges, captured, device_of, setting, synchronize
 
 
 class Skipped(Exception):

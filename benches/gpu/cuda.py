@@ -1,6 +1,6 @@
 """A step of ``make gpu``: the ``cuda`` backend under load and under compute-sanitizer.
 
-Stress as in gpu_stress.py, for each of its two kinds of kernels, then memcheck and racecheck over
+Stress as in stress.py, for each of its two kinds of kernels, then memcheck and racecheck over
 small layers of every dtype and of both kinds; all in OUT/cuda.json.
 """
 
@@ -14,12 +14,12 @@ from itertools import product
 from time import monotonic
 
 import torch
-from gpu_common import KERNELS, device_of, setting, synchronize
-from gpu_stress import Skipped, Stress, expect_same, large_offsets, near_stock, train, two_streams
 from recording import SKIPPED, arguments, write_json
 from torch import nn
 
 from fastlstm import LSTM, cuda
+from gpu.common import KERNELS, device_of, setting, synchronize
+from gpu.stress import Skipped, Stress, expect_same, large_offsets, near_stock, train, two_streams
 
 SANITIZED = "--sanitized"  # given to this file by itself: run the layers that are to be watched
 # (T, B, H): one block and several, one slice and several.
@@ -116,7 +116,7 @@ def sanitizer(tool: str, kernels: Sequence[str]) -> Callable[[Stress, float], st
             raise Skipped("compute-sanitizer is not installed")
         words = [found, "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=lstm_"]
         done = subprocess.run(
-            [*words, sys.executable, __file__, SANITIZED, *kernels],
+            [*words, sys.executable, "-P", "-m", "gpu.cuda", SANITIZED, *kernels],
             capture_output=True, text=True, timeout=max(1.0, seconds),
         )  # fmt: skip
         if done.returncode != 0:

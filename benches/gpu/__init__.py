@@ -1,0 +1,1 @@
+"""``make gpu``: run.py runs the others, each a step in a process of its own."""
