@@ -34,7 +34,7 @@ NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
 CPU_TESTS := $(patsubst %,tests/test_cpu_%.py,kernels processors products refusals)
 SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
-.PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate bench gpu wheel clean
+.PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate arm bench gpu wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -93,6 +93,9 @@ emulate: build ## run the kernel tests with AVX-512 and a matrix unit that are e
 	export FASTLSTM_LIBRARY="$$library" && $(BIN)/python -c \
 	"from fastlstm import native as n; assert not n.missing() and 'amx' in n.instruction_sets()" && \
 	$(BIN)/pytest -n auto $(CPU_TESTS) $(ARGS)
+
+arm: $(VENV)/.deps ## run a part of the kernel tests on ARM, emulated (see tests/emulator/arm.sh)
+	sh tests/emulator/arm.sh $(BIN)/python $(CPU_TESTS) $(ARGS)
 
 bench: build $(VENV)/.bench ## time against nn.LSTM and others, in under 10 minutes
 	$(BIN)/python benches/run.py $(ARGS)

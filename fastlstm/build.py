@@ -59,8 +59,9 @@ LINK_FLAGS = ("-shared", "-fopenmp", "-Wl,--no-undefined", "-Wl,--as-needed", "-
 
 # One object per instruction set, each compiled with FASTLSTM_ISA naming its table of kernels.
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# gcc 12's own AVX-512 header starts a variable with itself, on purpose, and warns of it.
-_GCC_NOISE = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+# gcc 12's own AVX-512 header starts a variable with itself, on purpose, and warns of it; clang, of
+# warnings that only gcc has.
+_GCC_NOISE = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {"baseline": ()}
 if platform.machine() == "x86_64":

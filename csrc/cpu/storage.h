@@ -97,6 +97,8 @@ FASTLSTM_INLINE auto from_storage(typename StoredAs<S>::type stored) {
     return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(stored)));
 #elif defined(__F16C__)
     return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(stored)));
+#elif defined(__aarch64__)
+    return bit_cast<Vec<float>>(vcvt_f32_f16(bit_cast<float16x4_t>(stored)));
 #else
     Vec<float> v;
     for (int k = 0; k < lanes<float>; ++k) v[k] = half_to_float(stored[k]);
@@ -129,6 +131,8 @@ FASTLSTM_INLINE typename StoredAs<S>::type to_storage(Vec<typename StateOf<S>::t
     return bit_cast<HalfVec>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
     return bit_cast<HalfVec>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+    return bit_cast<HalfVec>(vcvt_f16_f32(bit_cast<float32x4_t>(v)));
 #else
     HalfVec half;
     for (int k = 0; k < lanes<float>; ++k) half[k] = float_to_half(v[k]);

@@ -15,11 +15,20 @@
 namespace fastlstm {
 namespace {
 
-// Two accumulators per row, two vectors of B and one value of A must fit in the registers.
+// Two accumulators per row, two vectors of B and one value of A must fit in the registers. (ARM has
+// no multiply-add that loads, so values of A wait in registers too.)
+#if defined(__aarch64__)
+constexpr int max_tile_rows = 12;
+#else
 constexpr int max_tile_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 14 : 6;
+#endif
 // The same with two panels side by side, each row's four accumulators and four vectors of B: so few
 // rows have arithmetic too little for the loads that they share.
+#if defined(__aarch64__)
+constexpr int max_pair_rows = 5;
+#else
 constexpr int max_pair_rows = FASTLSTM_VECTOR_REGISTERS == 32 ? 6 : 2;
+#endif
 
 // Asks for the row of each panel that comes so many after b, of so many vectors in all.
 template <Advance advance, int vectors, class T>
@@ -44,11 +53,34 @@ constexpr int unrolled_columns = lanes<T> < 4 ? lanes<T> : 4;
 template <class T>
 using LaneIndex = typename Vector<T>::mask;
 
+// A value of A, as a row is multiplied by it. (ARM multiplies by one lane of a register; to load a
+// value into all of them takes the pipelines that multiply.)
+#if defined(__aarch64__)
+template <class T>
+using Factor = T;
+template <class T>
+FASTLSTM_INLINE Factor<T> factor(T a) {
+  return a;
+}
+#else
+template <class T>
+using Factor = Vec<T>;
+template <class T>
+FASTLSTM_INLINE Factor<T> factor(T a) {
+  return VectorMath<T>::broadcast(a);
+}
+#endif
+
 // sum += a * b. Where a tile takes all registers, or all but one, GCC left to itself forms products
 // in place of their factors, which costs copies and sums kept in memory: the instruction is named.
 template <class T>
-FASTLSTM_INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) {
-#if defined(__FMA__) && !(defined(__AVX512F__) && defined(FASTLSTM_EMULATED_AVX512))
+FASTLSTM_INLINE void add_product(Vec<T>& sum, Factor<T> a, Vec<T> b) {
+#if defined(__aarch64__)
+  if constexpr (sizeof(T) == 4)
+    asm("fmla %0.4s, %1.4s, %2.s[0]" : "+w"(sum) : "w"(b), "w"(a));
+  else
+    asm("fmla %0.2d, %1.2d, %2.d[0]" : "+w"(sum) : "w"(b), "w"(a));
+#elif defined(__FMA__) && !(defined(__AVX512F__) && defined(FASTLSTM_EMULATED_AVX512))
   if constexpr (sizeof(T) == 4)
     asm("vfmadd231ps %1, %2, %0" : "+v"(sum) : "v"(b), "v"(a));
   else
@@ -70,7 +102,7 @@ FASTLSTM_INLINE void multiply_column(const T* a, const T* b, int64_t panel_dista
         load(b + v / panel_vectors * panel_distance + v % panel_vectors * lanes<T>));
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r) {
-    const Vec<T> value = VectorMath<T>::broadcast(a[r * lanes<T>]);
+    const Factor<T> value = factor<T>(a[r * lanes<T>]);
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) add_product<T>(sum[r][v], value, row[v]);
   }

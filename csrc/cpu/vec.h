@@ -7,9 +7,13 @@
 #if defined(__F16C__) || defined(__AVX512F__)
 // GCC 12's own header leaves "undefined" vectors uninitialised on purpose, and warns about it.
 #  pragma GCC diagnostic push
-#  pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#  if !defined(__clang__)
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#  endif
 #  include <immintrin.h>
 #  pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#  include <arm_neon.h>
 #endif
 
 #include "../gate_math.h"

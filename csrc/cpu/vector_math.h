@@ -134,6 +134,11 @@ struct VectorMath {
       return bit_cast<V>(_mm256_max_ps(bit_cast<__m256>(low), bit_cast<__m256>(x)));
     else
       return bit_cast<V>(_mm256_max_pd(bit_cast<__m256d>(low), bit_cast<__m256d>(x)));
+#elif defined(__aarch64__)
+    if constexpr (sizeof(T) == 4)
+      return bit_cast<V>(vmaxq_f32(bit_cast<float32x4_t>(low), bit_cast<float32x4_t>(x)));
+    else
+      return bit_cast<V>(vmaxq_f64(bit_cast<float64x2_t>(low), bit_cast<float64x2_t>(x)));
 #endif
     return x < low ? low : x;
   }
