@@ -177,7 +177,7 @@ class LSTMLayer(torch.autograd.Function):
         kept: type[Borders] | type[Reserve] = Borders if ctx.run.checkpoint else Reserve
         count = len(kept._fields)
         reserve, (batch_sizes, reset, *inputs) = kept(*saved[:count]), saved[count:]
-        grads, asked = (dy, dc_all, dh_n, dc_n), ctx.needs_input_grad[3:]
+        grads, asked = (dy, dc_all, dh_n, dc_n), modes.wanted(ctx, weights=6)[3:]
         return (
             None,
             None,

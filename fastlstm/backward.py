@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, products, reference, samples
-from .contract import Borders, OutputGradients, Requested, Reserve
+from . import modes, reference, samples
+from .contract import Borders, Requested, Reserve
 from .gradients import (
     Run,
     aliases,
@@ -23,14 +23,13 @@ from .gradients import (
     differentiable,
     differentiate,
     first_order,
-    flat_gradients,
+    first_order_of_samples,
+    first_order_of_several,
+    has_walk,
     keep,
     layer_results,
-    packed_rows,
     pulled_back,
     requested,
-    shaped,
-    unflatten,
     wanted_of,
 )
 
@@ -56,14 +55,34 @@ def gradients(
             results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
             return pulled_back(results, inputs, asked, grads)
         if not compiling and any(map(modes.is_batched, grads)):
-            return _batched_gradients(run, batch_sizes, reset, grads, inputs, asked)
+            if torch.is_grad_enabled():
+                return _graphs_of_several(run, batch_sizes, reset, grads, inputs, asked)
+            return _several_gradients(run, need, reserve, batch_sizes, reset, grads, inputs)
         if torch.is_grad_enabled() or compiling:
             return LSTMLayerBackward.apply(run, need, reserve, batch_sizes, reset, *grads, *inputs)
         # Nobody asks for a graph of it, which would cost time.
         return first_order(run, need, reserve, batch_sizes, reset, grads, inputs)
 
 
-def _batched_gradients(
+def _several_gradients(
+    run: Run,
+    need: Requested,
+    reserve: Reserve | Borders,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """For several gradients at once, as ``is_grads_batched=True`` asks for them."""
+    along = [0 if modes.is_batched(g) else None for g in grads]
+    dims = ([None] * len(reserve), None, None, *along, *[None] * len(inputs))
+    given = [g if d is None else modes.unbatched(g) for g, d in zip(grads, along, strict=True)]
+    (count,) = {t.size(0) for t, d in zip(given, along, strict=True) if t is not None and d == 0}
+    got = EachGradients.apply(run, need, count, dims, reserve, batch_sizes, reset, *given, *inputs)
+    return [g if g is None else modes.batched(g) for g in got]
+
+
+def _graphs_of_several(
     run: Run,
     batch_sizes: Tensor,
     reset: Tensor | None,
@@ -71,11 +90,9 @@ def _batched_gradients(
     inputs: Sequence[Tensor | None],
     asked: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Through the reference, for several gradients at once."""
-    again = torch.is_grad_enabled()
+    """The same with a graph, through the reference."""
     results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
-    with torch.enable_grad():
-        return composite_gradients(results, grads, aliases(inputs, asked, again), again)
+    return composite_gradients(results, grads, aliases(inputs, asked, again=True), True)
 
 
 class LSTMLayerBackward(torch.autograd.Function):
@@ -147,15 +164,13 @@ class TransformedBackward(LSTMLayerBackward):
     @staticmethod
     @modes.uncompiled
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        run, need, _, batch_sizes, reset, *tensors = args
-        kept, _, *dims = in_dims[2:]
+        run, need, *_ = args
+        kept, _, _, *dims = in_dims[2:]
         count, weighs = info.batch_size, any(need[3:])
-        if all(dim is None for dim in kept):  # several gradients from the same results
-            wanted = wanted_of(need, tensors[4:])
-            return _by_reference(run, wanted, batch_sizes, reset, tensors, dims)
-        direct = run.chosen is not None and run.chosen.layer_walk is not None
-        if samples.have_own_weights(dims[1:]) or (weighs and not direct):
-            got = ModelGradients.apply(run, need, count, in_dims[2:], *args[2:])
+        shared = all(dim is None for dim in kept)  # several gradients of the same results
+        if shared or samples.have_own_weights(dims) or (weighs and not has_walk(run)):
+            given, along = samples.samples_first(args[2:], in_dims[2:])
+            got = EachGradients.apply(run, need, count, along, *given)
             return got, tuple(None if gradient is None else 0 for gradient in got)
         batch = samples.folded_backward(count, in_dims[2:], *args[2:])
         if not weighs:
@@ -184,14 +199,8 @@ class SampleGradients(torch.autograd.Function):
         reset: Tensor | None,
         *tensors: Any,
     ) -> tuple[Tensor | None, ...]:
-        assert run.chosen is not None and run.chosen.layer_walk is not None  # it was asked
-        grads, (x, h0, c0, *flat) = OutputGradients(*tensors[:4]), tensors[4:]
-        weights = unflatten(flat)
-        walked = run.chosen.layer_walk(grads, batch_sizes, c0, weights, reset, reserve, need)
-        rows, saved = packed_rows(x), reserve._replace(y=packed_rows(reserve.y))
-        inputs = (rows, batch_sizes, h0, weights, reset, saved, need)
-        got = products.sample_gradients(count, walked, *inputs)
-        return flat_gradients(got._replace(x=None if got.x is None else shaped(got.x, x)), weights)
+        saved = (reserve, batch_sizes, reset, tensors[:4], tensors[4:])
+        return first_order_of_samples(run, need, count, *saved)
 
     @staticmethod
     @modes.uncompiled
@@ -232,8 +241,9 @@ class SampleGradients(torch.autograd.Function):
         return samples.unfolded_gradients(info.batch_size, got, (count, info.batch_size))
 
 
-class ModelGradients(torch.autograd.Function):
-    """The backward pass of samples one by one, such as have weights of their own.
+class EachGradients(torch.autograd.Function):
+    """The backward pass of samples one by one, such as have weights of their own, or for several
+    gradients of the same results.
 
     (run, need, samples, their dimensions in what follows, reserve, batch_sizes, reset, gradients of
     y, c_all, h_n and c_n, x, h0, c0, *flat weights) -> gradients of the last, (samples, ...).
@@ -244,6 +254,13 @@ class ModelGradients(torch.autograd.Function):
     def forward(
         run: Run, need: Requested, count: int, dims: tuple[Any, ...], *given: Any
     ) -> tuple[Tensor | None, ...]:
+        if count == 0:
+            inputs = given[7:]
+            asked = zip(inputs, wanted_of(need, inputs), strict=True)
+            return tuple(t.new_zeros(0, *t.shape) if ask else None for t, ask in asked)
+        if samples.share_all_but_gradients(dims) and (has_walk(run) or not any(need[3:])):
+            return first_order_of_several(run, need, count, dims, *given)
+
         def alone(
             reserve: Reserve | Borders, batch_sizes: Tensor, reset: Tensor | None, *tensors: Any
         ) -> tuple[Tensor | None, ...]:
@@ -276,7 +293,14 @@ class ModelGradients(torch.autograd.Function):
     @staticmethod
     @modes.uncompiled
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return samples.one_by_one(ModelGradients.apply, info.batch_size, in_dims, args)
+        """Samples that share their weights are one batch here too, but for gradients of weights."""
+        run, need, count, dims, *given = args
+        own = samples.have_own_weights(in_dims[7:])
+        if own or any(need[3:]) or not samples.share_all_but_gradients(dims):
+            return samples.one_by_one(EachGradients.apply, info.batch_size, in_dims, args)
+        batch = samples.folded_backward(info.batch_size, in_dims[4:], *given)
+        got = EachGradients.apply(run, need, count, dims, *batch)
+        return samples.unfolded_gradients(info.batch_size, got)
 
 
 def _pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:

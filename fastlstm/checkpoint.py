@@ -53,11 +53,11 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(
-    d: int, x: Tensor, batch_sizes: Tensor, c0: Tensor, reset: Tensor | None
+    d: int, count: int, x: Tensor, batch_sizes: Tensor, reset: Tensor | None
 ) -> Iterator[_Chunk]:
-    """The chunks of direction ``d`` in the order it takes them."""
+    """The chunks of direction ``d``, ``count`` of all steps, in the order it takes them."""
     steps = int((batch_sizes > 0).sum())
-    per_chunk = chunk_steps(batch_sizes.numel(), x, c0)
+    per_chunk = max(1, -(-batch_sizes.numel() // max(1, count)))
     starts = [0, *batch_sizes.cumsum(0).tolist()]
     sizes = [*batch_sizes.tolist(), 0]
     ranges = [(t, min(t + per_chunk, steps)) for t in range(0, steps, per_chunk)]
@@ -115,11 +115,12 @@ def layer_forward(
     c_all = None
     if need_cells:
         c_all = x.new_empty(x.size(0), directions * hidden_size, dtype=state_dtype(x.dtype))
-    borders = x.new_zeros(chunk_count(batch_sizes, x, c0), directions, batch, hidden_size)
+    count = chunk_count(batch_sizes, x, c0)
+    borders = x.new_zeros(count, directions, batch, hidden_size)
     h_n, c_n = h0.clone(), c0.clone()
     for d, w in enumerate(weights):
         y_d = y[:, d * output_size : (d + 1) * output_size]
-        for chunk in _chunks(d, x, batch_sizes, c0, reset):
+        for chunk in _chunks(d, count, x, batch_sizes, reset):
             h, c = h_n[d : d + 1, : chunk.batch], c_n[d : d + 1, : chunk.batch]
             borders[chunk.number, d, : chunk.batch] = c[0]
             here = chunk.of(x)
@@ -163,8 +164,9 @@ def layer_backward(
     dc = torch.zeros_like(c0) if grads.c_n is None else grads.c_n.clone()
     dx = x.new_zeros(x.shape, dtype=state) if need.x else None
     sums: list[dict[str, Tensor]] = [{} for _ in weights]
+    count = saved.c.size(0)  # not by x: a few samples may be walked back of those that ran together
     for d, w in enumerate(weights):
-        for chunk in reversed(list(_chunks(d, x, batch_sizes, c0, reset))):
+        for chunk in reversed(list(_chunks(d, count, x, batch_sizes, reset))):
             got = _chunk_backward(d, chunk, grads, dh, dc, x, h0, w, saved, need, backend)
             dh[d, : chunk.batch], dc[d, : chunk.batch] = got.h0[0], got.c0[0]  # type: ignore[index]
             if dx is not None and got.x is not None:

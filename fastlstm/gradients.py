@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, modes, ops, reference
+from . import backends, modes, ops, products, reference, samples
 from .contract import Borders, Gradients, OutputGradients, Outputs, Requested, Reserve, Weights
+
+# Of a reserve's copies at a time, where several gradients are asked for at once.
+_SEVERAL_BYTES = 32 << 20
 
 
 class Run(NamedTuple):
@@ -79,6 +82,70 @@ def first_order(
             run.backend, run.chosen,
         )  # fmt: skip
     return flat_gradients(got, weights)
+
+
+def has_walk(run: Run) -> bool:
+    """Can there be gradients of weights for each sample of a batch?"""
+    return run.chosen is not None and run.chosen.layer_walk is not None
+
+
+def first_order_of_samples(
+    run: Run,
+    need: Requested,
+    count: int,
+    reserve: Reserve | Borders,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Any],
+) -> tuple[Tensor | None, ...]:
+    """The same, but gradients of weights for each of so many samples in a batch (``samples.py``),
+    as (samples, ...)."""
+    assert run.chosen is not None and run.chosen.layer_walk is not None  # has_walk was asked
+    assert isinstance(reserve, Reserve)
+    x, h0, c0, *flat = inputs
+    weights, output_grads = unflatten(flat), OutputGradients(*grads)
+    walked = run.chosen.layer_walk(output_grads, batch_sizes, c0, weights, reset, reserve, need)
+    saved = reserve._replace(y=packed_rows(reserve.y))
+    rows = (packed_rows(x), batch_sizes, h0, weights, reset, saved, need)
+    got = products.sample_gradients(count, walked, *rows)
+    return flat_gradients(got._replace(x=None if got.x is None else shaped(got.x, x)), weights)
+
+
+def first_order_of_several(
+    run: Run,
+    need: Requested,
+    count: int,
+    dims: Sequence[Any],
+    reserve: Reserve | Borders,
+    batch_sizes: Tensor,
+    reset: Tensor | None,
+    *tensors: Any,
+) -> tuple[Tensor | None, ...]:
+    """(count, ...) gradients of (x, h0, c0, *flat weights) for each of several gradients of the
+    same results, which come first in ``tensors`` and may have the several ones along dimension 0.
+
+    So many together are samples that share everything else, of which each needs a copy.
+    """
+    each = sum(t.nbytes for t in reserve if t is not None)
+    size = max(1, min(count, _SEVERAL_BYTES // max(1, each)))
+    pieces = []
+    for start in range(0, count, size):
+        part = min(size, count - start)
+        own = (
+            t if d is None else t[start : start + part]
+            for t, d in zip(tensors, dims[3:], strict=True)
+        )
+        batch = samples.folded_backward(part, dims, reserve, batch_sizes, reset, *own)
+        saved = (*batch[:3], batch[3:7], batch[7:])
+        if any(need[3:]):
+            got = first_order_of_samples(run, need, part, *saved)
+        else:
+            got = first_order(run, need, *saved)
+        found = zip(*samples.unfolded_gradients(part, got), strict=True)
+        pieces.append([t if t is None else t.movedim(d, 0) for t, d in found])
+    several = zip(*pieces, strict=True)
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in several)
 
 
 def flat_gradients(got: Gradients, weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:

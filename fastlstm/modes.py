@@ -16,6 +16,7 @@ from torch._C import _functorch as functorch
 from torch._compile import _disable_dynamo
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -84,9 +85,45 @@ def unwrapped(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return unwrap_dead_wrappers(tensors)
 
 
+def wanted(ctx: Any, weights: int) -> tuple[bool, ...]:
+    """``ctx.needs_input_grad``, less what this backward pass leads nowhere with: who calls
+    torch.autograd.grad may want no gradients of weights.  These are the arguments from number
+    ``weights`` on, and are wanted all or none of them."""
+    flags: tuple[bool, ...] = ctx.needs_input_grad
+    engine = isinstance(ctx, BackwardCFunction) and torch._C._current_graph_task_id() >= 0
+    if torch.compiler.is_compiling() or not engine:
+        return flags
+    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
+    inputs = tuple(flag and _is_executed(next(nodes)) for flag in flags[:weights])
+    own = flags[weights:]
+    return (*inputs, *(own if any(map(_is_executed, nodes)) else [False] * len(own)))
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # its answer for a leaf that torch.autograd.grad was given
+        return True
+
+
 def is_batched(grad: Tensor | None) -> bool:
     """Is this one of several gradients at once, as ``is_grads_batched=True`` makes them?"""
     return grad is not None and functorch.is_legacy_batchedtensor(grad)
+
+
+def unbatched(grad: Any) -> Tensor:
+    """All of such ones, along dimension 0."""
+    return torch._remove_batch_dim(grad, _batching_level(), 0, 0)
+
+
+def batched(several: Tensor) -> Tensor:
+    """The inverse."""
+    return torch._add_batch_dim(several, 0, _batching_level())
+
+
+def _batching_level() -> int:
+    torch._C._vmapmode_increment_nesting()
+    return torch._C._vmapmode_decrement_nesting()
 
 
 def is_jit() -> bool:

@@ -232,7 +232,7 @@ class PlainLayer(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        call, asked = ctx.call, ctx.needs_input_grad[2:]
+        call, asked = ctx.call, modes.wanted(ctx, weights=5)[2:]
         (reset, *saved), count = ctx.saved_tensors, len(asked)
         (x, h0, c0, *weights), reserve = saved[:count], saved[count:]
         watched = (

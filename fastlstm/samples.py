@@ -50,6 +50,25 @@ def have_own_weights(dims: Sequence[Dim]) -> bool:
     return any(dim is not None for dim in dims[7:])
 
 
+def share_all_but_gradients(dims: Sequence[Any]) -> bool:
+    """The same question of all else, by the dimensions of reserve, batch_sizes, reset and those."""
+    kept, sizes, reset, *rest = dims
+    return all(dim is None for dim in (*kept, sizes, reset, *rest[4:]))
+
+
+def samples_first(args: Any, dims: Any) -> tuple[Any, Any]:
+    """Tensors with their samples along the first dimension, and these dimensions."""
+
+    def first(tensor: Any, dim: Dim) -> Any:
+        return tensor if dim is None else tensor.movedim(dim, 0)
+
+    leaves, spec = pytree.tree_flatten(args)
+    along = pytree.tree_leaves(dims)
+    moved = [first(t, d) for t, d in zip(leaves, along, strict=True)]
+    zeros = [None if d is None else 0 for d in along]
+    return pytree.tree_unflatten(moved, spec), pytree.tree_unflatten(zeros, spec)
+
+
 def folded_backward(
     samples: int,
     dims: Sequence[Any],

@@ -188,6 +188,22 @@ def test_samples_of_other_dtypes(dtype: torch.dtype) -> None:
             torch.testing.assert_close(got[k], want, **tolerance(dtype))
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_samples_in_chunks(directions: int) -> None:
+    """Of a layer so long that it has other chunks with all samples than with one."""
+    options = dict(checkpoint=True, bidirectional=directions == 2)
+    lstm = fastlstm.LSTM(2, 3, **options).double()
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+    x = torch.randn(SAMPLES, 300, 2, 2, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(lstm, weights, (x,))[0].sin().sum()
+
+    found = vmap(grad(loss, (0, 1)), (None, 0))(weights, x)
+    for k, sample in enumerate(x):
+        assert_same(_of(found, k), eager(loss, (0, 1))(weights, sample))
+
+
 def test_vmap_runs_the_kernels(monkeypatch) -> None:
     lstm = fastlstm.LSTM(2, 3, num_layers=2, backend="cpu")
     weights = {name: p.detach() for name, p in lstm.named_parameters()}
