@@ -18,7 +18,7 @@ from torch import Tensor
 from . import backends, exported, modes, ops, reference, samples  # noqa: F401  (exported: operators)
 from .backward import gradients
 from .contract import Borders, Outputs, Reserve, Weights
-from .gradients import Run, keep, packed_rows, shaped, unflatten
+from .gradients import Run, asked_for, keep, packed_rows, shaped, unflatten
 
 # vmap's models, which have weights of their own, are run one by one, or by the reference step by
 # step: so many models cost as much as a step (docs/performance.md).
@@ -177,7 +177,8 @@ class LSTMLayer(torch.autograd.Function):
         kept: type[Borders] | type[Reserve] = Borders if ctx.run.checkpoint else Reserve
         count = len(kept._fields)
         reserve, (batch_sizes, reset, *inputs) = kept(*saved[:count]), saved[count:]
-        grads, asked = (dy, dc_all, dh_n, dc_n), modes.wanted(ctx, weights=6)[3:]
+        grads = (dy, dc_all, dh_n, dc_n)
+        asked = asked_for(ctx, 3, inputs)
         return (
             None,
             None,

@@ -46,18 +46,19 @@ def gradients(
     """Gradients of ``inputs``, (x, h0, c0, *flat weights), from ``grads`` of y, c_all, h_n and c_n:
     with a graph, or batched, as they are wanted.  None where not ``asked`` for."""
     need, compiling = requested(asked), torch.compiler.is_compiling()
+    transformed = modes.is_transformed()
     with modes.without_autocast(inputs[0].device):
-        if modes.is_transformed():
+        if not compiling and any(map(modes.is_batched, grads)):
+            if torch.is_grad_enabled() and not transformed:
+                return _graphs_of_several(run, batch_sizes, reset, grads, inputs, asked)
+            return _several_gradients(run, asked, reserve, batch_sizes, reset, grads, inputs)
+        if transformed:
             if modes.is_differentiated_or_mapped():
                 return TransformedBackward.apply(
                     run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
             results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
             return pulled_back(results, inputs, asked, grads)
-        if not compiling and any(map(modes.is_batched, grads)):
-            if torch.is_grad_enabled():
-                return _graphs_of_several(run, batch_sizes, reset, grads, inputs, asked)
-            return _several_gradients(run, need, reserve, batch_sizes, reset, grads, inputs)
         if torch.is_grad_enabled() or compiling:
             return LSTMLayerBackward.apply(run, need, reserve, batch_sizes, reset, *grads, *inputs)
         # Nobody asks for a graph of it, which would cost time.
@@ -66,7 +67,7 @@ def gradients(
 
 def _several_gradients(
     run: Run,
-    need: Requested,
+    asked: Sequence[bool],
     reserve: Reserve | Borders,
     batch_sizes: Tensor,
     reset: Tensor | None,
@@ -74,12 +75,22 @@ def _several_gradients(
     inputs: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """For several gradients at once, as ``is_grads_batched=True`` asks for them."""
-    along = [0 if modes.is_batched(g) else None for g in grads]
+    level = modes.batching_level(grads)
+    several = [modes.unbatched(g, level) for g in grads]
+    (count,) = {len(s) for s in several if s is not None}
+    along = [None if s is None else 0 for s in several]
     dims = ([None] * len(reserve), None, None, *along, *[None] * len(inputs))
-    given = [g if d is None else modes.unbatched(g) for g, d in zip(grads, along, strict=True)]
-    (count,) = {t.size(0) for t, d in zip(given, along, strict=True) if t is not None and d == 0}
-    got = EachGradients.apply(run, need, count, dims, reserve, batch_sizes, reset, *given, *inputs)
-    return [g if g is None else modes.batched(g) for g in got]
+    given = [g if s is None else s for g, s in zip(grads, several, strict=True)]
+    saved = (reserve, batch_sizes, reset)
+    if modes.is_transformed() or any(map(modes.is_batched, given)):  # several of several
+
+        def alone(*grads: Tensor | None) -> Sequence[Tensor | None]:
+            return gradients(run, asked, *saved, grads, inputs)
+
+        got, _ = samples.one_by_one(alone, count, along, given)
+    else:
+        got = EachGradients.apply(run, requested(asked), count, dims, *saved, *given, *inputs)
+    return [g if g is None else modes.batched(g, level) for g in got]
 
 
 def _graphs_of_several(
@@ -92,7 +103,7 @@ def _graphs_of_several(
 ) -> list[Tensor | None]:
     """The same with a graph, through the reference."""
     results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
-    return composite_gradients(results, grads, aliases(inputs, asked, again=True), True)
+    return composite_gradients(results, grads, aliases(inputs, asked, again=True), asked, True)
 
 
 class LSTMLayerBackward(torch.autograd.Function):
@@ -129,7 +140,10 @@ class LSTMLayerBackward(torch.autograd.Function):
         with modes.without_autocast(saved[4].device):
             with torch.enable_grad():
                 tensors = aliases(saved, (*asked[:4], *first_asked), again)
-                first = composite_gradients(results, tensors[:4], tensors[4:], True)
+                wanted_first = [g is not None for g in grads_of_grads]
+                first = composite_gradients(
+                    results, tensors[:4], tensors[4:], wanted_first, create_graph=True
+                )
             wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
             second = iter(differentiate(first, wanted, grads_of_grads, create_graph=again))
         return (None,) * 5 + tuple(next(second) if a else None for a in asked)
@@ -242,8 +256,8 @@ class SampleGradients(torch.autograd.Function):
 
 
 class EachGradients(torch.autograd.Function):
-    """The backward pass of samples one by one, such as have weights of their own, or for several
-    gradients of the same results.
+    """The backward pass of samples one by one, such as have weights of their own; or for several
+    gradients of the same results, which are samples that share them.
 
     (run, need, samples, their dimensions in what follows, reserve, batch_sizes, reset, gradients of
     y, c_all, h_n and c_n, x, h0, c0, *flat weights) -> gradients of the last, (samples, ...).
@@ -293,10 +307,22 @@ class EachGradients(torch.autograd.Function):
     @staticmethod
     @modes.uncompiled
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """Samples that share their weights are one batch here too, but for gradients of weights."""
+        """Several gradients of the same results, several times, are so many more.  Samples that
+        share their weights are one batch here too, but for gradients of weights."""
         run, need, count, dims, *given = args
         own = samples.have_own_weights(in_dims[7:])
-        if own or any(need[3:]) or not samples.share_all_but_gradients(dims):
+        shared = samples.share_all_but_gradients(dims)
+        if shared and samples.share_all_but_gradients(in_dims[4:]):
+            grads = [
+                samples.merged(t, info.batch_size, along, count, within)
+                for t, along, within in zip(given[3:7], in_dims[7:11], dims[3:7], strict=True)
+            ]
+            along = (*dims[:3], *(None if g is None else 0 for g in grads), *dims[7:])
+            several = (info.batch_size * count, along, *given[:3], *grads, *given[7:])
+            got = EachGradients.apply(run, need, *several)
+            apart = (g if g is None else g.unflatten(0, (info.batch_size, count)) for g in got)
+            return tuple(apart), tuple(None if g is None else 0 for g in got)
+        if own or any(need[3:]) or not shared:
             return samples.one_by_one(EachGradients.apply, info.batch_size, in_dims, args)
         batch = samples.folded_backward(info.batch_size, in_dims[4:], *given)
         got = EachGradients.apply(run, need, count, dims, *batch)

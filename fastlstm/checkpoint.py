@@ -92,10 +92,11 @@ def _steps_and_sequences(sizes: Tensor, batch: int) -> tuple[Tensor, Tensor]:
     return step, sequence
 
 
-def chunk_count(batch_sizes: Tensor, x: Tensor, c0: Tensor) -> int:
-    """How many chunks there are at the most."""
+def border_shape(batch_sizes: Tensor, x: Tensor, c0: Tensor) -> tuple[int, ...]:
+    """Of ``Borders.c``, which has a place for each chunk of all steps, and one that stays empty: of
+    a size that may be 1, torch.export would make a program for 1 alone, or for all others."""
     steps, per_chunk = batch_sizes.numel(), chunk_steps(batch_sizes.numel(), x, c0)
-    return (steps + per_chunk - 1) // per_chunk
+    return ((steps + per_chunk - 1) // per_chunk + 1, *c0.shape)
 
 
 def layer_forward(
@@ -109,18 +110,17 @@ def layer_forward(
     backend: str,
 ) -> tuple[Outputs, Borders]:
     """One layer, chunk by chunk."""
-    directions, batch, hidden_size = c0.shape
+    directions, _, hidden_size = c0.shape
     output_size = h0.size(2)
     y = x.new_empty(x.size(0), directions * output_size)
     c_all = None
     if need_cells:
         c_all = x.new_empty(x.size(0), directions * hidden_size, dtype=state_dtype(x.dtype))
-    count = chunk_count(batch_sizes, x, c0)
-    borders = x.new_zeros(count, directions, batch, hidden_size)
+    borders = x.new_zeros(border_shape(batch_sizes, x, c0))
     h_n, c_n = h0.clone(), c0.clone()
     for d, w in enumerate(weights):
         y_d = y[:, d * output_size : (d + 1) * output_size]
-        for chunk in _chunks(d, count, x, batch_sizes, reset):
+        for chunk in _chunks(d, len(borders) - 1, x, batch_sizes, reset):
             h, c = h_n[d : d + 1, : chunk.batch], c_n[d : d + 1, : chunk.batch]
             borders[chunk.number, d, : chunk.batch] = c[0]
             here = chunk.of(x)
@@ -164,7 +164,9 @@ def layer_backward(
     dc = torch.zeros_like(c0) if grads.c_n is None else grads.c_n.clone()
     dx = x.new_zeros(x.shape, dtype=state) if need.x else None
     sums: list[dict[str, Tensor]] = [{} for _ in weights]
-    count = saved.c.size(0)  # not by x: a few samples may be walked back of those that ran together
+    count = (
+        len(saved.c) - 1
+    )  # not by x: a few samples may be walked back of those that ran together
     for d, w in enumerate(weights):
         for chunk in reversed(list(_chunks(d, count, x, batch_sizes, reset))):
             got = _chunk_backward(d, chunk, grads, dh, dc, x, h0, w, saved, need, backend)

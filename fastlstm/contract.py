@@ -75,7 +75,7 @@ class Borders(NamedTuple):
     """What checkpoint.py keeps instead."""
 
     y: Tensor  # (N, D*P)
-    c: Tensor  # (chunks, D, B, H), as each chunk was entered
+    c: Tensor  # (chunks + 1, D, B, H), as each chunk was entered
 
 
 class Outputs(NamedTuple):

@@ -13,10 +13,22 @@ import torch
 from torch import Tensor
 
 from . import backends, modes, ops, products, reference, samples
-from .contract import Borders, Gradients, OutputGradients, Outputs, Requested, Reserve, Weights
+from .contract import (
+    Borders,
+    Gradients,
+    OutputGradients,
+    Outputs,
+    Requested,
+    Reserve,
+    Weights,
+    state_dtype,
+)
 
-# Of a reserve's copies at a time, where several gradients are asked for at once.
+# Of a layer's copies at a time, where several gradients are asked for at once.
 _SEVERAL_BYTES = 32 << 20
+
+# Multiply-adds of gradients of weights that take longer than to ask whether anybody wants them.
+_WORTH_ASKING = 1 << 21
 
 
 class Run(NamedTuple):
@@ -49,6 +61,18 @@ def requested(flags: Sequence[bool]) -> Requested:
     w_ih, w_hh, bias, w_hr, b_hh = here
     x, h0, c0 = flags[:3]
     return Requested(x, h0, c0, w_ih, w_hh, bias or b_hh, w_hr)
+
+
+def asked_for(ctx: Any, first: int, inputs: Sequence[Any]) -> tuple[bool, ...]:
+    """Which of a layer's ``inputs``, (x, h0, c0, *flat weights), are to have a gradient: those that
+    require one, but weights only if somebody wants theirs.  ``first`` is the number of x among
+    the Function's arguments."""
+    flags = tuple(ctx.needs_input_grad[first:])
+    x, _, _, w_ih, w_hh, *_ = inputs
+    work = x.numel() // max(1, x.size(-1)) * (w_ih.numel() + w_hh.numel())
+    if work < _WORTH_ASKING or modes.wants(ctx, first + 3):
+        return flags
+    return (*flags[:3], *[False] * len(flags[3:]))
 
 
 def wanted_of(need: Requested, inputs: Sequence[Any]) -> list[bool]:
@@ -99,8 +123,8 @@ def first_order_of_samples(
     grads: Sequence[Tensor | None],
     inputs: Sequence[Any],
 ) -> tuple[Tensor | None, ...]:
-    """The same, but gradients of weights for each of so many samples in a batch (``samples.py``),
-    as (samples, ...)."""
+    """As ``first_order``, but gradients of weights for each of so many samples in a batch
+    (``samples.py``), as (samples, ...)."""
     assert run.chosen is not None and run.chosen.layer_walk is not None  # has_walk was asked
     assert isinstance(reserve, Reserve)
     x, h0, c0, *flat = inputs
@@ -127,9 +151,8 @@ def first_order_of_several(
 
     So many together are samples that share everything else, of which each needs a copy.
     """
-    each = sum(t.nbytes for t in reserve if t is not None)
-    size = max(1, min(count, _SEVERAL_BYTES // max(1, each)))
-    pieces = []
+    size = max(1, min(count, _SEVERAL_BYTES // _copy_bytes(reserve, *tensors[4:7])))
+    results: list[Any] = []
     for start in range(0, count, size):
         part = min(size, count - start)
         own = (
@@ -142,10 +165,25 @@ def first_order_of_several(
             got = first_order_of_samples(run, need, part, *saved)
         else:
             got = first_order(run, need, *saved)
-        found = zip(*samples.unfolded_gradients(part, got), strict=True)
-        pieces.append([t if t is None else t.movedim(d, 0) for t, d in found])
-    several = zip(*pieces, strict=True)
-    return tuple(None if parts[0] is None else torch.cat(parts) for parts in several)
+        pairs = zip(*samples.unfolded_gradients(part, got), strict=True)
+        found = [t if t is None else t.movedim(d, 0) for t, d in pairs]
+        if part == count:
+            return tuple(found)
+        results = results or [t if t is None else t.new_empty(count, *t.shape[1:]) for t in found]
+        for result, t in zip(results, found, strict=True):
+            if result is not None:
+                result[start : start + part] = t
+    return tuple(results)
+
+
+def _copy_bytes(reserve: Reserve | Borders, x: Tensor, h0: Tensor, c0: Tensor) -> int:
+    """What a backward pass takes for one more sample, about."""
+    given = sum(t.nbytes for t in (*reserve, x, h0, c0) if t is not None)
+    # The gradients of the gates, and with borders alone a chunk's gates too.
+    rows = x.numel() // max(1, x.size(-1))
+    if isinstance(reserve, Borders):
+        rows = 2 * rows // max(1, reserve.c.size(0))
+    return given + rows * c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
 
 
 def flat_gradients(got: Gradients, weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
@@ -220,12 +258,16 @@ def pulled_back(
 
 
 def composite_gradients(
-    results: Function, grads: Sequence[Tensor | None], inputs: list[Any], create_graph: bool
+    results: Function,
+    grads: Sequence[Tensor | None],
+    inputs: list[Any],
+    asked: Sequence[bool],
+    create_graph: bool,
 ) -> list[Tensor | None]:
-    """Gradients of those ``inputs`` that require them, from those of their ``results``."""
-    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    """Gradients of those ``inputs`` that are ``asked`` for, from those of their ``results``."""
+    leaves = [t for t, ask in zip(inputs, asked, strict=True) if ask]
     found = iter(differentiate(results(inputs), leaves, grads, create_graph))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+    return [next(found) if ask else None for ask in asked]
 
 
 def differentiate(

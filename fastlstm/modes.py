@@ -7,7 +7,7 @@ for torch._VF, where torch's own LSTM is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,25 +85,26 @@ def unwrapped(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return unwrap_dead_wrappers(tensors)
 
 
-def wanted(ctx: Any, weights: int) -> tuple[bool, ...]:
-    """``ctx.needs_input_grad``, less what this backward pass leads nowhere with: who calls
-    torch.autograd.grad may want no gradients of weights.  These are the arguments from number
-    ``weights`` on, and are wanted all or none of them."""
-    flags: tuple[bool, ...] = ctx.needs_input_grad
+def wants(ctx: Any, number: int) -> bool:
+    """Does anybody want gradients of the arguments from this ``number`` on?  They may require them,
+    but who calls torch.autograd.grad may have asked for others: that is known while it runs."""
+    flags = ctx.needs_input_grad
+    if not any(flags[number:]):
+        return False
     engine = isinstance(ctx, BackwardCFunction) and torch._C._current_graph_task_id() >= 0
     if torch.compiler.is_compiling() or not engine:
-        return flags
-    nodes = iter([node for node, _ in ctx.next_functions if node is not None])
-    inputs = tuple(flag and _is_executed(next(nodes)) for flag in flags[:weights])
-    own = flags[weights:]
-    return (*inputs, *(own if any(map(_is_executed, nodes)) else [False] * len(own)))
+        return True
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    return any(map(_is_executed, nodes[sum(flags[:number]) :]))
 
 
 def _is_executed(node: Any) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # its answer for a leaf that torch.autograd.grad was given
-        return True
+    except RuntimeError as error:
+        if "leaf node" in str(error):  # its answer for one that torch.autograd.grad was given
+            return True
+        raise
 
 
 def is_batched(grad: Tensor | None) -> bool:
@@ -111,19 +112,26 @@ def is_batched(grad: Tensor | None) -> bool:
     return grad is not None and functorch.is_legacy_batchedtensor(grad)
 
 
-def unbatched(grad: Any) -> Tensor:
-    """All of such ones, along dimension 0."""
-    return torch._remove_batch_dim(grad, _batching_level(), 0, 0)
-
-
-def batched(several: Tensor) -> Tensor:
-    """The inverse."""
-    return torch._add_batch_dim(several, 0, _batching_level())
-
-
-def _batching_level() -> int:
+def batching_level(grads: Sequence[Tensor | None]) -> int:
+    """The innermost of such calls, which may be nested, that gave several of these; 0 if none."""
     torch._C._vmapmode_increment_nesting()
-    return torch._C._vmapmode_decrement_nesting()
+    level: int = torch._C._vmapmode_decrement_nesting()
+    while level > 0 and all(unbatched(grad, level) is None for grad in grads):
+        level -= 1
+    return level
+
+
+def unbatched(grad: Tensor | None, level: int) -> Tensor | None:
+    """Those that the call of this level gave, along dimension 0; None if it gave only one."""
+    if grad is None or not functorch.is_legacy_batchedtensor(grad):
+        return None
+    several: Tensor = torch._remove_batch_dim(grad, level, 0, 0)  # 0 where it gave one: they say so
+    return several if several.size(0) > 0 else None
+
+
+def batched(several: Tensor, level: int) -> Tensor:
+    """The inverse."""
+    return torch._add_batch_dim(several, 0, level)
 
 
 def is_jit() -> bool:

@@ -329,7 +329,7 @@ def _checkpoint_forward_impl(
 def _checkpoint_forward_fake(*args: Any) -> tuple[Tensor, ...]:
     x, batch_sizes, _, c0 = args[:4]
     y, c_all, h_n, c_n, *_ = _forward_fake(*(*args[:9], False, *args[9:]))
-    borders = x.new_empty(checkpoint.chunk_count(batch_sizes, x, c0), *c0.shape)
+    borders = x.new_empty(checkpoint.border_shape(batch_sizes, x, c0))
     return y, c_all, h_n, c_n, borders
 
 

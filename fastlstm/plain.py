@@ -232,9 +232,10 @@ class PlainLayer(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        call, asked = ctx.call, modes.wanted(ctx, weights=5)[2:]
-        (reset, *saved), count = ctx.saved_tensors, len(asked)
+        call, (reset, *saved) = ctx.call, ctx.saved_tensors
+        count = len(ctx.needs_input_grad) - 2
         (x, h0, c0, *weights), reserve = saved[:count], saved[count:]
+        asked = gradients.asked_for(ctx, 2, saved)
         watched = (
             torch.compiler.is_compiling()
             or modes.is_any_on_cpu()

@@ -69,6 +69,19 @@ def samples_first(args: Any, dims: Any) -> tuple[Any, Any]:
     return pytree.tree_unflatten(moved, spec), pytree.tree_unflatten(zeros, spec)
 
 
+def merged(tensor: Any, outer: int, along: Dim, inner: int, within: Dim) -> Any:
+    """A tensor of samples of samples as one of ``outer * inner`` samples, along dimension 0.
+
+    It has the outer ones ``along`` one of its dimensions, and each of those has the inner ones
+    along its dimension ``within``, which is 0 if there is one.
+    """
+    if tensor is None:
+        return None
+    tensor = tensor.unsqueeze(0) if along is None else tensor.movedim(along, 0)
+    tensor = tensor.unsqueeze(1) if within is None else tensor.movedim(within + 1, 1)
+    return tensor.expand(outer, inner, *tensor.shape[2:]).flatten(0, 1)
+
+
 def folded_backward(
     samples: int,
     dims: Sequence[Any],

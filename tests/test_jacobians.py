@@ -153,6 +153,91 @@ def test_of_other_dtypes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(got, want, **tolerance(dtype))
 
 
+class _Further(torch.autograd.Function):
+    """Twice x, by a backward pass that asks for several gradients of an LSTM itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lstm: torch.nn.Module) -> Tensor:
+        ctx.lstm = lstm
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            y = ctx.lstm(x)[0]
+        several = torch.stack([dy, dy.cos()])
+        (found,) = torch.autograd.grad(y, x, several, is_grads_batched=True)
+        return found.sum(0), None
+
+
+@pytest.mark.parametrize("which", ["inside", "outside"])
+def test_batches_of_gradients_in_one_another(which: str) -> None:
+    """What an inner call is given may be several of the outer call's, or only of its own."""
+    lstm = fastlstm.LSTM(4, 4).double()
+    theirs = torch.nn.LSTM(4, 4).double()
+    theirs.load_state_dict(lstm.state_dict())
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    several = torch.eye(24, dtype=torch.float64).view(24, 3, 2, 4)
+    found = []
+    for module in (lstm, theirs):
+        if which == "inside":
+            y = _Further.apply(x, module)
+            found += torch.autograd.grad(y, x, several, is_grads_batched=True)
+        else:
+            y, rows = module(x)[0], []
+
+            def run(zero: Tensor, y: Tensor = y, rows: list[Tensor] = rows) -> Tensor:
+                rows += torch.autograd.grad(y, x, several, is_grads_batched=True)
+                return zero
+
+            vmap(run)(torch.zeros(2))
+            found += rows
+    assert_same(*found)
+
+
+@pytest.mark.usefixtures("slices")
+def test_several_of_several() -> None:
+    """Of one result, by each of some heads."""
+    lstm = fastlstm.LSTM(2, 3).double()
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+    heads = torch.randn(5, 3, 4, dtype=torch.float64)
+    x = torch.randn(4, 2, 2, dtype=torch.float64)
+
+    def results(weights: dict[str, Tensor], x: Tensor, head: Tensor) -> Tensor:
+        return (functional_call(lstm, weights, (x,))[0][-1] @ head).flatten()
+
+    alone = [rows(results, (weights, x, head)) for head in heads]
+    wanted = [torch.stack(each) for each in zip(*alone, strict=True)]
+    for dims, given in ((0, heads), (2, heads.movedim(0, 2))):
+        found = vmap(jacrev(results, (0, 1, 2)), (None, None, dims))(weights, x, given)
+        assert_same(found, wanted)
+        found = vmap(jacrev(results, 1), (None, None, dims))(weights, x, given)
+        assert_same(found, wanted[len(weights)])
+
+
+def test_a_graph_of_several_has_those_asked_for_only(monkeypatch) -> None:
+    """There are as many gradients of weights as several, which is much."""
+    lstm, made = fastlstm.LSTM(2, 3), []
+    differentiate = gradients.differentiate
+
+    def watched(outputs: Any, inputs: Any, *rest: Any) -> Any:
+        made.append(len(inputs))
+        return differentiate(outputs, inputs, *rest)
+
+    monkeypatch.setattr(gradients, "differentiate", watched)
+    monkeypatch.setattr(gradients, "_WORTH_ASKING", 0)
+    x = torch.randn(3, 2, 2, requires_grad=True)
+    y = lstm(x)[0]
+    several = torch.randn(5, *y.shape)
+    for inputs, count in (([x], 1), ([x, *lstm.parameters()], 5)):
+        torch.autograd.grad(
+            y, inputs, several, is_grads_batched=True, create_graph=True, retain_graph=True
+        )
+        assert made.pop() == count and not made
+
+
 def test_the_kernels_run(monkeypatch) -> None:
     lstm = fastlstm.LSTM(2, 3, num_layers=2, backend="cpu")
     weights = {name: p.detach() for name, p in lstm.named_parameters()}
@@ -190,7 +275,8 @@ def test_of_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("call", ["padded", "lengths", "cells"])
 @pytest.mark.parametrize("module", ["plain", "both directions, two layers", "checkpoint"])
-def test_what_nobody_asks_for_is_not_made(module: str, call: str) -> None:
+def test_what_nobody_asks_for_is_not_made(module: str, call: str, monkeypatch) -> None:
+    monkeypatch.setattr(gradients, "_WORTH_ASKING", 0)  # small layers ask too
     lstm = fastlstm.LSTM(2, 3, **MODULES[module]).double()
     x = torch.randn(3, 2, 2, dtype=torch.float64, requires_grad=True)
     scale = torch.ones(1, dtype=torch.float64, requires_grad=True)

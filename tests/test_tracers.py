@@ -86,6 +86,23 @@ def test_exported_program_trains(config) -> None:
         torch.testing.assert_close(mine[name], parameter.grad, **tolerance(x.dtype))
 
 
+@pytest.mark.parametrize("example", [(7, 5), (100, 8)], ids=str)
+def test_a_program_in_chunks_has_any_number_of_them(example: tuple[int, int]) -> None:
+    model = fastlstm.LSTM(3, 4, checkpoint=True)
+    sizes = {"input": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}}
+    program = torch.export.export(model, (torch.randn(*example, 3),), dynamic_shapes=sizes).module()
+    for steps, batch in ((7, 5), (26, 5), (1, 8), (1000, 8)):
+        x = torch.randn(steps, batch, 3)
+        found = []
+        for run in (program, model):
+            model.zero_grad()
+            run(x)[0].square().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want)
+        assert found[0][0].any()
+
+
 def test_program_exported_without_gradients_says_so() -> None:
     model = Model()
     with torch.no_grad():
