@@ -178,7 +178,7 @@ class LSTMLayer(torch.autograd.Function):
         count = len(kept._fields)
         reserve, (batch_sizes, reset, *inputs) = kept(*saved[:count]), saved[count:]
         grads = (dy, dc_all, dh_n, dc_n)
-        asked = asked_for(ctx, 3, inputs)
+        asked = asked_for(ctx, 3, inputs, grads)
         return (
             None,
             None,

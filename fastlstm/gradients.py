@@ -63,14 +63,17 @@ def requested(flags: Sequence[bool]) -> Requested:
     return Requested(x, h0, c0, w_ih, w_hh, bias or b_hh, w_hr)
 
 
-def asked_for(ctx: Any, first: int, inputs: Sequence[Any]) -> tuple[bool, ...]:
-    """Which of a layer's ``inputs``, (x, h0, c0, *flat weights), are to have a gradient: those that
-    require one, but weights only if somebody wants theirs.  ``first`` is the number of x among
-    the Function's arguments."""
+def asked_for(
+    ctx: Any, first: int, inputs: Sequence[Any], grads: Sequence[Tensor | None]
+) -> tuple[bool, ...]:
+    """Which of a layer's ``inputs``, (x, h0, c0, *flat weights), are to have a gradient of what has
+    ``grads``: those that require one, but weights only if somebody wants theirs.  ``first`` is the
+    number of x among the Function's arguments."""
     flags = tuple(ctx.needs_input_grad[first:])
     x, _, _, w_ih, w_hh, *_ = inputs
     work = x.numel() // max(1, x.size(-1)) * (w_ih.numel() + w_hh.numel())
-    if work < _WORTH_ASKING or modes.wants(ctx, first + 3):
+    little = work < _WORTH_ASKING and not any(map(modes.is_batched, grads))
+    if little or modes.wants(ctx, first + 3):
         return flags
     return (*flags[:3], *[False] * len(flags[3:]))
 

@@ -235,7 +235,7 @@ class PlainLayer(torch.autograd.Function):
         call, (reset, *saved) = ctx.call, ctx.saved_tensors
         count = len(ctx.needs_input_grad) - 2
         (x, h0, c0, *weights), reserve = saved[:count], saved[count:]
-        asked = gradients.asked_for(ctx, 2, saved)
+        asked = gradients.asked_for(ctx, 2, saved, (dy, dh_n, dc_n))
         watched = (
             torch.compiler.is_compiling()
             or modes.is_any_on_cpu()
