@@ -70,6 +70,8 @@ def asked_for(
     ``grads``: those that require one, but weights only if somebody wants theirs.  ``first`` is the
     number of x among the Function's arguments."""
     flags = tuple(ctx.needs_input_grad[first:])
+    if torch.compiler.is_compiling():
+        return flags
     x, _, _, w_ih, w_hh, *_ = inputs
     work = x.numel() // max(1, x.size(-1)) * (w_ih.numel() + w_hh.numel())
     little = work < _WORTH_ASKING and not any(map(modes.is_batched, grads))

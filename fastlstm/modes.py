@@ -91,9 +91,8 @@ def wants(ctx: Any, number: int) -> bool:
     flags = ctx.needs_input_grad
     if not any(flags[number:]):
         return False
-    engine = isinstance(ctx, BackwardCFunction) and torch._C._current_graph_task_id() >= 0
-    if torch.compiler.is_compiling() or not engine:
-        return True
+    if not isinstance(ctx, BackwardCFunction) or torch._C._current_graph_task_id() < 0:
+        return True  # it is not autograd's engine that runs
     nodes = [node for node, _ in ctx.next_functions if node is not None]
     return any(map(_is_executed, nodes[sum(flags[:number]) :]))
 
