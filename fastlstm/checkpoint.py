@@ -164,9 +164,8 @@ def layer_backward(
     dc = torch.zeros_like(c0) if grads.c_n is None else grads.c_n.clone()
     dx = x.new_zeros(x.shape, dtype=state) if need.x else None
     sums: list[dict[str, Tensor]] = [{} for _ in weights]
-    count = (
-        len(saved.c) - 1
-    )  # not by x: a few samples may be walked back of those that ran together
+    # Not by x: samples that ran together may be walked back one by one.
+    count = len(saved.c) - 1
     for d, w in enumerate(weights):
         for chunk in reversed(list(_chunks(d, count, x, batch_sizes, reset))):
             got = _chunk_backward(d, chunk, grads, dh, dc, x, h0, w, saved, need, backend)
