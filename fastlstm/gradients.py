@@ -156,7 +156,7 @@ def first_order_of_several(
 
     So many together are samples that share everything else, of which each needs a copy.
     """
-    size = max(1, min(count, _SEVERAL_BYTES // _copy_bytes(reserve, *tensors[4:7])))
+    size = max(1, min(count, _SEVERAL_BYTES // max(1, _copy_bytes(reserve, *tensors[4:7]))))
     results: list[Any] = []
     for start in range(0, count, size):
         part = min(size, count - start)

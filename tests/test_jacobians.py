@@ -254,6 +254,17 @@ def test_the_kernels_run(monkeypatch) -> None:
     assert torch.autograd.functional.jacobian(lambda x: lstm(x)[0], x, vectorize=True).any()
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_of_no_sequences(checkpoint: bool) -> None:
+    lstm = fastlstm.LSTM(2, 3, checkpoint=checkpoint)
+    x = torch.randn(4, 0, 2, requires_grad=True)
+    y = lstm(x)[0]
+    inputs = [x, *lstm.parameters()]
+    found = torch.autograd.grad(y, inputs, torch.randn(5, 4, 0, 3), is_grads_batched=True)
+    for got, given in zip(found, inputs, strict=True):
+        assert got.shape == (5, *given.shape) and not got.any()
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_of_nothing(backend: str) -> None:
     lstm = fastlstm.LSTM(2, 3, backend=backend)
