@@ -6,6 +6,7 @@ small layers of every dtype and of both kinds; all in OUT/cuda.json.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,17 @@ from torch import nn
 
 from fastlstm import LSTM, cuda
 from gpu.common import KERNELS, device_of, setting, synchronize
-from gpu.stress import Skipped, Stress, expect_same, large_offsets, near_stock, train, two_streams
+from gpu.stress import (
+    Skipped,
+    Stress,
+    expect_same,
+    given_up,
+    large_offsets,
+    near_stock,
+    repeated,
+    train,
+    two_streams,
+)
 
 SANITIZED = "--sanitized"  # given to this file by itself: run the layers that are to be watched
 # (T, B, H): one block and several, one slice and several.
@@ -31,6 +42,8 @@ WIDE = {"grid": lambda dtype: (2, 9, 520), "cluster": lambda dtype: (2, 9, 1024 
 class CudaStress(Stress):
     """The same layer for this backend."""
 
+    waits = cuda
+
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.dtype = torch.bfloat16
@@ -38,22 +51,12 @@ class CudaStress(Stress):
     def module(self, inputs: int | None = None, **config: object) -> nn.Module:
         return super().module(inputs, **{"backend": "cuda", **config})
 
+    def check(self) -> None:
+        synchronize(self.device)
+        cuda.check(self.device)
 
-def repeated(stress: Stress) -> str:
-    """The same bits every time, whatever the delays, forward and backward."""
-    module, x = stress.module(bidirectional=True), stress.input()
-    dy = torch.cat([stress.input(), stress.input()], -1)
-    want = train(module, x, dy)
-    if not all(t.isfinite().all() for t in want):
-        raise AssertionError("a result is not finite")
-    delays = (2,) if stress.dry else (0, 0, 1, 3, 10, 30, 100)
-    for jitter in delays:
-        with setting(cuda, "JITTER", jitter):
-            got = train(module, x, dy)
-            synchronize(stress.device)
-        cuda.check(stress.device)
-        expect_same(got, want, f"delays up to {jitter}")
-    return f"T={stress.steps}, {len(delays) + 1} runs"
+    def given_up(self) -> contextlib.AbstractContextManager[object]:
+        return setting(cuda, "POLLS", 0)
 
 
 def graph(stress: Stress) -> str:
@@ -73,31 +76,9 @@ def graph(stress: Stress) -> str:
     for _ in range(rounds):
         x.copy_(torch.randn_like(x))
         captured.replay()
-        synchronize(stress.device)
-        cuda.check(stress.device)
+        stress.check()
         expect_same([t.clone() for t in results], train(module, x, dy), "replay")
     return f"T={steps}, {rounds} replays"
-
-
-def given_up(stress: Stress) -> str:
-    """A wait that is too long is reported, once, and the next call is served."""
-    module, x = stress.module(), stress.input(min(stress.steps, 1000))
-    with torch.no_grad():
-        want = [module(x)[0]]
-        with setting(cuda, "POLLS", 0):
-            module(x)
-            synchronize(stress.device)
-        try:
-            cuda.check(stress.device)
-        except RuntimeError as error:
-            message = str(error)
-        else:
-            raise AssertionError("nothing was reported")
-        got = [module(x)[0]]
-        synchronize(stress.device)
-    cuda.check(stress.device)
-    expect_same(got, want, "the call after the report")
-    return message
 
 
 def lacking(kernel: str, device: torch.device) -> str | None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from time import monotonic
+from types import ModuleType
 
 import torch
 from recording import arguments, write_json
@@ -32,6 +33,8 @@ class Skipped(Exception):
 class Stress:
     """A layer and its input, of a size for the device."""
 
+    waits: ModuleType = launch  # its JITTER and POLLS are those of the kernels
+
     def __init__(self, device: torch.device) -> None:
         self.device, self.dry = device, device.type == "cpu"
         self.dtype = torch.float32 if self.dry else torch.bfloat16
@@ -46,6 +49,22 @@ class Stress:
         inputs = inputs or self.hidden
         made = dict(device=self.device, dtype=self.dtype, **config)
         return fastlstm.LSTM(inputs, self.hidden, **{"backend": "triton", **made})
+
+    def check(self) -> None:
+        """Raise what the kernels have reported."""
+        synchronize(self.device)
+        backend.check(self.device)
+
+    @contextlib.contextmanager
+    def given_up(self) -> Iterator[None]:
+        """In which every wait of the kernels is given up at once."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(setting(launch, "POLLS", 0))
+            if self.dry:  # one program after the other: only who never came is missed
+                plan = launch.plan
+                late = setting(launch, "plan", lambda begin, *rest: plan(begin + 1, *rest))
+                stack.enter_context(late)
+            yield
 
     def values(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=self.dtype)
@@ -82,10 +101,9 @@ def repeated(stress: Stress) -> str:
         raise AssertionError("a result is not finite")
     delays = (2,) if stress.dry else (0, 0, 1, 3, 10, 30, 100)
     for jitter in delays:
-        with setting(launch, "JITTER", jitter):
+        with setting(stress.waits, "JITTER", jitter):
             got = train(module, x, dy)
-            synchronize(stress.device)
-        backend.check(stress.device)
+            stress.check()
         expect_same(got, want, f"delays up to {jitter}")
     return f"T={stress.steps}, {len(delays) + 1} runs"
 
@@ -121,8 +139,7 @@ def two_streams(stress: Stress) -> str:
         for stream, module, x in zip(streams, modules, inputs, strict=True):
             with torch.cuda.stream(stream):
                 got.append(train(module, x, dy))
-        synchronize(stress.device)
-        backend.check(stress.device)
+        stress.check()
         for a, b in zip(got, want, strict=True):
             expect_same(a, b, "two streams")
     return f"T={steps}, {rounds} rounds"
@@ -147,8 +164,7 @@ def graph(stress: Stress) -> str:
             for _ in range(rounds):
                 x.copy_(torch.randn_like(x))
                 replay()
-                synchronize(stress.device)
-                backend.check(stress.device)
+                stress.check()
                 expect_same([t.clone() for t in results], plain(), f"replay, {kind.__name__}")
     return f"T={steps}, {rounds} replays each"
 
@@ -216,23 +232,17 @@ def given_up(stress: Stress) -> str:
     module, x = stress.module(), stress.input(min(stress.steps, 1000))
     with torch.no_grad():
         want = [module(x)[0]]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(setting(launch, "POLLS", 0))
-            if stress.dry:  # one program after the other: only who never came is missed
-                plan = launch.plan
-                late = setting(launch, "plan", lambda begin, *rest: plan(begin + 1, *rest))
-                stack.enter_context(late)
+        with stress.given_up():
             module(x)
             synchronize(stress.device)
         try:
-            backend.check(stress.device)
+            stress.check()
         except RuntimeError as error:
             message = str(error)
         else:
             raise AssertionError("nothing was reported")
         got = [module(x)[0]]
-        synchronize(stress.device)
-    backend.check(stress.device)
+    stress.check()
     expect_same(got, want, "the call after the report")
     return message
 
