@@ -76,6 +76,10 @@ def _several_gradients(
 ) -> list[Tensor | None]:
     """For several gradients at once, as ``is_grads_batched=True`` asks for them."""
     level = modes.batching_level(grads)
+    if level == 0:
+        raise RuntimeError(
+            "is_grads_batched=True: got gradients that a torch.func transform wraps, expected none"
+        )
     several = [modes.unbatched(g, level) for g in grads]
     (count,) = {len(s) for s in several if s is not None}
     along = [None if s is None else 0 for s in several]
@@ -135,15 +139,13 @@ class LSTMLayerBackward(torch.autograd.Function):
         batch_sizes, reset, *saved = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:]
         results = differentiable(ctx.run, batch_sizes, reset, saved[4:])
+        made = [g is not None for g in grads_of_grads]
         # An input that a transform wanted, which has ended, has a gradient and may require none.
-        first_asked = (a or g is not None for a, g in zip(asked[4:], grads_of_grads, strict=True))
+        leaves = (*asked[:4], *(a or m for a, m in zip(asked[4:], made, strict=True)))
         with modes.without_autocast(saved[4].device):
             with torch.enable_grad():
-                tensors = aliases(saved, (*asked[:4], *first_asked), again)
-                wanted_first = [g is not None for g in grads_of_grads]
-                first = composite_gradients(
-                    results, tensors[:4], tensors[4:], wanted_first, create_graph=True
-                )
+                tensors = aliases(saved, leaves, again)
+                first = composite_gradients(results, tensors[:4], tensors[4:], made, True)
             wanted = [t for t, a in zip(tensors, asked, strict=True) if a]
             second = iter(differentiate(first, wanted, grads_of_grads, create_graph=again))
         return (None,) * 5 + tuple(next(second) if a else None for a in asked)

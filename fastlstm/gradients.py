@@ -187,7 +187,7 @@ def _copy_bytes(reserve: Reserve | Borders, x: Tensor, h0: Tensor, c0: Tensor) -
     # The gradients of the gates, and with borders alone a chunk's gates too.
     rows = x.numel() // max(1, x.size(-1))
     if isinstance(reserve, Borders):
-        rows = 2 * rows // max(1, reserve.c.size(0))
+        rows = 2 * rows // max(1, len(reserve.c) - 1)
     return given + rows * c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
 
 

@@ -197,6 +197,20 @@ def test_batches_of_gradients_in_one_another(which: str) -> None:
     assert_same(*found)
 
 
+def test_a_batch_of_gradients_that_a_transform_wraps_is_refused() -> None:
+    lstm = fastlstm.LSTM(2, 3)
+    x = torch.randn(4, 2, 2, requires_grad=True)
+    y = lstm(x)[0]
+    several = torch.randn(5, *y.shape)
+
+    def loss(zero: Tensor) -> Tensor:
+        torch.autograd.grad(y, x, several, is_grads_batched=True)
+        return zero
+
+    with pytest.raises(RuntimeError, match="is_grads_batched=True: got gradients that a torch"):
+        grad(loss)(torch.tensor(0.0))
+
+
 @pytest.mark.usefixtures("slices")
 def test_several_of_several() -> None:
     """Of one result, by each of some heads."""

@@ -3,6 +3,7 @@
 # runs python, torch and a tenth of the tests, in two minutes; `--group 7` names another tenth.
 # Wants root and Debian's packages g++-aarch64-linux-gnu, qemu-user-static and debootstrap: Debian's
 # python for ARM is unpacked below build/arm.
+#
 #     sh tests/emulator/arm.sh PYTHON TESTS...
 set -eu
 
