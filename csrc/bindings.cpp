@@ -15,6 +15,7 @@
 #include "cpu/scratch.h"
 #include "cpu_layer.h"
 #include "cpu_plain.h"
+#include "cpu_tangents.h"
 #include "cpu_tensors.h"
 
 namespace {
@@ -189,6 +190,14 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
       " -> (Tensor c_all, Tensor gates, Tensor m)");
   m.def(
+      "cpu_tangent(Tensor(a!) pre, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_hh,"
+      " Tensor[] w_hr, Tensor? reset, Tensor cell0, Tensor cells, Tensor gated)"
+      " -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor m)");
+  m.def(
+      "cpu_curvature(Tensor batch_sizes, Tensor? reset, Tensor c0, Tensor c_all, Tensor gates,"
+      " Tensor c0_tangent, Tensor c_tangents, Tensor a_tangents, Tensor dm, Tensor? dc_all,"
+      " Tensor? dc_n, Tensor? m) -> (Tensor a, Tensor c, Tensor c0_out)");
+  m.def(
       "cpu_gate_math(Tensor a, Tensor c_prev, Tensor dm, Tensor dc)"
       " -> (Tensor gates, Tensor c, Tensor m, Tensor da, Tensor dc_prev)");
   m.def(
@@ -208,6 +217,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlstm_C, CPU, m) {
   m.impl("cpu_walk", TORCH_BOX(&cpu_walk));
   m.impl("cpu_product", TORCH_BOX(&cpu_product));
   m.impl("cpu_recompute", TORCH_BOX(&cpu_recompute));
+  m.impl("cpu_tangent", TORCH_BOX(&cpu_tangent));
+  m.impl("cpu_curvature", TORCH_BOX(&cpu_curvature));
   m.impl("cpu_gate_math", TORCH_BOX(&cpu_gate_math));
 }
 

@@ -41,6 +41,19 @@ struct CellFactors {
   V dc_prev;
 };
 
+// Tangents of c_t and m_t.
+template <class V>
+struct CellTangent {
+  V c, m;
+};
+
+// What is left of a cell's second derivatives: gradients of its pre-activations, c_t and c_{t-1}.
+template <class V>
+struct CellCurvature {
+  Gates<V> a;
+  V c, c_prev;
+};
+
 template <class Math>
 struct GateMath {
   using V = typename Math::V;
@@ -90,6 +103,31 @@ struct GateMath {
   FASTLSTM_INLINE CellGradient<V> cell_backward(CellFactors<V> by, V dm, V dc) {
     dc = Math::fma(dm, by.dc, dc);
     return {{dc * by.da.i, dc * by.da.f, dc * by.da.g, dm * by.da.o}, dc * by.dc_prev};
+  }
+
+  // (eq. 10): from the tangents of the pre-activations and of c_{t-1}.
+  FASTLSTM_INLINE CellTangent<V> cell_tangent(CellFactors<V> by, Gates<V> a, V c_prev) {
+    V c = Math::fma(by.da.i, a.i, by.dc_prev * c_prev);
+    c = Math::fma(by.da.f, a.f, Math::fma(by.da.g, a.g, c));
+    return {c, Math::fma(by.da.o, a.o, by.dc * c)};
+  }
+
+  // (eq. 11): the gradients of dc * c' + dm * m' (eq. 10), from tangents a, c_prev_tangent and c';
+  // dc is all that reaches c' but for what does so through m'.
+  FASTLSTM_INLINE CellCurvature<V> cell_curvature(Gates<V> s, V c_prev, V c, Gates<V> a,
+                                                  V c_prev_tangent, V c_tangent, V dm, V dc) {
+    const Scalar one = 1, two = 2;
+    const V tanh_c = tanh(c), di = s.i * (one - s.i), df = s.f * (one - s.f), dg = one - s.g * s.g,
+            d_o = s.o * (one - s.o), dtanh = one - tanh_c * tanh_c;
+    dc = Math::fma(dm * s.o, dtanh, dc);  // (eq. 5)
+    CellCurvature<V> out;
+    out.a.i = dc * di * Math::fma((one - two * s.i) * s.g, a.i, dg * a.g);
+    out.a.f = dc * df * Math::fma((one - two * s.f) * c_prev, a.f, c_prev_tangent);
+    out.a.g = dc * dg * (di * a.i - two * s.i * s.g * a.g);
+    out.a.o = dm * d_o * Math::fma((one - two * s.o) * tanh_c, a.o, dtanh * c_tangent);
+    out.c = dm * dtanh * (d_o * a.o - two * s.o * tanh_c * c_tangent);
+    out.c_prev = dc * df * a.f;
+    return out;
   }
 };
 

@@ -45,6 +45,38 @@ struct ForwardArgs {
   void* m;                           // (N, D*H), the unprojected h; or null
 };
 
+// What a forward pass makes of tangents (eq. 10). The members of ForwardArgs are those of the
+// tangents, but for weights and reset: x, bias and gates are null, and I is 0, since `pre` has what
+// the walk need not make. Storage is the state type.
+struct TangentArgs : ForwardArgs {
+  const void* cell0;  // (D, B, H): c0 itself
+  const void* cells;  // (N, D*H): every c_t itself
+  const void* gated;  // (N, D, 4H): the gates
+  void* pre;          // (N, D, 4H): of the pre-activations, but for W_hh h'; this is added
+};
+
+// What differentiates the cells of a backward pass again (eq. 11), step by step from the last one.
+// Storage is the state type, and d is the gradient that reaches a tangent, from the backward pass.
+struct CurvatureArgs {
+  Shape shape;  // I and P do not matter
+  Storage storage;
+  int threads;
+  const uint8_t* reset;    // (N), or null
+  const void* c0;          // (D, B, H)
+  const void* c_all;       // (N, D*H)
+  const void* gates;       // (N, D, 4H)
+  const void* c0_tangent;  // (D, B, H)
+  const void* c_tangents;  // (N, D*H)
+  const void* a_tangents;  // (N, D, 4H)
+  const void* dm;          // (N, D*H)
+  const void* dc_all;      // (N, D*H), from outside; or null
+  const void* dc_n;        // (D, B, H), or null
+  const void* m;           // (N, D*H), what reaches m_t besides; or null
+  void* a_out;             // (N, D, 4H), what reaches the pre-activations here
+  void* c_out;             // (N, D*H), what reaches every c_t
+  void* c0_out;            // (D, B, H)
+};
+
 struct BackwardArgs {
   Shape shape;
   Storage storage;

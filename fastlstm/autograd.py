@@ -19,6 +19,7 @@ from . import backends, exported, modes, ops, reference, samples  # noqa: F401  
 from .backward import gradients
 from .contract import Borders, Outputs, Reserve, Weights
 from .gradients import Run, asked_for, keep, packed_rows, shaped, unflatten
+from .second_order import LayerTangents
 
 # vmap's models, which have weights of their own, are run one by one, or by the reference step by
 # step: so many models cost as much as a step (docs/performance.md).
@@ -67,6 +68,9 @@ def lstm_layer(
         transformed or any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
     )
     composite = transformed and not _has_functions_for_transforms(batch_sizes, x, h0, c0, flat)
+    pushed = transformed and modes.is_pushed()  # through kernels that need the gates
+    composite |= pushed and (traced or checkpoint or modes.is_pushed_twice())
+    train |= pushed
     chosen = None  # by name only, in checkpoint.py or behind an operator
     if not (composite or traced or checkpoint):
         call = backends.Call(
@@ -75,6 +79,7 @@ def lstm_layer(
         chosen = backends.pick(backend, call)
         # Of torch's own LSTM transforms know no packed sequences, and cuDNN's has no second order.
         composite = composite or (transformed and chosen.layer_backward is None)
+        composite = composite or (pushed and chosen.layer_tangent is None)
     given = x
     if chosen is None or not chosen.padded:
         x = packed_rows(x)
@@ -111,7 +116,7 @@ def _has_functions_for_transforms(
     batch_sizes: Tensor, x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None]
 ) -> bool:
     """Is ``TransformedLayer`` the way through the transforms under way, or the reference?"""
-    if not modes.is_differentiated_or_mapped():
+    if not modes.have_functions():
         return False
     counts = [math.prod(modes.samples_of(t)) for t in (x, h0, c0, *flat)]
     return 0 not in counts and max(counts[3:]) <= batch_sizes.numel() * MODELS_PER_STEP
@@ -215,12 +220,24 @@ class TransformedLayer(LSTMLayer):
         if not run.train:
             return
         y, _, _, c_all, *further = output
+        ctx.further = len(further)
         constant = further if run.need_cells else (c_all, *further)
         ctx.mark_non_differentiable(*(t for t in constant if t is not None))
         kept = Borders(y, *further) if run.checkpoint else Reserve(y, c_all, *further)
         keep(ctx, run, *kept, *rest)
+        ctx.save_for_forward(*kept, *rest)
 
     backward = staticmethod(modes.uncompiled(LSTMLayer.backward))
+
+    @staticmethod
+    @modes.uncompiled
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        saved = modes.unwrapped(ctx.saved_tensors)
+        count = len(Reserve._fields)
+        reserve, (batch_sizes, reset, *inputs) = Reserve(*saved[:count]), saved[count:]
+        given = (*tangents[3:], *inputs)
+        y, cells, h_n, c_n = LayerTangents.apply(ctx.run, reserve, batch_sizes, reset, *given)
+        return y, h_n, c_n, cells, *[None] * ctx.further
 
     @staticmethod
     @modes.uncompiled

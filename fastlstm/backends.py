@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import aten, cpu, cuda, dispatch, native, reference, triton
-from .contract import Gradients, Outputs, Reserve, Weights, state_dtype
+from .contract import Curvature, Gradients, Outputs, Reserve, Tangents, Weights, state_dtype
 
 
 class Call(NamedTuple):
@@ -58,6 +58,10 @@ class Backend:
     layer_recompute: Callable[..., Reserve] | None = None
     # The walk alone of a backward pass (see cpu.layer_walk); None: it is not to be had.
     layer_walk: Callable[..., Any] | None = None
+    # The walk of tangents, and what differentiates the cells of a backward pass again (see
+    # reference.layer_tangent, layer_curvature); None: torch differentiates the reference.
+    layer_tangent: Callable[..., Tangents] | None = None
+    layer_curvature: Callable[..., Curvature] | None = None
     # Of plain calls on the CPU: see plain.py, and cpu.py for what they take and return.
     plain_forward: Callable[..., list[Tensor]] | None = None
     plain_backward: Callable[..., list[Tensor]] | None = None
@@ -86,6 +90,8 @@ _TABLE = {
             padded=True,
             layer_recompute=cpu.layer_recompute,
             layer_walk=cpu.layer_walk,
+            layer_tangent=cpu.layer_tangent,
+            layer_curvature=cpu.layer_curvature,
             plain_forward=cpu.plain_forward,
             plain_backward=cpu.plain_backward,
         ),

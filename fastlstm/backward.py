@@ -1,8 +1,8 @@
-"""Backward passes of one layer: which way they go, and what differentiates them again.
+"""Backward passes of one layer, as autograd Functions: which way they go.
 
-The gradient of a gradient is taken through what torch differentiates by itself
-(``backends.differentiable``), so second order works on every backend.  What a transform gives
-tangents goes through the reference.
+They are differentiated again by the kernels where the backend has such (``second_order.py``), and
+elsewhere through what torch differentiates by itself (``backends.differentiable``), so second order
+works on every backend.
 """
 
 from __future__ import annotations
@@ -16,6 +16,19 @@ from torch import Tensor
 
 from . import modes, reference, samples
 from .contract import Borders, Requested, Reserve
+from .differentiated import (
+    Saved,
+    added,
+    by_kernels,
+    differentiated_by_kernels,
+    differentiated_each,
+    each_sample,
+    keep_backward,
+    kept_backward,
+    pulled_back_twice,
+    samples_by_reference,
+    tangents_of_backward,
+)
 from .gradients import (
     Run,
     aliases,
@@ -26,7 +39,6 @@ from .gradients import (
     first_order_of_samples,
     first_order_of_several,
     has_walk,
-    keep,
     layer_results,
     pulled_back,
     requested,
@@ -49,11 +61,11 @@ def gradients(
     transformed = modes.is_transformed()
     with modes.without_autocast(inputs[0].device):
         if not compiling and any(map(modes.is_batched, grads)):
-            if torch.is_grad_enabled() and not transformed:
+            if torch.is_grad_enabled() and not transformed and not by_kernels(run, reserve):
                 return _graphs_of_several(run, batch_sizes, reset, grads, inputs, asked)
             return _several_gradients(run, asked, reserve, batch_sizes, reset, grads, inputs)
         if transformed:
-            if modes.is_differentiated_or_mapped():
+            if modes.have_functions() and (by_kernels(run, reserve) or not modes.is_pushed()):
                 return TransformedBackward.apply(
                     run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
@@ -123,18 +135,21 @@ class LSTMLayerBackward(torch.autograd.Function):
         reset: Tensor | None,
         *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights
     ) -> tuple[Tensor | None, ...]:
-        keep(ctx, run, batch_sizes, reset, *tensors)
+        keep_backward(ctx, run, reserve, batch_sizes, reset, *tensors)
         return first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
 
     @staticmethod
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
-        """Second order, by differentiating twice what torch differentiates by itself.
+        """Second order: by the kernels, or by differentiating twice what torch differentiates by
+        itself.
 
         The gradient of <forward(inputs), grads> is what ``forward`` above returned;
         it is linear in ``grads`` and depends on the inputs through the whole layer.
         """
+        if ctx.twice:
+            return differentiated_by_kernels(ctx, grads_of_grads)
         if modes.is_transformed():
-            return _pulled_back_twice(ctx, grads_of_grads)
+            return pulled_back_twice(ctx, grads_of_grads)
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
         batch_sizes, reset, *saved = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:]
@@ -169,13 +184,25 @@ class TransformedBackward(LSTMLayerBackward):
     @staticmethod
     @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        run, _, _, *tensors = inputs
-        keep(ctx, run, *tensors)
+        run, ctx.need, reserve, *tensors = inputs
+        keep_backward(ctx, run, reserve, *tensors)
 
     @staticmethod
     @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
-        return _pulled_back_twice(ctx, grads_of_grads)
+        way = differentiated_by_kernels if ctx.twice else pulled_back_twice
+        return way(ctx, grads_of_grads)
+
+    @staticmethod
+    @modes.uncompiled
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        run, saved, tensors = kept_backward(ctx)
+        of_grads, of_inputs = tangents[5:9], tangents[9:]
+        found = tangents_of_backward(run, ctx.need, None, saved, of_inputs, tensors)
+        if all(t is None for t in of_grads):
+            return tuple(found)
+        more = TransformedBackward.apply(run, ctx.need, *saved, *of_grads, *tensors[4:])
+        return added(found, more)
 
     @staticmethod
     @modes.uncompiled
@@ -221,14 +248,26 @@ class SampleGradients(torch.autograd.Function):
     @staticmethod
     @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        run, _, count, _, *tensors = inputs
-        keep(ctx, run, *tensors)
-        ctx.count = count
+        run, ctx.need, ctx.count, reserve, *tensors = inputs
+        keep_backward(ctx, run, reserve, *tensors)
+
+    @staticmethod
+    @modes.uncompiled
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        run, saved, tensors = kept_backward(ctx)
+        of_grads, of_inputs = tangents[6:10], tangents[10:]
+        found = tangents_of_backward(run, ctx.need, ctx.count, saved, of_inputs, tensors)
+        if all(t is None for t in of_grads):
+            return tuple(found)
+        given = (*saved, *of_grads, *tensors[4:])
+        return added(found, SampleGradients.apply(run, ctx.need, ctx.count, *given))
 
     @staticmethod
     @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
-        """Second order, by differentiating the reference for all samples at once."""
+        """Second order: by the kernels, or by differentiating the reference for all samples."""
+        if ctx.twice:
+            return (None, *differentiated_by_kernels(ctx, grads_of_grads))
         batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
         run, count, asked = ctx.run, ctx.count, ctx.needs_input_grad[6:]
         wanted = [g is not None for g in grads_of_grads]
@@ -239,7 +278,7 @@ class SampleGradients(torch.autograd.Function):
             parts = [samples.unfolded(t, count) for t in tensors[:7]]
             given = [*(t for t, _ in parts), *tensors[7:]]
             dims = [dim, *(d for _, d in parts), *[None] * len(tensors[7:])]
-            found, _ = _by_reference(run, wanted, sizes, reset, given, dims)
+            found, _ = samples_by_reference(run, wanted, sizes, reset, given, dims)
             return [*(samples.folded(t, 0, count) for t in found[:3]), *found[3:]]
 
         with modes.without_autocast(saved[4].device):
@@ -288,19 +327,39 @@ class EachGradients(torch.autograd.Function):
     @staticmethod
     @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        run, _, _, dims, _, *tensors = inputs
-        keep(ctx, run, *tensors)
-        ctx.dims = dims[2:]
+        run, ctx.need, _, dims, reserve, *tensors = inputs
+        keep_backward(ctx, run, reserve, *tensors)
+        ctx.dims = dims
+
+    @staticmethod
+    @modes.uncompiled
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        run, saved, tensors = kept_backward(ctx)
+        moved = tangents[7:]
+
+        def alone(own: Saved, tensors: Sequence[Any], moved: Sequence[Any]) -> Any:
+            found = tangents_of_backward(run, ctx.need, None, own, moved[4:], tensors)
+            if all(t is None for t in moved[:4]):
+                return found
+            more = TransformedBackward.apply(run, ctx.need, *own, *moved[:4], *tensors[4:])
+            return added(found, more)
+
+        along = [d if t is not None else None for t, d in zip(moved, ctx.dims[3:], strict=True)]
+        return tuple(each_sample(alone, saved, tensors, ctx.dims, moved, along))
 
     @staticmethod
     @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         """As ``SampleGradients.backward``."""
+        if ctx.twice:
+            return (None,) * 7 + tuple(differentiated_each(ctx, grads_of_grads))
         batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
         wanted = [g is not None for g in grads_of_grads]
 
         def first(tensors: list[Any]) -> Sequence[Tensor | None]:
-            return _by_reference(ctx.run, wanted, batch_sizes, reset, tensors, ctx.dims)[0]
+            return samples_by_reference(ctx.run, wanted, batch_sizes, reset, tensors, ctx.dims[2:])[
+                0
+            ]
 
         with modes.without_autocast(saved[4].device):
             asked = ctx.needs_input_grad[7:]
@@ -329,39 +388,3 @@ class EachGradients(torch.autograd.Function):
         batch = samples.folded_backward(info.batch_size, in_dims[4:], *given)
         got = EachGradients.apply(run, need, count, dims, *batch)
         return samples.unfolded_gradients(info.batch_size, got)
-
-
-def _pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """Second order whatever transforms are under way, or have been: they let no tensor be made a
-    leaf, and what they had wrapped may outlive them, so here they differentiate themselves."""
-    batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
-    results = differentiable(ctx.run, batch_sizes, reset, saved[4:], transformed=True)
-    wanted = [g is not None for g in grads_of_grads]
-
-    def first(tensors: list[Any]) -> list[Tensor | None]:
-        return pulled_back(results, tensors[4:], wanted, tensors[:4])
-
-    with modes.without_autocast(saved[4].device):
-        asked = ctx.needs_input_grad[5:]
-        return (None,) * 5 + tuple(pulled_back(first, saved, asked, grads_of_grads))
-
-
-def _by_reference(
-    run: Run,
-    wanted: Sequence[bool],
-    batch_sizes: Tensor,
-    reset: Tensor | None,
-    tensors: Sequence[Any],
-    dims: Sequence[samples.Dim],
-) -> tuple[tuple[Any, ...], tuple[samples.Dim, ...]]:
-    """``wanted`` gradients of samples, by the reference and vmap itself, with their dimensions;
-    ``dims`` are those of ``reset`` and of the ``tensors``: gradients of results, and inputs."""
-
-    def pull(reset: Tensor | None, *tensors: Any) -> tuple[Any, ...]:
-        results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
-        found = pulled_back(results, tensors[4:], wanted, tensors[:4])
-        return tuple(gradient for gradient in found if gradient is not None)
-
-    found = iter(torch.func.vmap(pull, tuple(dims))(reset, *tensors))
-    gradients = tuple(next(found) if w else None for w in wanted)
-    return gradients, tuple(0 if w else None for w in wanted)

@@ -95,6 +95,24 @@ class Outputs(NamedTuple):
         return Reserve(self.y, self.c_all, self.gates, self.m)
 
 
+class Tangents(NamedTuple):
+    """What a layer makes of tangents (eq. 10), in state dtype."""
+
+    y: Tensor  # (N, D*P)
+    c_all: Tensor  # (N, D*H)
+    h_n: Tensor  # (D, B, P)
+    c_n: Tensor  # (D, B, H)
+    m: Tensor | None  # (N, D*H), with a projection only
+
+
+class Curvature(NamedTuple):
+    """What reaches a layer's values through its cells' second derivatives (eq. 11)."""
+
+    a: Tensor  # (N, D, 4H), the pre-activations
+    c_all: Tensor  # (N, D*H)
+    c0: Tensor  # (D, B, H)
+
+
 class OutputGradients(NamedTuple):
     """What a backward pass is given; None where nothing came back for an output."""
 

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from . import native
 from .contract import (
+    Curvature,
     Gradients,
     OutputGradients,
     Outputs,
     Requested,
     Reserve,
+    Tangents,
     Weights,
     by_kind,
     state_dtype,
 )
-from .products import entered_h
+from .steps import entered
 
 if TYPE_CHECKING:
     from .backends import Call
@@ -158,11 +160,8 @@ def layer_recompute(
 ) -> Reserve:
     """One direction's reserve from its output; see ``reference.layer_recompute``."""
     (w,) = weights
-    state, batch = state_dtype(x.dtype), h0.size(1)
-    if reset is None and batch_sizes.numel() * batch == len(y) > 0:
-        h_in = torch.cat((h0[0], y[: len(y) - batch]))
-    else:
-        h_in = entered_h(0, y, h0[0], batch_sizes, reset)
+    state = state_dtype(x.dtype)
+    h_in = entered(0, y, h0[0], batch_sizes, reset)
     w_ih, w_hh = w.w_ih.to(state).T, w.w_hh.to(state).T
     if w.bias is None:
         pre = torch.mm(x.to(state), w_ih)
@@ -237,6 +236,45 @@ def layer_walk(
     )
     dh_all, dh0, dc0 = (t if a else None for t, a in zip(rest, asked, strict=True))
     return da, dh_all, dh0, dc0
+
+
+def layer_tangent(
+    pre: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    cell0: Tensor,
+    saved: Reserve,
+) -> Tangents:
+    """The walk of a layer's tangents; see ``reference.layer_tangent``."""
+    _, w_hh, _, w_hr = by_kind(weights)
+    y, c_all, h_n, c_n, m = torch.ops.fastlstm_C.cpu_tangent.default(
+        pre, batch_sizes, h0, c0, w_hh, w_hr, reset, cell0, saved.c_all, saved.gates
+    )
+    return Tangents(y, c_all, h_n, c_n, m if w_hr else None)
+
+
+def layer_curvature(
+    grads: OutputGradients,
+    dm: Tensor,
+    batch_sizes: Tensor,
+    c0: Tensor,
+    reset: Tensor | None,
+    saved: Reserve,
+    c0_tangent: Tensor,
+    pre: Tensor,
+    c_tangents: Tensor,
+    m: Tensor | None,
+) -> Curvature:
+    """See ``reference.layer_curvature``."""
+    return Curvature(
+        *torch.ops.fastlstm_C.cpu_curvature.default(
+            batch_sizes, reset, c0, saved.c_all, saved.gates, c0_tangent, c_tangents, pre,
+            dm, grads.c_all, grads.c_n, m,
+        )
+    )  # fmt: skip
 
 
 # A chunk's dgates are about this large, if that is rows enough for the products to be efficient.

@@ -156,7 +156,7 @@ def first_order_of_several(
 
     So many together are samples that share everything else, of which each needs a copy.
     """
-    size = max(1, min(count, _SEVERAL_BYTES // max(1, _copy_bytes(reserve, *tensors[4:7]))))
+    size = samples_at_once(count, reserve, *tensors[4:7])
     results: list[Any] = []
     for start in range(0, count, size):
         part = min(size, count - start)
@@ -181,14 +181,24 @@ def first_order_of_several(
     return tuple(results)
 
 
-def _copy_bytes(reserve: Reserve | Borders, x: Tensor, h0: Tensor, c0: Tensor) -> int:
-    """What a backward pass takes for one more sample, about."""
+def samples_at_once(
+    count: int, reserve: Reserve | Borders, x: Tensor, h0: Tensor, c0: Tensor
+) -> int:
+    """Of so many samples, with these of one, how many to copy what they share for at a time."""
+    # What a backward pass takes for one more, about.
     given = sum(t.nbytes for t in (*reserve, x, h0, c0) if t is not None)
     # The gradients of the gates, and with borders alone a chunk's gates too.
     rows = x.numel() // max(1, x.size(-1))
     if isinstance(reserve, Borders):
         rows = 2 * rows // max(1, len(reserve.c) - 1)
-    return given + rows * c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
+    return at_once(
+        count, given + rows * c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
+    )
+
+
+def at_once(count: int, bytes_of_one: int) -> int:
+    """Of so many samples, how many to have in memory at a time."""
+    return max(1, min(count, _SEVERAL_BYTES // max(1, bytes_of_one)))
 
 
 def flat_gradients(got: Gradients, weights: Sequence[Weights]) -> tuple[Tensor | None, ...]:
@@ -260,6 +270,26 @@ def pulled_back(
     pull: Any = torch.func.vjp(with_gradients, *wanted)[1]
     found = iter(pull([g for g in grads if g is not None]))
     return [next(found) if a else None for a in asked]
+
+
+def pushed_forward(
+    function: Function, tensors: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Tangents of the function's results from those of ``tensors``, None for zero, whatever
+    transforms are under way."""
+    there: list[bool] = []
+
+    def of_moved(*given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        moved = [t if v is None else next(rest) for t, v in zip(tensors, tangents, strict=True)]
+        results = function(moved)
+        there[:] = [r is not None for r in results]
+        return [r for r in results if r is not None]
+
+    moving = [t for t, v in zip(tensors, tangents, strict=True) if v is not None]
+    jvp: Any = torch.func.jvp
+    rest = iter(jvp(of_moved, tuple(moving), tuple(v for v in tangents if v is not None))[1])
+    return [next(rest) if t else None for t in there]
 
 
 def composite_gradients(

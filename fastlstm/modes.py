@@ -48,25 +48,43 @@ def is_differentiated() -> bool:
     return _are_transforms(functorch.TransformType.Grad)
 
 
-def is_differentiated_or_mapped() -> bool:
-    """The same with its ``vmap``?"""
-    return _are_transforms(functorch.TransformType.Grad, functorch.TransformType.Vmap)
+def have_functions() -> bool:
+    """Are all the transforms under way such as autograd Functions have rules for?  They are
+    ``grad``, ``vjp``, ``vmap``, and ``jvp`` or forward-mode differentiation."""
+    kinds = functorch.TransformType
+    return _are_transforms(kinds.Grad, kinds.Vmap, kinds.Jvp)
 
 
 def is_mapped() -> bool:
     """Is torch.func's ``vmap`` among the transforms under way?"""
-    vmap = functorch.TransformType.Vmap
-    return any(each.key() == vmap for each in functorch.get_interpreter_stack() or ())
+    return _count(functorch.TransformType.Vmap) > 0
+
+
+def is_pushed() -> bool:
+    """Is its ``jvp``, or forward-mode differentiation?"""
+    return forward_ad._current_level >= 0 or _count(functorch.TransformType.Jvp) > 0
+
+
+def is_pushed_twice() -> bool:
+    """Is ``jvp`` there more than once?"""
+    return _count(functorch.TransformType.Jvp) > 1
 
 
 # Dynamo is to ask these while it traces, and to keep the answers: it guards the transforms.
-for _question in (is_transformed, is_differentiated, is_differentiated_or_mapped, is_mapped):
+for _question in (
+    *(is_transformed, is_differentiated, have_functions, is_mapped, is_pushed, is_pushed_twice),
+):
     _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _are_transforms(*kinds: functorch.TransformType) -> bool:
     interpreters = functorch.get_interpreter_stack() or ()
-    return forward_ad._current_level < 0 and all(each.key() in kinds for each in interpreters)
+    pushed = forward_ad._current_level >= 0 and functorch.TransformType.Jvp not in kinds
+    return not pushed and all(each.key() in kinds for each in interpreters)
+
+
+def _count(kind: functorch.TransformType) -> int:
+    return sum(each.key() == kind for each in functorch.get_interpreter_stack() or ())
 
 
 def samples_of(tensor: Tensor | None) -> tuple[int, ...]:

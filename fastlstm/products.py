@@ -11,23 +11,7 @@ import torch
 from torch import Tensor
 
 from .contract import Gradients, Requested, Reserve, Weights
-
-
-def on_device(batch_sizes: Tensor, device: torch.device) -> Tensor:
-    """A copy of ``batch_sizes`` on ``device``, made without waiting for the device."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A captured copy would read this memory again at every replay. Captured fills do not.
-        values, counts = batch_sizes.unique_consecutive(return_counts=True)
-        runs = zip(values.tolist(), counts.tolist(), strict=True)
-        return torch.cat([batch_sizes.new_full((n,), value, device=device) for value, n in runs])
-    return batch_sizes.to(device, non_blocking=True)
-
-
-def first_rows(batch_sizes: Tensor) -> Tensor:
-    """(T + 1) first row of each step, and the number of all rows; on the same device."""
-    starts = batch_sizes.new_zeros(batch_sizes.numel() + 1)
-    torch.cumsum(batch_sizes, 0, out=starts[1:])
-    return starts
+from .steps import apart, are_whole, entered
 
 
 def walked_gradients(
@@ -56,7 +40,7 @@ def walked_gradients(
     if need.w_hh:
         ys = saved.y.split(output_size, 1)
         w_hh = [
-            _summed_products(_beside_entered_h(das[d], d, ys[d], h0[d], batch_sizes, reset))
+            _summed_products(_beside_h_in(das[d], d, ys[d], h0[d], batch_sizes, reset))
             for d in range(directions)
         ]
     if need.w_hr:
@@ -88,25 +72,21 @@ def sample_gradients(
 ) -> Gradients:
     """As ``walked_gradients``, but those of weights for each of so many samples, (samples, ...).
 
-    The sequences of sample s are those whose number is s modulo ``samples``.  ``walked`` is da,
+    See ``steps.apart`` for which rows are a sample's.  ``walked`` is da,
     dh_all, dh0 and dc0; the first two are in state dtype here, in which everything is multiplied.
     """
     da, dh_all, dh0, dc0 = walked
     state, dtype, output_size = da.dtype, x.dtype, h0.size(2)
 
-    def apart(rows: Tensor) -> Tensor:
-        """(samples, rows of one, ...)"""
-        return rows.unflatten(0, (-1, samples)).transpose(0, 1)
-
     def products(left: Tensor, right: Tensor) -> Tensor:
-        return torch.bmm(apart(left).mT, apart(right.to(state))).to(dtype)
+        return torch.bmm(apart(left, samples).mT, apart(right.to(state), samples)).to(dtype)
 
     das = da.unbind(1)
     w_hh, w_hr = None, None
     if need.w_hh:
         ys = saved.y.split(output_size, 1)
-        entered = [entered_h(d, y, h0[d], batch_sizes, reset) for d, y in enumerate(ys)]
-        w_hh = [products(own, h) for own, h in zip(das, entered, strict=True)]
+        h_in = [entered(d, y, h0[d], batch_sizes, reset) for d, y in enumerate(ys)]
+        w_hh = [products(own, h) for own, h in zip(das, h_in, strict=True)]
     if need.w_hr:
         if dh_all is None or saved.m is None:
             raise ValueError("dh_all, saved.m: got None, needed for the gradient of w_hr")
@@ -119,7 +99,7 @@ def sample_gradients(
         c0=dc0,
         w_ih=[products(own, x) for own in das] if need.w_ih else None,
         w_hh=w_hh,
-        bias=[apart(own).sum(1).to(dtype) for own in das] if need.bias else None,
+        bias=[apart(own, samples).sum(1).to(dtype) for own in das] if need.bias else None,
         w_hr=w_hr,
     )
 
@@ -133,42 +113,15 @@ def _summed_products(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return result
 
 
-def _beside_entered_h(
+def _beside_h_in(
     da: Tensor, d: int, y: Tensor, h0: Tensor, batch_sizes: Tensor, reset: Tensor | None
 ) -> list[tuple[Tensor, Tensor]]:
     """``da (N, 4H)`` of direction ``d`` beside the h that entered each row's step, from
     ``y (N, P)`` and ``h0 (B, P)``, in one piece or two."""
     batch = len(h0)
-    if reset is not None or batch_sizes.numel() * batch != len(y) or len(y) == 0:
-        return [(da, entered_h(d, y, h0, batch_sizes, reset))]
+    if not are_whole(len(y), batch, batch_sizes, reset) or len(da) < da.size(1):
+        return [(da, entered(d, y, h0, batch_sizes, reset))]  # copied where that costs less
     # Equal sizes: h_{t-1} is y moved by one step, and only its edge comes from h0.
     if d == 0:
-        pieces = [(da[:batch], h0), (da[batch:], y[:-batch])]
-    else:
-        pieces = [(da[:-batch], y[batch:]), (da[-batch:], h0)]
-    if len(da) >= da.size(1):
-        return pieces
-    # Copying h costs less than another pass over the result.
-    return [(da, torch.cat([h for _, h in pieces]))]
-
-
-def entered_h(d: int, y: Tensor, h0: Tensor, batch_sizes: Tensor, reset: Tensor | None) -> Tensor:
-    """The h that entered the step of each row of direction ``d``, (N, P): from ``y (N, P)``, from
-    ``h0 (B, P)``, or zero at a reset."""
-    sizes = on_device(batch_sizes, y.device)
-    starts = first_rows(sizes)
-    row = torch.arange(len(y), device=y.device)
-    step = torch.searchsorted(starts, row, right=True) - 1
-    sequence = row - starts[step]
-    neighbour = (step - 1 if d == 0 else step + 1).clamp(0, max(sizes.numel() - 1, 0))
-    entered = sequence < sizes[neighbour] if d == 1 else step > 0
-    entered &= neighbour != step
-    source = torch.where(entered, starts[neighbour] + sequence, len(y) + sequence)
-    h = torch.cat((y, h0)).index_select(0, source)
-    if reset is None:
-        return h
-    # Forward: the step itself starts a segment. Reverse: the later step it came from does.
-    first = reset.bool()
-    if d == 1:
-        first = first.index_select(0, torch.where(entered, source, 0)) & entered
-    return h.masked_fill(first.unsqueeze(-1), 0)
+        return [(da[:batch], h0), (da[batch:], y[:-batch])]
+    return [(da[:-batch], y[batch:]), (da[-batch:], h0)]

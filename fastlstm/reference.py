@@ -18,14 +18,17 @@ import torch
 from torch import Tensor
 
 from .contract import (
+    Curvature,
     Gradients,
     OutputGradients,
     Outputs,
     Requested,
     Reserve,
+    Tangents,
     Weights,
     state_dtype,
 )
+from .steps import entered
 
 
 def activate(a: Tensor) -> Tensor:
@@ -53,6 +56,45 @@ def cell_backward(
     da_g = dc * i * (1 - g * g)
     da_o = dm * tanh_c * o * (1 - o)
     return torch.stack((da_i, da_f, da_g, da_o), -2), dc * f
+
+
+def cell_tangent(
+    gates: Tensor, c_prev: Tensor, c: Tensor, pre: Tensor, c_prev_tangent: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(eq. 10) Tangents of ``c_t, m_t`` from those of the pre-activations ``(..., 4, H)`` and of
+    ``c_prev``."""
+    i, f, g, o = gates.unbind(-2)
+    a_i, a_f, a_g, a_o = pre.unbind(-2)
+    tanh_c = c.tanh()
+    c_tangent = f * c_prev_tangent + g * i * (1 - i) * a_i + c_prev * f * (1 - f) * a_f
+    c_tangent = c_tangent + i * (1 - g * g) * a_g
+    return c_tangent, tanh_c * o * (1 - o) * a_o + o * (1 - tanh_c * tanh_c) * c_tangent
+
+
+def cell_curvature(
+    gates: Tensor,
+    c_prev: Tensor,
+    c: Tensor,
+    pre: Tensor,
+    c_prev_tangent: Tensor,
+    c_tangent: Tensor,
+    dm: Tensor,
+    dc: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(eq. 11) Gradients of ``dc * c' + dm * m'`` (eq. 10), whose tangents are ``pre (..., 4, H)``,
+    ``c_prev_tangent`` and ``c_tangent``: with respect to the pre-activations, c_t and c_{t-1}."""
+    i, f, g, o = gates.unbind(-2)
+    a_i, a_f, a_g, a_o = pre.unbind(-2)
+    tanh_c = c.tanh()
+    d_i, d_f, d_g, d_o = i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)
+    d_tanh = 1 - tanh_c * tanh_c
+    dc = dc + dm * o * d_tanh  # (eq. 5)
+    of_i = dc * d_i * ((1 - 2 * i) * g * a_i + d_g * a_g)
+    of_f = dc * d_f * ((1 - 2 * f) * c_prev * a_f + c_prev_tangent)
+    of_g = dc * d_g * (d_i * a_i - 2 * i * g * a_g)
+    of_o = dm * d_o * ((1 - 2 * o) * tanh_c * a_o + d_tanh * c_tangent)
+    of_c = dm * d_tanh * (d_o * a_o - 2 * o * tanh_c * c_tangent)
+    return torch.stack((of_i, of_f, of_g, of_o), -2), of_c, dc * d_f * a_f
 
 
 def layer_forward(
@@ -307,3 +349,127 @@ def _direction_backward(
             dh_in, dc_in = _cut(dh_in, first), _cut(dc_in, first)
         dh[:rows], dc[:rows] = dh_in, dc_in
     return dx, dh, dc, Weights(dw_ih, dw_hh, dbias, dw_hr)
+
+
+def layer_tangent(
+    pre: Tensor,
+    batch_sizes: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Weights],
+    reset: Tensor | None,
+    cell0: Tensor,
+    saved: Reserve,
+) -> Tangents:
+    """The walk of tangents, all in state dtype, one step at a time.
+
+    Args:
+        pre: (N, D, 4H) tangents of the pre-activations but for W_hh h', which is added to them.
+        h0, c0: (D, B, P) and (D, B, H), tangents of the initial states.
+        weights: those of the layer; their own tangents are in ``pre``.
+        cell0: (D, B, H), the layer's c0.
+        saved: what its forward pass kept.
+    """
+    parts = [
+        _direction_tangent(d, pre[:, d], batch_sizes, h0[d], c0[d], w, reset, cell0[d], saved)
+        for d, w in enumerate(weights)
+    ]
+    y, c_all, h_n, c_n, m = zip(*parts, strict=True)
+    projected = weights[0].w_hr is not None
+    return Tangents(
+        torch.cat(y, 1),
+        torch.cat(c_all, 1),
+        torch.stack(h_n),
+        torch.stack(c_n),
+        torch.cat(m, 1) if projected else None,
+    )
+
+
+def _direction_tangent(
+    d: int,
+    pre: Tensor,
+    batch_sizes: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w: Weights,
+    reset: Tensor | None,
+    cell0: Tensor,
+    saved: Reserve,
+) -> tuple[Tensor, ...]:
+    """y (N, P), c_all (N, H), h_n (B, P), c_n (B, H) and m (N, H) of tangents."""
+    hidden_size, reverse = cell0.size(-1), d == 1
+    gates = saved.gates[:, d].unflatten(-1, (4, hidden_size))
+    cells = saved.c_all[:, d * hidden_size : (d + 1) * hidden_size]
+    c_in = entered(d, cells, cell0, batch_sizes, reset)
+    y, c_all, m_all = pre.new_zeros(len(pre), h.size(1)), cells.new_zeros(cells.shape), c_in.clone()
+    h, c = h.clone(), c.clone()
+    for _, start, rows in _steps(batch_sizes, reverse):
+        here = slice(start, start + rows)
+        if reset is not None and not reverse:
+            h[:rows], c[:rows] = _cut(h[:rows], reset[here]), _cut(c[:rows], reset[here])
+        pre[here] += h[:rows] @ w.w_hh.T
+        of_step = pre[here].unflatten(-1, (4, hidden_size))
+        c_all[here], m = cell_tangent(gates[here], c_in[here], cells[here], of_step, c[:rows])
+        m_all[here] = m
+        y[here] = m if w.w_hr is None else m @ w.w_hr.T
+        h[:rows], c[:rows] = y[here], c_all[here]
+        if reset is not None and reverse and start > 0:
+            h[:rows], c[:rows] = _cut(h[:rows], reset[here]), _cut(c[:rows], reset[here])
+    return y, c_all, h, c, m_all
+
+
+def layer_curvature(
+    grads: OutputGradients,
+    dm: Tensor,
+    batch_sizes: Tensor,
+    c0: Tensor,
+    reset: Tensor | None,
+    saved: Reserve,
+    c0_tangent: Tensor,
+    pre: Tensor,
+    c_tangents: Tensor,
+    m: Tensor | None,
+) -> Curvature:
+    """What the second derivatives of cells add to a layer's gradients, all in state dtype.
+
+    Args:
+        grads: what the backward pass was given that is differentiated; y and h_n do not matter.
+        dm: (N, D*H), the gradients of every m_t in it.
+        c0: (D, B, H).
+        saved: what the forward pass kept.
+        c0_tangent, pre, c_tangents: (D, B, H), (N, D, 4H) and (N, D*H), tangents of c0, of the
+            pre-activations and of the cell states.
+        m: (N, D*H), what reaches m_t besides, with a projection; or None.
+    """
+    hidden_size = c0.size(-1)
+    a, c_all, c_first = torch.zeros_like(pre), torch.zeros_like(c_tangents), torch.zeros_like(c0)
+    for d in range(len(c0)):
+        own = slice(d * hidden_size, (d + 1) * hidden_size)
+        gates = saved.gates[:, d].unflatten(-1, (4, hidden_size))
+        cells, tangents = saved.c_all[:, own], c_tangents[:, own]
+        c_in = entered(d, cells, c0[d], batch_sizes, reset)
+        tangents_in = entered(d, tangents, c0_tangent[d], batch_sizes, reset)
+        # Carried from step to step: dc, and what is asked for.
+        dc = torch.zeros_like(c0[d]) if grads.c_n is None else grads.c_n[d].clone()
+        carried = c_first[d]
+        for _, start, rows in reversed(list(_steps(batch_sizes, d == 1))):
+            here = slice(start, start + rows)
+            first = None if reset is None else reset[here]
+            if first is not None and d == 1 and start > 0:
+                dc[:rows], carried[:rows] = _cut(dc[:rows], first), _cut(carried[:rows], first)
+            dc_t = dc[:rows] if grads.c_all is None else dc[:rows] + grads.c_all[here, own]
+            of_a, of_c, of_c_in = cell_curvature(
+                gates[here], c_in[here], cells[here], pre[here, d].unflatten(-1, (4, hidden_size)),
+                tangents_in[here], tangents[here], dm[here, own], dc_t,
+            )  # fmt: skip
+            _, dc_in = cell_backward(gates[here], c_in[here], cells[here], dm[here, own], dc_t)
+            if m is not None:  # as any gradient of m_t
+                zeros = torch.zeros_like(of_c)
+                of_m, _ = cell_backward(gates[here], c_in[here], cells[here], m[here, own], zeros)
+                of_a[..., 3, :] += of_m[..., 3, :]
+                of_c = of_c + m[here, own] * gates[here, 3] * (1 - cells[here].tanh() ** 2)
+            a[here, d], c_all[here, own] = of_a.flatten(-2), of_c + carried[:rows]
+            if first is not None and d == 0:
+                dc_in, of_c_in = _cut(dc_in, first), _cut(of_c_in, first)
+            dc[:rows], carried[:rows] = dc_in, of_c_in
+    return Curvature(a, c_all, c_first)

@@ -119,6 +119,21 @@ def unfolded_gradients(
     return tuple(t for t, _ in found), tuple(dim for _, dim in found)
 
 
+def mapped(
+    function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Any], dims: Sequence[Dim]
+) -> list[Tensor | None]:
+    """The function by vmap: its results with the samples first, None where it returns None."""
+    there: list[bool] = []
+
+    def alone(*tensors: Any) -> tuple[Tensor, ...]:
+        results = function(*tensors)
+        there[:] = [t is not None for t in results]
+        return tuple(t for t in results if t is not None)
+
+    found = iter(torch.func.vmap(alone, tuple(dims))(*tensors))
+    return [next(found) if t else None for t in there]
+
+
 def one_by_one(
     function: Callable[..., Sequence[Tensor | None]], samples: int, dims: Any, args: Any
 ) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .contract import Weights
-from .products import first_rows, on_device
+from .steps import first_rows, on_device
 
 
 class Walk(NamedTuple):

@@ -65,7 +65,7 @@ def test_gradgradcheck(case: Layer, backend: str, cells: bool) -> None:
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=str)
 @pytest.mark.parametrize("cells", [True, False])
 def test_what_is_differentiated_twice(case: Layer, dtype: torch.dtype, cells: bool) -> None:
-    """torch's own LSTM where it can; by both ways second order is the reference's."""
+    """More than twice through torch's own LSTM where it can; second order is the reference's."""
     x, batch_sizes, h0, _, weights, reset = make_layer(case, dtype)
     call = backends.Call(x, batch_sizes, h0, weights[0], reset, cells, False)
     own = dtype == torch.float32 and not cells and serves(case, "aten")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlstm
 from cases import tolerance
-from fastlstm import gradients, reference
+from fastlstm import backward, gradients, reference
 from transforms import CALLS, CASES, MODULES, assert_same
 
 NAMES = ("weights", "x", "h0", "c0")
@@ -231,16 +231,22 @@ def test_several_of_several() -> None:
         assert_same(found, wanted[len(weights)])
 
 
-def test_a_graph_of_several_has_those_asked_for_only(monkeypatch) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_graph_of_several_has_those_asked_for_only(backend: str, monkeypatch) -> None:
     """There are as many gradients of weights as several, which is much."""
-    lstm, made = fastlstm.LSTM(2, 3), []
-    differentiate = gradients.differentiate
+    lstm, made = fastlstm.LSTM(2, 3, backend=backend), []
+    differentiate, several_of = gradients.differentiate, backward.first_order_of_several
 
     def watched(outputs: Any, inputs: Any, *rest: Any) -> Any:
         made.append(len(inputs))
         return differentiate(outputs, inputs, *rest)
 
+    def watched_kernels(run: Any, need: Any, *rest: Any) -> Any:
+        made.append(sum(need) + need.bias)  # two biases
+        return several_of(run, need, *rest)
+
     monkeypatch.setattr(gradients, "differentiate", watched)
+    monkeypatch.setattr(backward, "first_order_of_several", watched_kernels)
     x = torch.randn(3, 2, 2, requires_grad=True)
     y = lstm(x)[0]
     several = torch.randn(5, *y.shape)

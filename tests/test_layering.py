@@ -18,10 +18,20 @@ KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # Bottom to top: a module imports only what stands above it in this list.  A new module
 # must be given its place here.
 LAYERS = (
-    *("contract", "modes", "build", "native", "products", "samples", "dispatch", "walks"),
+    *("contract", "modes", "build", "native", "steps", "products", "samples", "dispatch"),
+    "walks",
     *("reference", "aten", "cpu", "triton", "cuda"),
     *("backends", "checkpoint", "ops", "packing", "exported"),
-    *("gradients", "backward", "autograd", "functional", "tracers"),
+    *(
+        "gradients",
+        "tangents",
+        "second_order",
+        "differentiated",
+        "backward",
+        "autograd",
+        "functional",
+        "tracers",
+    ),
     *("per_sample", "checks", "plain", "module", "cell", "inspect", "compat", "surgery", "opacus"),
     *("cli", "__init__", "__main__"),
 )

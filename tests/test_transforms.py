@@ -1,4 +1,4 @@
-"""torch.func: grad and vjp run the kernels; with jvp and forward mode the reference runs."""
+"""torch.func, and forward-mode differentiation: the kernels run, and give what torch would."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -89,8 +90,77 @@ def test_mixed_with_other_transforms(case, monkeypatch) -> None:
     same(lambda: jacrev(lambda x: slope(weights, x))(x), monkeypatch)
     same(lambda: jacrev(grad(loss))(weights, x), monkeypatch)
     same(lambda: jvp(lambda x: slope(weights, x), (x,), (x.cos(),)), monkeypatch)
+    for direction in (1, (0, 1)):
+        inner = lambda *given, direction=direction: jacrev(loss, direction)(*given)  # noqa: E731
+        same(lambda inner=inner: jacfwd(inner, (0, 1))(weights, x), monkeypatch)
     jacobian = jacrev(lambda x: loss(weights, x).sin())
     same(lambda: grad(lambda x: jacobian(x).square().sum())(x), monkeypatch)
+
+
+def test_pushed_forward(case, monkeypatch) -> None:
+    loss, weights, x = case
+    moved = {name: w.cos() for name, w in weights.items()}, x.cos()
+
+    def push(*given: Any) -> Tensor:
+        return jvp(loss, given, moved)[1]
+
+    def penalty(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return sum(g.square().sum() for g in tree_leaves(grad(loss, (0, 1))(weights, x)))
+
+    given = (weights, x)
+    same(lambda: push(*given), monkeypatch)
+    same(lambda: jvp(lambda x: loss(weights, x), (x,), moved[1:]), monkeypatch)
+    same(lambda: jacfwd(loss, (0, 1))(*given), monkeypatch)
+    same(lambda: grad(push, (0, 1))(*given), monkeypatch)
+    same(lambda: jvp(push, given, moved), monkeypatch)
+    same(lambda: jacfwd(jacfwd(lambda x: loss(weights, x)))(x), monkeypatch)
+    same(lambda: jvp(grad(penalty, (0, 1)), given, moved), monkeypatch)
+    with torch.no_grad():
+        same(lambda: push(*given), monkeypatch)
+
+
+def test_forward_mode_with_autograd(case, monkeypatch) -> None:
+    """Dual tensors, what autograd makes of them, and what it makes of their tangents."""
+    loss, weights, x = case
+
+    def forward_over_reverse() -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.clone().requires_grad_(), x.cos())
+            (slope,) = torch.autograd.grad(loss(weights, dual), dual, create_graph=True)
+            return forward_ad.unpack_dual(slope).tangent
+
+    def reverse_over_forward() -> Any:
+        leaf = x.clone().requires_grad_()
+        with forward_ad.dual_level():
+            made = forward_ad.unpack_dual(loss(weights, forward_ad.make_dual(leaf, x.cos())))
+        return made.tangent.detach(), torch.autograd.grad(made.tangent, leaf)
+
+    same(forward_over_reverse, monkeypatch)
+    same(reverse_over_forward, monkeypatch)
+
+
+def test_samples_pushed_forward(case, monkeypatch) -> None:
+    """vmap over jvp and jvp over vmap, of samples and of directions; weights' too."""
+    loss, weights, _ = case
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    several = {name: torch.randn(4, *w.shape, dtype=w.dtype) for name, w in weights.items()}
+
+    def push(of_weights: dict[str, Tensor], x: Tensor, of_x: Tensor) -> Tensor:
+        return jvp(loss, (weights, x), (of_weights, of_x))[1]
+
+    def pushed_slopes(of_weights: dict[str, Tensor], x: Tensor, of_x: Tensor) -> Any:
+        return jvp(grad(loss, (0, 1)), (weights, x), (of_weights, of_x))
+
+    second = x.movedim(0, 1)
+    for function in (push, pushed_slopes):
+        same(lambda f=function: vmap(f)(several, x, x.cos()), monkeypatch)
+        same(lambda f=function: vmap(f, (0, None, None))(several, x[0], x[1]), monkeypatch)
+        same(lambda f=function: vmap(f, (None, 1, None))(weights, second, x[1]), monkeypatch)
+    samples = vmap(grad(loss, (0, 1)), (None, 0))
+    moved = ({name: w.cos() for name, w in weights.items()}, x.cos())
+    same(lambda: jvp(samples, (weights, x), moved), monkeypatch)
+    nested = vmap(vmap(push, (0, None, 0)), (None, 0, None))
+    same(lambda: nested(several, x[:2], x), monkeypatch)
 
 
 def test_of_parameters_that_eager_code_differentiates(monkeypatch) -> None:
@@ -219,8 +289,10 @@ def test_grad_runs_the_kernels(monkeypatch) -> None:
     assert grad(lambda x: lstm(x)[0].sum())(x).any()
     two = torch.tensor(2.0)
     assert vjp(lambda x: lstm(x, lengths=[1, 3])[0].sum(), x)[1](two)[0].any()
+    assert jvp(lambda x: lstm(x)[0].sum(), (x,), (x,))[1].any()
+    assert hessian(lambda x: lstm(x)[0].sum())(x).any()
     with pytest.raises(AssertionError, match="the reference ran"):
-        jvp(lambda x: lstm(x)[0].sum(), (x,), (x,))
+        jvp(lambda x: jvp(lambda x: lstm(x)[0].sum(), (x,), (x,))[1], (x,), (x,))
 
 
 def test_a_backend_that_cannot_serve_says_so() -> None:

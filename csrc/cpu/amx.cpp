@@ -133,6 +133,12 @@ void probe(const GateProbe& args, Storage storage) {
 void recompute(const RecomputeArgs& args) {
   kernels_avx512.recompute(args);
 }
+void tangent(const TangentArgs& args) {
+  kernels_avx512.tangent(args);
+}
+void curvature(const CurvatureArgs& args) {
+  kernels_avx512.curvature(args);
+}
 
 // Whether no value of a (rows, columns) matrix is too large (see amx_tiles.h).
 template <int terms, class S>
@@ -205,6 +211,7 @@ bool product(const ProductArgs& args) {
 }  // namespace
 
 extern const Kernels kernels_amx;
-const Kernels kernels_amx = {"amx", forward, backward, probe, recompute, product};
+const Kernels kernels_amx = {"amx",     forward, backward,  probe,
+                             recompute, tangent, curvature, product};
 
 }  // namespace fastlstm

@@ -49,10 +49,17 @@ void probe(const GateProbe& args, Storage storage) {
 void recompute(const RecomputeArgs& args) {
   kernels_avx512.recompute(args);
 }
+void tangent(const TangentArgs& args) {
+  kernels_avx512.tangent(args);
+}
+void curvature(const CurvatureArgs& args) {
+  kernels_avx512.curvature(args);
+}
 
 }  // namespace
 
 extern const Kernels kernels_avx512_bf16;
-const Kernels kernels_avx512_bf16 = {"avx512_bf16", forward, backward, probe, recompute, product};
+const Kernels kernels_avx512_bf16 = {"avx512_bf16", forward, backward,  probe,
+                                     recompute,     tangent, curvature, product};
 
 }  // namespace fastlstm

@@ -25,8 +25,9 @@
 namespace fastlstm {
 namespace {
 
-template <class Tiles>
-class Forward : public FindsBeyond {
+// CellsOf is ForwardCells, or TangentCells (tangent_cells.h), whose layer has no input part.
+template <class Tiles, template <class> class CellsOf>
+class ForwardWalk : public FindsBeyond {
   using TilesOf = Tiles;
   using S = typename Tiles::S;
   using T = typename Tiles::T;
@@ -43,12 +44,12 @@ class Forward : public FindsBeyond {
 
  public:
   // One part of the pass: the given sequences.
-  Forward(const ForwardArgs& args, Range sequences)
+  ForwardWalk(const ForwardArgs& args, Range sequences)
       : a_(args),
         n_(args.shape),
         walk_(n_, args.reset, sequences),
         rows_(walk_.max_rows()),
-        ahead_(Tiles::ahead(n_, rows_, args.threads)),
+        ahead_(is_ahead(args, rows_)),
         items_(args, ahead_),
         out_panels_(a_.w_hr[0] ? blocks_of(n_.P, width) : 0),
         few_rows_(rows_ <= Tiles::few_rows),
@@ -85,7 +86,7 @@ class Forward : public FindsBeyond {
     const Shape& n = args.shape;
     const int64_t rows = n.T > 0 ? n.batch_sizes[0] : 0;
     const int64_t inputs = 4 * n.D * n.H * n.I, recurrent = 4 * n.D * n.H * n.P;
-    const bool ahead = Tiles::ahead(n, rows, args.threads);
+    const bool ahead = is_ahead(args, rows);
     const int64_t each_step = ahead ? recurrent : inputs + recurrent;
     // (A matrix unit is quick with what it multiplies ahead.)
     return {n.D * blocks_of(n.H, L), rows * each_step,
@@ -131,7 +132,7 @@ class Forward : public FindsBeyond {
   }
 
   // Sequences without steps keep their initial state.
-  static void finish(const ForwardArgs& args, Forward* const*, int) {
+  static void finish(const ForwardArgs& args, ForwardWalk* const*, int) {
     const Shape& n = args.shape;
     for (int64_t d = 0; d < n.D; ++d) {
       for (int64_t b = n.T > 0 ? n.batch_sizes[0] : 0; b < n.B; ++b) {
@@ -145,8 +146,8 @@ class Forward : public FindsBeyond {
   }
 
  private:
-  friend class ForwardCells<Forward>;
-  using Cells = ForwardCells<Forward>;
+  using Cells = CellsOf<ForwardWalk>;
+  friend Cells;
 
   // What one direction does at its s-th step.
   struct Step {
@@ -162,6 +163,10 @@ class Forward : public FindsBeyond {
     alignas(64) T pre[2][Tiles::max_rows * 4 * L];  // (rows of the tile, 4L)
     T* next() { return pre[buffer = 1 - buffer]; }
   };
+
+  static bool is_ahead(const ForwardArgs& args, int64_t rows) {
+    return args.shape.I > 0 && Tiles::ahead(args.shape, rows, args.threads);
+  }
 
   int64_t steps() const { return walk_.steps(); }
 
@@ -408,6 +413,9 @@ class Forward : public FindsBeyond {
   Scratch<Element> unprojected_;  // (D) Blocked (rows, H)
   Scratch<T> pre_;                // (items, rows, 4L), of a step of few rows
 };
+
+template <class Tiles>
+using Forward = ForwardWalk<Tiles, ForwardCells>;
 
 }  // namespace
 }  // namespace fastlstm

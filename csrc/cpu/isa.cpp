@@ -5,10 +5,12 @@
 #include "isa.h"
 
 #include "backward.h"
+#include "curvature.h"
 #include "few_steps.h"
 #include "forward.h"
 #include "recompute.h"
 #include "run_product.h"
+#include "tangent_cells.h"
 #include "unpacked_product.h"
 #include "vector_math.h"
 #include "vector_tiles.h"
@@ -84,6 +86,23 @@ void recompute(const RecomputeArgs& args) {
   run<Recompute>(args);
 }
 
+// Storage is the state type.
+template <template <class> class Pass, class Args>
+void run_in_state_type(const Args& args) {
+  if (args.storage == Storage::f64)
+    run_pass<Pass<VectorTiles<double>>>(args);
+  else
+    run_pass<Pass<VectorTiles<float>>>(args);
+}
+
+void tangent(const TangentArgs& args) {
+  run_in_state_type<Tangent>(args);
+}
+
+void curvature(const CurvatureArgs& args) {
+  run_in_state_type<Curvature>(args);
+}
+
 template <class T>
 void probe_as(const GateProbe& p) {
   using Math = GateMath<VectorMath<T>>;
@@ -122,6 +141,6 @@ void probe(const GateProbe& p, Storage storage) {
 
 extern const Kernels FASTLSTM_TABLE(FASTLSTM_ISA);
 const Kernels FASTLSTM_TABLE(FASTLSTM_ISA) = {
-    FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe, recompute, product};
+    FASTLSTM_NAME(FASTLSTM_ISA), forward, backward, probe, recompute, tangent, curvature, product};
 
 }  // namespace fastlstm

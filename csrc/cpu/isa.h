@@ -20,6 +20,8 @@ struct Kernels {
   bool (*backward)(const BackwardArgs&);
   void (*probe)(const GateProbe&, Storage);  // f32 or f64
   void (*recompute)(const RecomputeArgs&);
+  void (*tangent)(const TangentArgs&);      // f32 or f64
+  void (*curvature)(const CurvatureArgs&);  // f32 or f64
   // False, and nothing done, where torch's BLAS is better.
   bool (*product)(const ProductArgs&);
 };

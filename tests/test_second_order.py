@@ -1,0 +1,263 @@
+"""A layer's tangents, and what differentiates its backward pass: kernels, twins, and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastlstm
+import settings
+from cases import LARGER, LAYERS, Layer, LayerTensors, make_layer, tolerance
+from fastlstm import aten, backends, cpu, reference, tangents
+from fastlstm.contract import Curvature, OutputGradients, Outputs, Tangents
+from kernel_checks import Kernels, assert_same_bits, random_gradients
+
+pytest_plugins = ["cpu_fixtures"]
+pytestmark = pytest.mark.usefixtures("poison")
+CPU = Kernels(cpu, torch.device("cpu"))
+STATES = (torch.float32, torch.float64)
+KERNELS = backends.pick(
+    "cpu",
+    backends.Call(
+        torch.zeros(1, 1), torch.ones(1), torch.zeros(1, 1, 1), None, None, False, True  # type: ignore[arg-type]
+    ),
+)  # fmt: skip
+TWINS = replace(
+    KERNELS, layer_tangent=reference.layer_tangent, layer_curvature=reference.layer_curvature
+)
+
+
+class Made(NamedTuple):
+    """Tangents of results and of pre-activations."""
+
+    y: Tensor
+    c_all: Tensor
+    h_n: Tensor
+    c_n: Tensor
+    m: Tensor | None
+    pre: Tensor
+
+
+class Walks:
+    """What the two kernels are given for a case."""
+
+    def __init__(self, case: Layer, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.layer = make_layer(case, dtype)
+        self.out = reference.layer_forward(*self.layer, True, True)
+        self.tangent_h0, self.tangent_c0 = map(torch.randn_like, self.layer[2:4])
+        assert self.out.gates is not None
+        self.pre = torch.randn_like(self.out.gates)
+        self.grads = random_gradients(self.out)
+        self.dm, self.m = (torch.randn_like(self.out.c_all) for _ in range(2))  # type: ignore[arg-type]
+
+    def tangent(self, run: Callable[..., Tangents]) -> Made:
+        _, batch_sizes, _, c0, weights, reset = self.layer
+        pre = self.pre.clone()
+        args = (pre, batch_sizes, self.tangent_h0, self.tangent_c0, weights, reset, c0)
+        return Made(*run(*args, self.out.reserve()), pre)
+
+    def curvature(
+        self, run: Callable[..., Curvature], grads: OutputGradients, m: Tensor | None
+    ) -> Curvature:
+        _, batch_sizes, _, c0, _, reset = self.layer
+        given = (grads, self.dm, batch_sizes, c0, reset, self.out.reserve())
+        return run(*given, self.tangent_c0, self.pre, self.out.c_all.sin(), m)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *LARGER], ids=str)
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+def test_tangents_equal_their_twin(case: Layer, dtype: torch.dtype, instruction_set: str) -> None:
+    walks = Walks(case, dtype)
+    CPU.assert_near(walks.tangent(cpu.layer_tangent), walks.tangent(reference.layer_tangent), dtype)
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *LARGER], ids=str)
+@pytest.mark.parametrize("dtype", STATES, ids=str)
+def test_curvature_equals_its_twin(case: Layer, dtype: torch.dtype, instruction_set: str) -> None:
+    walks = Walks(case, dtype)
+    for grads, m in ((walks.grads, walks.m), (OutputGradients(None, None, None, None), None)):
+        found, want = (walks.curvature(b.layer_curvature, grads, m) for b in (cpu, reference))
+        CPU.assert_near(found, want, dtype)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Layer((40, 40, 33, 20, 7), 3, 450, reset=0.1, batch=42),
+        Layer((36, 36, 17), 3, 400, projection=130, directions=2),
+        Layer((1,) * 40, 3, 320, directions=2, reset=0.1),
+        Layer((64,) * 5, 3, 130, directions=2),
+    ],
+    ids=str,
+)
+def test_threads(case: Layer, threads: int, instruction_set: str) -> None:
+    """They meet at every step, or walk by themselves; the same bits every time."""
+    walks = Walks(case, torch.float32)
+
+    def run() -> tuple[Any, Any]:
+        with settings.threads(threads):
+            made = walks.tangent(cpu.layer_tangent)
+            return made, walks.curvature(cpu.layer_curvature, walks.grads, walks.m)
+
+    (made, curved), again = run(), run()
+    CPU.assert_near(made, walks.tangent(reference.layer_tangent), torch.float32)
+    want = walks.curvature(reference.layer_curvature, walks.grads, walks.m)
+    CPU.assert_near(curved, want, torch.float32)
+    assert_same_bits(made, again[0])
+    assert_same_bits(curved, again[1])
+
+
+# ---- against autograd ----------------------------------------------------------------------------
+
+
+def flat_inputs(layer: LayerTensors) -> list[Any]:
+    x, _, h0, c0, weights, _ = layer
+    return [x, h0, c0, *(t for w in weights for t in w)]
+
+
+def some(tensors: list[Any], share: float) -> list[Any]:
+    """Random tensors as these, and None for some."""
+    return [
+        None if t is None or float(torch.rand(())) > share else torch.randn_like(t) for t in tensors
+    ]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("backend", [KERNELS, TWINS], ids=["kernels", "twins"])
+@pytest.mark.parametrize("case", [*LAYERS, *LARGER[:6]], ids=str)
+def test_second_order_equals_autograd(case: Layer, backend: backends.Backend, share: float) -> None:
+    """Gradients of <v, J^T u>, torch differentiating the reference twice; float64."""
+    torch.manual_seed(1)
+    layer = make_layer(case, torch.float64, requires_grad=True)
+    out, inputs = reference.layer_forward(*layer, True, True), flat_inputs(layer)
+    grads = [t.requires_grad_() for t in map(torch.randn_like, out[:4])]  # type: ignore[arg-type]
+    v = some(inputs, share)
+    v[0] = torch.randn_like(inputs[0])
+    leaves = [t for t in inputs if t is not None]
+    pairs = [(o, g) for o, g in zip(out[:4], grads, strict=True) if o.requires_grad]  # type: ignore[union-attr]
+    options: dict[str, Any] = dict(create_graph=True, materialize_grads=True)
+    first = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], **options)
+    weighed = zip(first, [d for t, d in zip(inputs, v, strict=True) if t is not None], strict=True)
+    total = sum((g * d).sum() for g, d in weighed if d is not None and g.requires_grad)
+    if not isinstance(total, Tensor):
+        pytest.skip("of no steps everything is constant")
+    want = torch.autograd.grad(total, [*grads, *leaves], materialize_grads=True)
+
+    with torch.no_grad():
+        asked = [True] * 4 + [t is not None for t in inputs]
+        saved = (out.reserve(), layer.batch_sizes, layer.reset)
+        found = tangents.second_order(backend, asked, *saved, v, grads, inputs)
+    present = [t for t, a in zip(found, asked, strict=True) if a]
+    for got, expected in zip(present, want, strict=True):
+        assert got is not None
+        torch.testing.assert_close(got, expected, **tolerance(torch.float64))
+
+
+@pytest.mark.parametrize("case", [*LAYERS, *LARGER[:6]], ids=str)
+def test_tangents_equal_torchs(case: Layer) -> None:
+    """J v, torch differentiating the reference forward; float64."""
+    torch.manual_seed(2)
+    layer = make_layer(case, torch.float64)
+    inputs = flat_inputs(layer)
+    v = some(inputs, 1.0)
+    out = reference.layer_forward(*layer, True, True)
+
+    def results(*given: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(given)
+        x, h0, c0, *flat = (None if t is None else next(rest) for t in inputs)
+        size = len(flat) // case.directions
+        weights = [type(layer.weights[0])(*flat[k : k + size]) for k in range(0, len(flat), size)]
+        made = reference.layer_forward(x, layer.batch_sizes, h0, c0, weights, layer.reset, 0, True)  # type: ignore[arg-type]
+        return made.y, made.c_all, made.h_n, made.c_n  # type: ignore[return-value]
+
+    present = [t for t in inputs if t is not None]
+    _, want = torch.func.jvp(results, tuple(present), tuple(t for t in v if t is not None))
+    saved = (out.reserve(), layer.batch_sizes, layer.reset)
+    found = tangents.layer_tangents(KERNELS, *saved, v, inputs)
+    for got, expected in zip(found, want, strict=True):
+        torch.testing.assert_close(got, expected, **tolerance(torch.float64))
+
+
+# ---- modules -------------------------------------------------------------------------------------
+
+
+def penalty(module: nn.Module, x: Tensor, **call: Any) -> list[Tensor]:
+    """Gradients of the square of a gradient, and of what it depends on otherwise."""
+    output, (h_n, c_n) = module(x, **call)[:2]
+    total = output.sin().sum() + h_n.square().sum() + c_n.cos().sum()
+    slopes = torch.autograd.grad(total, [x, *module.parameters()], create_graph=True)
+    loss = sum((s.square().sum() for s in slopes), output.sum())
+    return list(torch.autograd.grad(loss, [x, *module.parameters()]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, dict(num_layers=2, bidirectional=True), dict(proj_size=5), dict(bias=False)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(6, 3), (1, 4), (40, 1)], ids=str)
+def test_penalties_are_those_of_nn_lstm(
+    config: dict[str, Any], dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    stock = nn.LSTM(7, 19, **config).to(dtype)
+    ours = fastlstm.LSTM(7, 19, backend="cpu", **config).to(dtype)
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(*shape, 7, dtype=dtype, requires_grad=True)
+    for got, want in zip(penalty(ours, x), penalty(stock, x), strict=True):
+        scale = max(1.0, float(want.abs().max()))
+        torch.testing.assert_close(got / scale, want / scale, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [{}, dict(lengths=[2, 5, 0]), dict(reset=torch.arange(15).reshape(5, 3) % 4 == 2)],
+    ids=["padded", "lengths", "reset"],
+)
+def test_kernels_make_second_order(
+    dtype: torch.dtype, call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what torch would differentiate does not run."""
+    module = fastlstm.LSTM(7, 19, bidirectional=True, backend="cpu", dtype=dtype)
+    exact = fastlstm.LSTM(7, 19, bidirectional=True, backend="reference", dtype=torch.float64)
+    exact.load_state_dict(module.state_dict())
+    x = torch.randn(5, 3, 7, dtype=dtype, requires_grad=True)
+    want = penalty(exact, x.detach().double().requires_grad_(), **call)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("torch differentiates it")
+
+    for other in (reference, aten):
+        monkeypatch.setattr(other, "layer_forward", refuse)
+    for name in ("aten", "reference"):
+        entry = replace(backends._TABLE[name], layer_forward=refuse)
+        monkeypatch.setitem(backends._TABLE, name, entry)
+    for got, exactly in zip(penalty(module, x, **call), want, strict=True):
+        scale = max(1.0, float(exactly.abs().max()))
+        torch.testing.assert_close(got.double() / scale, exactly / scale, **tolerance(dtype))
+
+
+def test_second_order_of_what_was_kept_is_noticed_when_changed() -> None:
+    """A reserve in use twice is checked twice."""
+    module = fastlstm.LSTM(3, 4, backend="cpu")
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        slope.sum().backward()
+
+
+def test_outputs_of_a_case_are_complete() -> None:
+    """What this file's checks take for granted."""
+    out: Outputs = Walks(LAYERS[0], torch.float64).out
+    assert all(t is not None for t in out[:5])
