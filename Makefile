@@ -31,7 +31,7 @@ LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 LIBRARY := fastlstm/_C.so
 # Folders too: nothing else changes when a source is deleted.
 NATIVE := fastlstm/build.py $(shell find csrc -path csrc/cuda -prune -o -print)
-CPU_TESTS := $(patsubst %,tests/test_cpu_%.py,kernels processors products refusals)
+CPU_TESTS := $(patsubst %,tests/test_cpu_%.py,kernels processors products refusals tangents)
 SOURCES := find csrc benches tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cu'
 
 .PHONY: help venv build cuda demo gates forecast tune test lint format sanitize emulate arm bench gpu wheel clean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from fastlstm import native
 
@@ -82,6 +83,19 @@ RECOMPUTE = dict(
     pre=torch.zeros(6, 16), batch_sizes=torch.tensor([3, 3]), c0=torch.zeros(1, 3, 4),
     reset=torch.zeros(6, dtype=torch.uint8), need_m=False,
 )  # fmt: skip
+TANGENT = dict(
+    pre=torch.zeros(6, 1, 16), batch_sizes=torch.tensor([3, 3]), h0=torch.zeros(1, 3, 4),
+    c0=torch.zeros(1, 3, 4), w_hh=[torch.zeros(16, 4)], w_hr=[],
+    reset=torch.zeros(6, dtype=torch.uint8), cell0=torch.zeros(1, 3, 4),
+    cells=torch.zeros(6, 4), gated=torch.zeros(6, 1, 16),
+)  # fmt: skip
+CURVATURE = dict(
+    batch_sizes=torch.tensor([3, 3]), reset=torch.zeros(6, dtype=torch.uint8),
+    c0=torch.zeros(1, 3, 4), c_all=torch.zeros(6, 4), gates=torch.zeros(6, 1, 16),
+    c0_tangent=torch.zeros(1, 3, 4), c_tangents=torch.zeros(6, 4),
+    a_tangents=torch.zeros(6, 1, 16), dm=torch.zeros(6, 4), dc_all=torch.zeros(6, 4),
+    dc_n=torch.zeros(1, 3, 4), m=torch.zeros(6, 4),
+)  # fmt: skip
 
 
 def changed(value):
@@ -106,7 +120,23 @@ OPERATORS = {
     "cpu_plain_backward": PLAIN,
     "cpu_walk": WALK,
     "cpu_recompute": RECOMPUTE,
+    "cpu_tangent": TANGENT,
+    "cpu_curvature": CURVATURE,
 }
+
+
+@pytest.mark.parametrize("name", ["cpu_tangent", "cpu_curvature"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32], ids=str)
+def test_tangents_are_in_state_dtype(name: str, dtype: torch.dtype) -> None:
+    given = {
+        argument: tree_map(
+            lambda t: t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
+            value,
+        )
+        for argument, value in OPERATORS[name].items()
+    }
+    with pytest.raises(RuntimeError, match="expected float32 or float64 tensors"):
+        getattr(_C, name)(*given.values())
 
 
 @pytest.mark.parametrize("name", OPERATORS)
