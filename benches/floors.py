@@ -67,6 +67,22 @@ def cell_work(steps: int, batch: int, inputs: int, hidden: int, mode: str) -> Wo
     return Work(0, 0, whole.flops(), whole.step_bytes + steps * whole.dense_bytes, held)
 
 
+def penalty_work(steps: int, batch: int, inputs: int, hidden: int, mode: str) -> Work:
+    """Of a gradient penalty (docs/design.md, eq. 10 to 12): a training step that makes the gradient
+    of the input alone; a walk of tangents, one for what eq. 11 adds, and the products around them,
+    of which those of weights have twice the rows."""
+    assert mode == "train"
+    rows, size = steps * batch, ITEMSIZE["float32"]
+    dense, around = 4 * hidden * inputs, 4 * hidden * hidden
+    return Work(
+        dense_flops=2 * rows * (6 * dense + 3 * around),
+        dense_bytes=size * (4 * dense + around),
+        step_flops=2 * rows * 4 * around,
+        step_bytes=size * 4 * steps * around,
+        held=size * around,
+    )
+
+
 class Floor(NamedTuple):
     """The least a call can take, and what bounds it."""
 

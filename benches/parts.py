@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import memory
 import torch
-from floors import Work, cell_work, lstm_work
+from floors import Work, cell_work, lstm_work, penalty_work
 from model import ModelContest
 from ourselves import HalfContest, ThreadsContest
 from peers import PEERS, PeerContest, present
 from sweep import random_shapes
-from variants import CellContest, StepContest, VariantContest, config
+from variants import CellContest, PenaltyContest, StepContest, VariantContest, config
 
 from cases import MODEL, SPEED
 from fastlstm.cli.arguments import Shape
@@ -103,8 +103,15 @@ def scaling(args: argparse.Namespace) -> Iterator[Job]:
 def features(args: argparse.Namespace) -> Iterator[Job]:
     """What else the module does, and half precision against our own float32."""
 
-    def job(count: int, contest: Make, work: Count, shape: Shape = FEATURE, **names: str) -> Job:
-        modes = [mode for mode in args.modes if mode == "infer" or shape is not STREAMING]
+    def job(
+        count: int,
+        contest: Make,
+        work: Count,
+        shape: Shape = FEATURE,
+        only: str | None = None,
+        **names: str,
+    ) -> Job:
+        modes = [mode for mode in args.modes if only in (mode, None)]
         rows = [row_of("features", shape, mode, count, **names) for mode in modes]
         return Job(count, partial(measured, rows, contest, work, args.seconds))
 
@@ -122,6 +129,8 @@ def features(args: argparse.Namespace) -> Iterator[Job]:
             contest = partial(HalfContest, FEATURE, getattr(torch, dtype))
             work = partial(plain_work, FEATURE, dtype)
             yield job(count, contest, work, dtype=dtype, rival="fastlstm in float32")
+        contest, work = partial(PenaltyContest, FEATURE, single), partial(penalty_work, *FEATURE)
+        yield job(count, contest, work, only="train", variant="penalty")
         contest, work = partial(CellContest, FEATURE, single), partial(cell_work, *FEATURE)
         yield job(count, contest, work, variant="cell", rival="nn.LSTMCell")
         contest, work = partial(StepContest, DECODER, single), partial(cell_work, *DECODER)
@@ -130,7 +139,7 @@ def features(args: argparse.Namespace) -> Iterator[Job]:
             partial(Contest, STREAMING, single),
             partial(plain_work, STREAMING, "float32"),
         )
-        yield job(count, contest, work, STREAMING, variant="one step")
+        yield job(count, contest, work, STREAMING, "infer", variant="one step")
 
 
 def variant_work(variant: str, mode: str) -> Work:

@@ -17,6 +17,7 @@ TITLES = {
     "projection": "projection to H / 2",
     "two layers, both directions": "two layers, both directions",
     "resets": "resets at 1 % of the steps",
+    "penalty": "gradient penalty (second order)",
     "cell": "`LSTMCell`, a call for each step",
     "calls": "a call for each of 20 steps, 16 sequences, H = 512",
     "one step": "streaming: one step, one sequence, H = 128",

@@ -145,6 +145,16 @@ class CellContest(Contest):
         return torch.stack(outputs), *state
 
 
+class PenaltyContest(Contest):
+    """A loss of the gradient of another one with respect to the input, as WGAN-GP has it."""
+
+    def train(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.run(module)
+        (slope,) = torch.autograd.grad(found[0], self.x, self.dy, create_graph=True)
+        slope.square().sum().backward()
+        return found
+
+
 class StepContest(Contest):
     """The layer, called once a step, as a decoder calls it."""
 

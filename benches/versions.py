@@ -26,7 +26,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import torch
 from recording import ROOT
-from variants import VARIANTS, CellContest, StepContest, VariantContest
+from variants import VARIANTS, CellContest, PenaltyContest, StepContest, VariantContest
 
 from cases import SPEED
 from fastlstm.cli.arguments import (
@@ -45,6 +45,7 @@ from fastlstm.cli.timing import paired, seconds_per_call
 CONTESTS: dict[str, Callable[..., Contest]] = {
     **{variant: partial(VariantContest, variant=variant) for variant in VARIANTS},
     "cell": CellContest,
+    "penalty": PenaltyContest,
     "calls": StepContest,
 }
 COLUMNS = ("T,B,I,H", "what", "mode", "threads", "old / new (rounds)", "ms: old", "new")

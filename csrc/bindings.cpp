@@ -190,9 +190,9 @@ STABLE_TORCH_LIBRARY(fastlstm_C, m) {
       "cpu_recompute(Tensor(a!) pre, Tensor batch_sizes, Tensor c0, Tensor? reset, bool need_m)"
       " -> (Tensor c_all, Tensor gates, Tensor m)");
   m.def(
-      "cpu_tangent(Tensor(a!) pre, Tensor batch_sizes, Tensor h0, Tensor c0, Tensor[] w_hh,"
-      " Tensor[] w_hr, Tensor? reset, Tensor cell0, Tensor cells, Tensor gated)"
-      " -> (Tensor y, Tensor c_all, Tensor h_n, Tensor c_n, Tensor m)");
+      "cpu_tangent(Tensor(a!) pre, Tensor batch_sizes, Tensor h0_tangent, Tensor c0_tangent,"
+      " Tensor[] w_hh, Tensor[] w_hr, Tensor? reset, Tensor c0, Tensor c_all, Tensor gates)"
+      " -> (Tensor y, Tensor cells, Tensor h_n, Tensor c_n, Tensor m)");
   m.def(
       "cpu_curvature(Tensor batch_sizes, Tensor? reset, Tensor c0, Tensor c_all, Tensor gates,"
       " Tensor c0_tangent, Tensor c_tangents, Tensor a_tangents, Tensor dm, Tensor? dc_all,"

@@ -47,11 +47,12 @@ struct CellTangent {
   V c, m;
 };
 
-// What is left of a cell's second derivatives: gradients of its pre-activations, c_t and c_{t-1}.
+// What a cell's second derivatives add to the gradients of its pre-activations, of c_t and of
+// c_{t-1}; and what dc leaves for c'_{t-1}.
 template <class V>
 struct CellCurvature {
   Gates<V> a;
-  V c, c_prev;
+  V c, c_prev, dc_prev;
 };
 
 template <class Math>
@@ -113,9 +114,9 @@ struct GateMath {
   }
 
   // (eq. 11): the gradients of dc * c' + dm * m' (eq. 10), from tangents a, c_prev_tangent and c';
-  // dc is all that reaches c' but for what does so through m'.
+  // dc is all that reaches c' but for what does so through m', and m what reaches m_t besides.
   FASTLSTM_INLINE CellCurvature<V> cell_curvature(Gates<V> s, V c_prev, V c, Gates<V> a,
-                                                  V c_prev_tangent, V c_tangent, V dm, V dc) {
+                                                  V c_prev_tangent, V c_tangent, V dm, V dc, V m) {
     const Scalar one = 1, two = 2;
     const V tanh_c = tanh(c), di = s.i * (one - s.i), df = s.f * (one - s.f), dg = one - s.g * s.g,
             d_o = s.o * (one - s.o), dtanh = one - tanh_c * tanh_c;
@@ -125,8 +126,11 @@ struct GateMath {
     out.a.f = dc * df * Math::fma((one - two * s.f) * c_prev, a.f, c_prev_tangent);
     out.a.g = dc * dg * (di * a.i - two * s.i * s.g * a.g);
     out.a.o = dm * d_o * Math::fma((one - two * s.o) * tanh_c, a.o, dtanh * c_tangent);
+    out.a.o = Math::fma(m * tanh_c, d_o, out.a.o);
     out.c = dm * dtanh * (d_o * a.o - two * s.o * tanh_c * c_tangent);
+    out.c = Math::fma(m * s.o, dtanh, out.c);
     out.c_prev = dc * df * a.f;
+    out.dc_prev = dc * s.f;  // (eq. 7)
     return out;
   }
 };

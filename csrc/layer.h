@@ -49,10 +49,10 @@ struct ForwardArgs {
 // tangents, but for weights and reset: x, bias and gates are null, and I is 0, since `pre` has what
 // the walk need not make. Storage is the state type.
 struct TangentArgs : ForwardArgs {
-  const void* cell0;  // (D, B, H): c0 itself
-  const void* cells;  // (N, D*H): every c_t itself
-  const void* gated;  // (N, D, 4H): the gates
-  void* pre;          // (N, D, 4H): of the pre-activations, but for W_hh h'; this is added
+  const void* layer_c0;     // (D, B, H): the layer's own
+  const void* layer_c_all;  // (N, D*H)
+  const void* layer_gates;  // (N, D, 4H)
+  void* pre;  // (N, D, 4H): of the pre-activations, but for W_hh h', which is added in place
 };
 
 // What differentiates the cells of a backward pass again (eq. 11), step by step from the last one.

@@ -1,9 +1,9 @@
 """One layer, differentiably: what runs it, and what is saved of it.
 
 ``LSTMLayer`` is the autograd Function over the two operators of ``ops.py``; under torch.func's
-``grad``, ``vjp`` and ``vmap`` it is ``TransformedLayer``.  Under other transforms and forward-mode
-differentiation, where an opaque operator would give wrong or zero tangents, the reference runs
-instead.
+``grad``, ``vjp``, ``vmap`` and ``jvp`` and in forward mode it is ``TransformedLayer``.  Under other
+transforms, ``jvp`` of ``jvp``, and ``jvp`` on backends without tangents, where an opaque operator
+would give wrong or zero tangents, the reference runs instead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import backends, exported, modes, ops, reference, samples  # noqa: F401  (exported: operators)
 from .backward import gradients
 from .contract import Borders, Outputs, Reserve, Weights
-from .gradients import Run, asked_for, keep, packed_rows, shaped, unflatten
+from .gradients import Run, asked_for, keep, keep_transformed, packed_rows, shaped, unflatten
 from .second_order import LayerTangents
 
 # vmap's models, which have weights of their own, are run one by one, or by the reference step by
@@ -67,10 +67,10 @@ def lstm_layer(
     train = torch.is_grad_enabled() and (
         transformed or any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
     )
+    forward_mode = transformed and modes.is_forward_mode()
+    train |= forward_mode  # which needs the gates
     composite = transformed and not _has_functions_for_transforms(batch_sizes, x, h0, c0, flat)
-    pushed = transformed and modes.is_pushed()  # through kernels that need the gates
-    composite |= pushed and (traced or checkpoint or modes.is_pushed_twice())
-    train |= pushed
+    composite |= forward_mode and (traced or checkpoint or modes.is_forward_mode_nested())
     chosen = None  # by name only, in checkpoint.py or behind an operator
     if not (composite or traced or checkpoint):
         call = backends.Call(
@@ -78,8 +78,8 @@ def lstm_layer(
         )
         chosen = backends.pick(backend, call)
         # Of torch's own LSTM transforms know no packed sequences, and cuDNN's has no second order.
-        composite = composite or (transformed and chosen.layer_backward is None)
-        composite = composite or (pushed and chosen.layer_tangent is None)
+        lacks_tangents = forward_mode and chosen.layer_tangent is None
+        composite |= lacks_tangents or (transformed and chosen.layer_backward is None)
     given = x
     if chosen is None or not chosen.padded:
         x = packed_rows(x)
@@ -193,12 +193,12 @@ class LSTMLayer(torch.autograd.Function):
 
 
 class TransformedLayer(LSTMLayer):
-    """The same under torch.func's ``grad``, ``vjp`` and ``vmap``, which have to see all that is
+    """The same under torch.func's transforms and in forward mode, which have to see all that is
     saved: c_all, be it asked for or not, and the rest of what is kept are among the results."""
 
     @staticmethod
     @modes.uncompiled
-    def forward(  # type: ignore[override]
+    def forward(
         run: Run,
         batch_sizes: Tensor,
         reset: Tensor | None,
@@ -224,13 +224,13 @@ class TransformedLayer(LSTMLayer):
         constant = further if run.need_cells else (c_all, *further)
         ctx.mark_non_differentiable(*(t for t in constant if t is not None))
         kept = Borders(y, *further) if run.checkpoint else Reserve(y, c_all, *further)
-        keep(ctx, run, *kept, *rest)
-        ctx.save_for_forward(*kept, *rest)
+        keep_transformed(ctx, run, *kept, *rest)
 
     backward = staticmethod(modes.uncompiled(LSTMLayer.backward))
 
     @staticmethod
     @modes.uncompiled
+    @samples.of_each
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         saved = modes.unwrapped(ctx.saved_tensors)
         count = len(Reserve._fields)

@@ -59,7 +59,7 @@ class Backend:
     # The walk alone of a backward pass (see cpu.layer_walk); None: it is not to be had.
     layer_walk: Callable[..., Any] | None = None
     # The walk of tangents, and what differentiates the cells of a backward pass again (see
-    # reference.layer_tangent, layer_curvature); None: torch differentiates the reference.
+    # reference.layer_tangent, layer_curvature); None: torch does (see differentiable, below).
     layer_tangent: Callable[..., Tangents] | None = None
     layer_curvature: Callable[..., Curvature] | None = None
     # Of plain calls on the CPU: see plain.py, and cpu.py for what they take and return.
@@ -156,8 +156,9 @@ def pick(backend: str, call: Call) -> Backend:
 
 
 def differentiable(call: Call) -> Backend:
-    """What to differentiate more than once: torch's own LSTM on the CPU, where it serves ``call``
-    and keeps its states in full precision, else the reference.  (cuDNN's is differentiated once.)
+    """What to differentiate more than once where no kernels do it: torch's own LSTM on the CPU,
+    where it serves ``call`` and keeps its states in full precision, else the reference.  (cuDNN's
+    is differentiated once.)
     """
     aten, dtype = _TABLE["aten"], call.x.dtype
     exact = dtype.is_floating_point and state_dtype(dtype) is dtype

@@ -18,7 +18,6 @@ from . import modes, reference, samples
 from .contract import Borders, Requested, Reserve
 from .differentiated import (
     Saved,
-    added,
     by_kernels,
     differentiated_by_kernels,
     differentiated_each,
@@ -28,6 +27,7 @@ from .differentiated import (
     pulled_back_twice,
     samples_by_reference,
     tangents_of_backward,
+    with_tangents,
 )
 from .gradients import (
     Run,
@@ -65,7 +65,7 @@ def gradients(
                 return _graphs_of_several(run, batch_sizes, reset, grads, inputs, asked)
             return _several_gradients(run, asked, reserve, batch_sizes, reset, grads, inputs)
         if transformed:
-            if modes.have_functions() and (by_kernels(run, reserve) or not modes.is_pushed()):
+            if modes.have_functions() and (by_kernels(run, reserve) or not modes.is_forward_mode()):
                 return TransformedBackward.apply(
                     run, need, reserve, batch_sizes, reset, *grads, *inputs
                 )
@@ -135,7 +135,7 @@ class LSTMLayerBackward(torch.autograd.Function):
         reset: Tensor | None,
         *tensors: Any,  # gradients of y, c_all, h_n, c_n; x, h0, c0, *flat weights
     ) -> tuple[Tensor | None, ...]:
-        keep_backward(ctx, run, reserve, batch_sizes, reset, *tensors)
+        keep_backward(ctx, run, reserve, batch_sizes, reset, *tensors, transformed=False)
         return first_order(run, need, reserve, batch_sizes, reset, tensors[:4], tensors[4:])
 
     @staticmethod
@@ -146,10 +146,8 @@ class LSTMLayerBackward(torch.autograd.Function):
         The gradient of <forward(inputs), grads> is what ``forward`` above returned;
         it is linear in ``grads`` and depends on the inputs through the whole layer.
         """
-        if ctx.twice:
-            return differentiated_by_kernels(ctx, grads_of_grads)
-        if modes.is_transformed():
-            return pulled_back_twice(ctx, grads_of_grads)
+        if ctx.by_kernels or modes.is_transformed():
+            return _differentiated(ctx, grads_of_grads)
         again = torch.is_grad_enabled()  # third order wanted: keep the graph to the originals
         batch_sizes, reset, *saved = ctx.saved_tensors
         asked = ctx.needs_input_grad[5:]
@@ -166,12 +164,17 @@ class LSTMLayerBackward(torch.autograd.Function):
         return (None,) * 5 + tuple(next(second) if a else None for a in asked)
 
 
+def _differentiated(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    way = differentiated_by_kernels if ctx.by_kernels else pulled_back_twice
+    return (None,) * 5 + tuple(way(ctx, grads_of_grads))
+
+
 class TransformedBackward(LSTMLayerBackward):
-    """The same for torch.func's ``grad``, ``vjp`` and ``vmap``."""
+    """The same for torch.func's transforms and forward mode."""
 
     @staticmethod
     @modes.uncompiled
-    def forward(  # type: ignore[override]
+    def forward(
         run: Run,
         need: Requested,
         reserve: Reserve | Borders,
@@ -190,19 +193,20 @@ class TransformedBackward(LSTMLayerBackward):
     @staticmethod
     @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
-        way = differentiated_by_kernels if ctx.twice else pulled_back_twice
-        return way(ctx, grads_of_grads)
+        return _differentiated(ctx, grads_of_grads)
 
     @staticmethod
     @modes.uncompiled
+    @samples.of_each
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         run, saved, tensors = kept_backward(ctx)
         of_grads, of_inputs = tangents[5:9], tangents[9:]
         found = tangents_of_backward(run, ctx.need, None, saved, of_inputs, tensors)
-        if all(t is None for t in of_grads):
-            return tuple(found)
-        more = TransformedBackward.apply(run, ctx.need, *saved, *of_grads, *tensors[4:])
-        return added(found, more)
+
+        def backward(*grads: Tensor | None) -> Any:
+            return TransformedBackward.apply(run, ctx.need, *saved, *grads, *tensors[4:])
+
+        return with_tangents(found, of_grads, backward)
 
     @staticmethod
     @modes.uncompiled
@@ -253,21 +257,23 @@ class SampleGradients(torch.autograd.Function):
 
     @staticmethod
     @modes.uncompiled
+    @samples.of_each
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         run, saved, tensors = kept_backward(ctx)
         of_grads, of_inputs = tangents[6:10], tangents[10:]
         found = tangents_of_backward(run, ctx.need, ctx.count, saved, of_inputs, tensors)
-        if all(t is None for t in of_grads):
-            return tuple(found)
-        given = (*saved, *of_grads, *tensors[4:])
-        return added(found, SampleGradients.apply(run, ctx.need, ctx.count, *given))
+
+        def backward(*grads: Tensor | None) -> Any:
+            return SampleGradients.apply(run, ctx.need, ctx.count, *saved, *grads, *tensors[4:])
+
+        return with_tangents(found, of_grads, backward)
 
     @staticmethod
     @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         """Second order: by the kernels, or by differentiating the reference for all samples."""
-        if ctx.twice:
-            return (None, *differentiated_by_kernels(ctx, grads_of_grads))
+        if ctx.by_kernels:
+            return (None,) * 6 + tuple(differentiated_by_kernels(ctx, grads_of_grads))
         batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
         run, count, asked = ctx.run, ctx.count, ctx.needs_input_grad[6:]
         wanted = [g is not None for g in grads_of_grads]
@@ -333,16 +339,18 @@ class EachGradients(torch.autograd.Function):
 
     @staticmethod
     @modes.uncompiled
+    @samples.of_each
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         run, saved, tensors = kept_backward(ctx)
         moved = tangents[7:]
 
         def alone(own: Saved, tensors: Sequence[Any], moved: Sequence[Any]) -> Any:
             found = tangents_of_backward(run, ctx.need, None, own, moved[4:], tensors)
-            if all(t is None for t in moved[:4]):
-                return found
-            more = TransformedBackward.apply(run, ctx.need, *own, *moved[:4], *tensors[4:])
-            return added(found, more)
+
+            def backward(*grads: Tensor | None) -> Any:
+                return TransformedBackward.apply(run, ctx.need, *own, *grads, *tensors[4:])
+
+            return with_tangents(found, moved[:4], backward)
 
         along = [d if t is not None else None for t, d in zip(moved, ctx.dims[3:], strict=True)]
         return tuple(each_sample(alone, saved, tensors, ctx.dims, moved, along))
@@ -351,15 +359,14 @@ class EachGradients(torch.autograd.Function):
     @modes.uncompiled
     def backward(ctx: Any, *grads_of_grads: Tensor | None) -> tuple[Any, ...]:
         """As ``SampleGradients.backward``."""
-        if ctx.twice:
+        if ctx.by_kernels:
             return (None,) * 7 + tuple(differentiated_each(ctx, grads_of_grads))
         batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
         wanted = [g is not None for g in grads_of_grads]
 
         def first(tensors: list[Any]) -> Sequence[Tensor | None]:
-            return samples_by_reference(ctx.run, wanted, batch_sizes, reset, tensors, ctx.dims[2:])[
-                0
-            ]
+            given = (batch_sizes, reset, tensors, ctx.dims[2:])
+            return samples_by_reference(ctx.run, wanted, *given)[0]
 
         with modes.without_autocast(saved[4].device):
             asked = ctx.needs_input_grad[7:]

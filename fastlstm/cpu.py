@@ -241,17 +241,26 @@ def layer_walk(
 def layer_tangent(
     pre: Tensor,
     batch_sizes: Tensor,
-    h0: Tensor,
-    c0: Tensor,
+    h0_tangent: Tensor,
+    c0_tangent: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    cell0: Tensor,
+    c0: Tensor,
     saved: Reserve,
 ) -> Tangents:
     """The walk of a layer's tangents; see ``reference.layer_tangent``."""
     _, w_hh, _, w_hr = by_kind(weights)
     y, c_all, h_n, c_n, m = torch.ops.fastlstm_C.cpu_tangent.default(
-        pre, batch_sizes, h0, c0, w_hh, w_hr, reset, cell0, saved.c_all, saved.gates
+        pre,
+        batch_sizes,
+        h0_tangent,
+        c0_tangent,
+        w_hh,
+        w_hr,
+        reset,
+        c0,
+        saved.c_all,
+        saved.gates,
     )
     return Tangents(y, c_all, h_n, c_n, m if w_hr else None)
 

@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 
 from . import modes, reference, samples
 from .contract import Borders, Requested, Reserve
-from .gradients import Run, at_once, differentiable, keep, layer_results, pulled_back, wanted_of
+from .gradients import (
+    Run,
+    at_once,
+    differentiable,
+    keep,
+    keep_transformed,
+    layer_results,
+    pulled_back,
+    wanted_of,
+)
 from .second_order import HessianProduct, LayerTangents
 from .tangents import second_order
 
@@ -71,13 +80,15 @@ def tangents_of_backward(
     return HessianProduct.apply(run, asked, each, *saved, *tangents, *tensors)
 
 
-def keep_backward(ctx: Any, run: Run, reserve: Reserve | Borders, *tensors: Any) -> None:
+def keep_backward(
+    ctx: Any, run: Run, reserve: Reserve | Borders, *tensors: Any, transformed: bool = True
+) -> None:
     """Save what differentiates a backward pass: batch_sizes, reset, gradients of results, and
     inputs; where the kernels do it, also what the layer kept."""
-    ctx.twice, ctx.kept = by_kernels(run, reserve), len(tensors)
-    saved = (*(reserve if ctx.twice else ()), *tensors)
-    keep(ctx, run, *saved)
-    ctx.save_for_forward(*saved)
+    ctx.by_kernels = by_kernels(run, reserve)
+    saved = (*(reserve if ctx.by_kernels else ()), *tensors)
+    save = keep_transformed if transformed else keep
+    save(ctx, run, *saved)
 
 
 def kept_backward(ctx: Any) -> tuple[Run, tuple[Reserve, Tensor, Tensor | None], Sequence[Any]]:
@@ -86,9 +97,12 @@ def kept_backward(ctx: Any) -> tuple[Run, tuple[Reserve, Tensor, Tensor | None],
     return ctx.run, (Reserve(*saved[:count]), *saved[count : count + 2]), saved[count + 2 :]
 
 
-def differentiated_by_kernels(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def differentiated_by_kernels(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> Sequence[Any]:
+    """Gradients of what a backward pass was given, of results and inputs."""
     run, saved, tensors = kept_backward(ctx)
     asked = ctx.needs_input_grad[-len(tensors) :]
+    if all(g is None for g in grads_of_grads):
+        return [None] * len(tensors)
     again = torch.is_grad_enabled() or modes.is_transformed()
 
     def differentiated(again: bool, *tangents: Tensor | None) -> Sequence[Tensor | None]:
@@ -97,17 +111,20 @@ def differentiated_by_kernels(ctx: Any, grads_of_grads: Sequence[Tensor | None])
 
     with modes.without_autocast(tensors[4].device):
         if any(map(modes.is_batched, grads_of_grads)):
-            return (None,) * 5 + tuple(_for_each(partial(differentiated, True), grads_of_grads))
-        return (None,) * 5 + tuple(differentiated(again, *grads_of_grads))
+            return samples.for_each(partial(differentiated, True), grads_of_grads)
+        return differentiated(again, *grads_of_grads)
 
 
 def differentiated_each(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> list[Any]:
     """Of ``EachGradients``: what the samples share has the sum of their gradients."""
     if any(map(modes.is_batched, grads_of_grads)):
-        return _for_each(lambda *given: differentiated_each(ctx, given), grads_of_grads)
+        return samples.for_each(lambda *given: differentiated_each(ctx, given), grads_of_grads)
     run, saved, tensors = kept_backward(ctx)
     asked = ctx.needs_input_grad[7:]
-    count = next(len(g) for g in grads_of_grads if g is not None)
+    counts = [len(g) for g in grads_of_grads if g is not None]
+    if not counts:
+        return [None] * len(tensors)
+    count = counts[0]
     shared = [a and d is None for a, d in zip(asked, ctx.dims[3:], strict=True)]
     size = at_once(count, sum(t.nbytes for t, s in zip(tensors, shared, strict=True) if s))
     results: list[Any] = [None] * len(tensors)
@@ -160,6 +177,18 @@ def each_sample(
     return samples.mapped(alone, given, (*dims[0], *dims[2:], *along))
 
 
+def with_tangents(
+    found: Sequence[Tensor | None],
+    of_grads: Sequence[Tensor | None],
+    backward: Callable[..., Sequence[Tensor | None]],
+) -> tuple[Tensor | None, ...]:
+    """Tangents of a backward pass, ``found`` from those of its inputs, and what the same pass makes
+    of those of the gradients that it was given, if there are any."""
+    if all(t is None for t in of_grads):
+        return tuple(found)
+    return added(found, backward(*of_grads))
+
+
 def added(
     found: Sequence[Tensor | None], more: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
@@ -167,21 +196,10 @@ def added(
     return tuple(b if a is None else a if b is None else a + b for a, b in pairs)
 
 
-def _for_each(
-    function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """A function of tensors of which ``is_grads_batched=True`` has made several."""
-    level = modes.batching_level(tensors)
-    several = [modes.unbatched(t, level) for t in tensors]
-    given = [t if s is None else s for t, s in zip(tensors, several, strict=True)]
-    found = samples.mapped(function, given, [None if s is None else 0 for s in several])
-    return [t if t is None else modes.batched(t, level) for t in found]
-
-
-def pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> Sequence[Any]:
     """Second order whatever transforms are under way, or have been: they let no tensor be made a
     leaf, and what they had wrapped may outlive them, so here they differentiate themselves."""
-    batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)[-ctx.kept :]
+    batch_sizes, reset, *saved = modes.unwrapped(ctx.saved_tensors)
     results = differentiable(ctx.run, batch_sizes, reset, saved[4:], transformed=True)
     wanted = [g is not None for g in grads_of_grads]
 
@@ -189,8 +207,7 @@ def pulled_back_twice(ctx: Any, grads_of_grads: Sequence[Tensor | None]) -> tupl
         return pulled_back(results, tensors[4:], wanted, tensors[:4])
 
     with modes.without_autocast(saved[4].device):
-        asked = ctx.needs_input_grad[5:]
-        return (None,) * 5 + tuple(pulled_back(first, saved, asked, grads_of_grads))
+        return pulled_back(first, saved, ctx.needs_input_grad[5:], grads_of_grads)
 
 
 def samples_by_reference(

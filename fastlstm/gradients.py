@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ _SEVERAL_BYTES = 32 << 20
 _WORTH_ASKING = 1 << 21
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)  # which transforms take for one thing, and not apart at every level
+class Run:
     """What a layer call consists of besides tensors."""
 
     need_cells: bool
@@ -182,18 +184,17 @@ def first_order_of_several(
 
 
 def samples_at_once(
-    count: int, reserve: Reserve | Borders, x: Tensor, h0: Tensor, c0: Tensor
+    count: int, reserve: Reserve | Borders, x: Tensor, h0: Tensor, c0: Tensor, made: int = 1
 ) -> int:
-    """Of so many samples, with these of one, how many to copy what they share for at a time."""
-    # What a backward pass takes for one more, about.
+    """Of so many samples, with these of one, how many to copy what they share for at a time, if so
+    many tensors as large as the gates are ``made``: their gradients, to begin with."""
     given = sum(t.nbytes for t in (*reserve, x, h0, c0) if t is not None)
-    # The gradients of the gates, and with borders alone a chunk's gates too.
+    # With borders alone a chunk's gates are made too.
     rows = x.numel() // max(1, x.size(-1))
     if isinstance(reserve, Borders):
         rows = 2 * rows // max(1, len(reserve.c) - 1)
-    return at_once(
-        count, given + rows * c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
-    )
+    gates = rows * c0.size(0) * 4 * c0.size(2) * state_dtype(x.dtype).itemsize
+    return at_once(count, given + made * gates)
 
 
 def at_once(count: int, bytes_of_one: int) -> int:
@@ -222,7 +223,7 @@ def differentiable(
     inputs: Sequence[Any],
     transformed: bool = False,
 ) -> Function:
-    """``layer_results`` by what is best differentiated more than once."""
+    """``layer_results`` by what is best differentiated more than once, where no kernels do it."""
     x, h0, _, *flat = inputs
     rows = packed_rows(x)
     forward = reference.layer_forward
@@ -276,7 +277,8 @@ def pushed_forward(
     function: Function, tensors: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Tangents of the function's results from those of ``tensors``, None for zero, whatever
-    transforms are under way."""
+    transforms are under way: as J v is the gradient of <v, J^T u> with respect to u, since
+    forward mode can't be nested everywhere."""
     there: list[bool] = []
 
     def of_moved(*given: Tensor) -> list[Tensor]:
@@ -286,9 +288,11 @@ def pushed_forward(
         there[:] = [r is not None for r in results]
         return [r for r in results if r is not None]
 
-    moving = [t for t, v in zip(tensors, tangents, strict=True) if v is not None]
-    jvp: Any = torch.func.jvp
-    rest = iter(jvp(of_moved, tuple(moving), tuple(v for v in tangents if v is not None))[1])
+    moving = (t for t, v in zip(tensors, tangents, strict=True) if v is not None)
+    vjp: Any = torch.func.vjp
+    results, pull = vjp(of_moved, *moving)
+    push = vjp(lambda *u: pull(list(u)), *map(torch.zeros_like, results))[1]
+    rest = iter(push(tuple(v for v in tangents if v is not None)))
     return [next(rest) if t else None for t in there]
 
 
@@ -348,6 +352,13 @@ def keep(ctx: Any, run: Run, *tensors: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
     ctx.run = run
     ctx.save_for_backward(*tensors)
+
+
+def keep_transformed(ctx: Any, run: Run, *tensors: Tensor | None) -> None:
+    """The same for transforms, which push tangents forward too, and run in inference mode."""
+    saved = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
+    keep(ctx, run, *saved)
+    ctx.save_for_forward(*saved)
 
 
 def packed_rows(values: Tensor) -> Tensor:

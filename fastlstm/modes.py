@@ -7,7 +7,9 @@ for torch._VF, where torch's own LSTM is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -39,8 +41,23 @@ def is_transform_compiled() -> bool:
     return torch.compiler.is_dynamo_compiling() and is_transformed()
 
 
-# A decorator: torch.compile leaves the function as it is, and all that it calls.
-uncompiled = _disable_dynamo
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: torch.compile leaves the function as it is, and all that it calls."""
+    disabled = _disable_dynamo(function)
+
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        return disabled(*args, **options) if _is_dynamo_there() else function(*args, **options)
+
+    return run
+
+
+def _is_dynamo_there() -> bool:
+    """If nobody has imported it, nobody compiles, and to import it takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+_is_dynamo_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_differentiated() -> bool:
@@ -60,27 +77,38 @@ def is_mapped() -> bool:
     return _count(functorch.TransformType.Vmap) > 0
 
 
-def is_pushed() -> bool:
-    """Is its ``jvp``, or forward-mode differentiation?"""
+def is_forward_mode() -> bool:
+    """Is its ``jvp``, or forward-mode differentiation of eager code?"""
     return forward_ad._current_level >= 0 or _count(functorch.TransformType.Jvp) > 0
 
 
-def is_pushed_twice() -> bool:
+def is_forward_mode_nested() -> bool:
     """Is ``jvp`` there more than once?"""
     return _count(functorch.TransformType.Jvp) > 1
 
 
 # Dynamo is to ask these while it traces, and to keep the answers: it guards the transforms.
 for _question in (
-    *(is_transformed, is_differentiated, have_functions, is_mapped, is_pushed, is_pushed_twice),
+    *(
+        is_transformed,
+        is_differentiated,
+        have_functions,
+        is_mapped,
+        is_forward_mode,
+        is_forward_mode_nested,
+    ),
 ):
     _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _are_transforms(*kinds: functorch.TransformType) -> bool:
-    interpreters = functorch.get_interpreter_stack() or ()
-    pushed = forward_ad._current_level >= 0 and functorch.TransformType.Jvp not in kinds
-    return not pushed and all(each.key() in kinds for each in interpreters)
+    found = {each.key() for each in functorch.get_interpreter_stack() or ()}
+    jvp = functorch.TransformType.Jvp
+    # (jvp has such a level too. One of eager code's goes with no transform: torch refuses views.)
+    dual = forward_ad._current_level >= 0 and jvp not in found
+    if dual and (found or jvp not in kinds):
+        return False
+    return found <= set(kinds)
 
 
 def _count(kind: functorch.TransformType) -> int:

@@ -2,8 +2,9 @@
 
 ``layer_forward`` is differentiable to any order and runs on any device and dtype;
 ``layer_backward`` is its twin for the kernels' backward passes, written from the
-equations and not by autograd.  docs/design.md derives the equations; ``(eq. n)``
-refers to it.  See ``contract.py`` for shapes and letters.
+equations and not by autograd, ``layer_tangent`` and ``layer_curvature`` those for
+second order.  docs/design.md derives the equations; ``(eq. n)`` refers to it.  See
+``contract.py`` for shapes and letters.
 
 With float16 or bfloat16 storage, ``h_t`` and ``m_t`` are rounded to storage when
 they are stored, and it is the stored value that the next step sees; ``c_t`` and
@@ -80,9 +81,11 @@ def cell_curvature(
     c_tangent: Tensor,
     dm: Tensor,
     dc: Tensor,
+    m: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(eq. 11) Gradients of ``dc * c' + dm * m'`` (eq. 10), whose tangents are ``pre (..., 4, H)``,
-    ``c_prev_tangent`` and ``c_tangent``: with respect to the pre-activations, c_t and c_{t-1}."""
+    ``c_prev_tangent`` and ``c_tangent``: with respect to the pre-activations, c_t and c_{t-1}.
+    ``m`` is what reaches m_t besides, or None."""
     i, f, g, o = gates.unbind(-2)
     a_i, a_f, a_g, a_o = pre.unbind(-2)
     tanh_c = c.tanh()
@@ -94,6 +97,8 @@ def cell_curvature(
     of_g = dc * d_g * (d_i * a_i - 2 * i * g * a_g)
     of_o = dm * d_o * ((1 - 2 * o) * tanh_c * a_o + d_tanh * c_tangent)
     of_c = dm * d_tanh * (d_o * a_o - 2 * o * tanh_c * c_tangent)
+    if m is not None:  # as any gradient of m_t: (eq. 5, 6)
+        of_o, of_c = of_o + m * tanh_c * d_o, of_c + m * o * d_tanh
     return torch.stack((of_i, of_f, of_g, of_o), -2), of_c, dc * d_f * a_f
 
 
@@ -354,25 +359,25 @@ def _direction_backward(
 def layer_tangent(
     pre: Tensor,
     batch_sizes: Tensor,
-    h0: Tensor,
-    c0: Tensor,
+    h0_tangent: Tensor,
+    c0_tangent: Tensor,
     weights: Sequence[Weights],
     reset: Tensor | None,
-    cell0: Tensor,
+    c0: Tensor,
     saved: Reserve,
 ) -> Tangents:
     """The walk of tangents, all in state dtype, one step at a time.
 
     Args:
         pre: (N, D, 4H) tangents of the pre-activations but for W_hh h', which is added to them.
-        h0, c0: (D, B, P) and (D, B, H), tangents of the initial states.
+        h0_tangent, c0_tangent: (D, B, P) and (D, B, H).
         weights: those of the layer; their own tangents are in ``pre``.
-        cell0: (D, B, H), the layer's c0.
+        c0: (D, B, H), the layer's.
         saved: what its forward pass kept.
     """
     parts = [
-        _direction_tangent(d, pre[:, d], batch_sizes, h0[d], c0[d], w, reset, cell0[d], saved)
-        for d, w in enumerate(weights)
+        _direction_tangent(d, pre[:, d], batch_sizes, h, c, w, reset, c0[d], saved)
+        for d, (h, c, w) in enumerate(zip(h0_tangent, c0_tangent, weights, strict=True))
     ]
     y, c_all, h_n, c_n, m = zip(*parts, strict=True)
     projected = weights[0].w_hr is not None
@@ -393,15 +398,15 @@ def _direction_tangent(
     c: Tensor,
     w: Weights,
     reset: Tensor | None,
-    cell0: Tensor,
+    c0: Tensor,
     saved: Reserve,
 ) -> tuple[Tensor, ...]:
     """y (N, P), c_all (N, H), h_n (B, P), c_n (B, H) and m (N, H) of tangents."""
-    hidden_size, reverse = cell0.size(-1), d == 1
+    hidden_size, reverse = c0.size(-1), d == 1
     gates = saved.gates[:, d].unflatten(-1, (4, hidden_size))
     cells = saved.c_all[:, d * hidden_size : (d + 1) * hidden_size]
-    c_in = entered(d, cells, cell0, batch_sizes, reset)
-    y, c_all, m_all = pre.new_zeros(len(pre), h.size(1)), cells.new_zeros(cells.shape), c_in.clone()
+    c_in = entered(d, cells, c0, batch_sizes, reset)
+    y, c_all, m_all = pre.new_zeros(len(pre), h.size(1)), *cells.new_zeros(2, *cells.shape)
     h, c = h.clone(), c.clone()
     for _, start, rows in _steps(batch_sizes, reverse):
         here = slice(start, start + rows)
@@ -461,13 +466,9 @@ def layer_curvature(
             of_a, of_c, of_c_in = cell_curvature(
                 gates[here], c_in[here], cells[here], pre[here, d].unflatten(-1, (4, hidden_size)),
                 tangents_in[here], tangents[here], dm[here, own], dc_t,
+                None if m is None else m[here, own],
             )  # fmt: skip
             _, dc_in = cell_backward(gates[here], c_in[here], cells[here], dm[here, own], dc_t)
-            if m is not None:  # as any gradient of m_t
-                zeros = torch.zeros_like(of_c)
-                of_m, _ = cell_backward(gates[here], c_in[here], cells[here], m[here, own], zeros)
-                of_a[..., 3, :] += of_m[..., 3, :]
-                of_c = of_c + m[here, own] * gates[here, 3] * (1 - cells[here].tanh() ** 2)
             a[here, d], c_all[here, own] = of_a.flatten(-2), of_c + carried[:rows]
             if first is not None and d == 0:
                 dc_in, of_c_in = _cut(dc_in, first), _cut(of_c_in, first)

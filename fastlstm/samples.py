@@ -8,12 +8,14 @@ their own are run one by one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import modes
 from .contract import Borders, Reserve
 
 Dim = int | None  # along which a tensor has its samples; None where they share it
@@ -132,6 +134,50 @@ def mapped(
 
     found = iter(torch.func.vmap(alone, tuple(dims))(*tensors))
     return [next(found) if t else None for t in there]
+
+
+def of_each(jvp: Callable[..., Sequence[Tensor | None]]) -> Callable[..., Any]:
+    """A Function's ``jvp`` that is given several tangents at once, as torch.autograd.functional
+    makes them in forward mode with ``vectorize=True``."""
+
+    def each(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        if any(map(modes.is_batched, tangents)):
+            return tuple(for_each(partial(jvp, ctx), tangents))
+        return tuple(jvp(ctx, *tangents))
+
+    return each
+
+
+def for_each(
+    function: Callable[..., Sequence[Tensor | None]], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """A function of tensors of which ``is_grads_batched=True`` has made several."""
+    level = modes.batching_level(tensors)
+    several = [modes.unbatched(t, level) for t in tensors]
+    given = [t if s is None else s for t, s in zip(tensors, several, strict=True)]
+    found = mapped(function, given, [None if s is None else 0 for s in several])
+    # (As tangents they are to lie in memory as what they are tangents of.)
+    return [t if t is None else modes.batched(t.contiguous(), level) for t in found]
+
+
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The samples of several batches, along dimension 0."""
+    present = [t for t in parts if t is not None]
+    if not present:
+        return None
+    return present[0] if len(parts) == 1 else torch.cat(present)
+
+
+def none_of(
+    tensors: Sequence[Any], dims: Sequence[Dim], each: Sequence[int | None] | None = None
+) -> tuple[tuple[Any, ...], tuple[Dim, ...]]:
+    """Results like these tensors, for no samples; of so many of ``each`` in every one."""
+    results = []
+    for k, (t, d) in enumerate(zip(tensors, dims, strict=True)):
+        shape = [] if t is None else [n for axis, n in enumerate(t.shape) if axis != d]
+        inner = [] if each is None or each[k] is None else [each[k]]
+        results.append(None if t is None else t.new_zeros(0, *inner, *shape))
+    return tuple(results), tuple(None if t is None else 0 for t in results)
 
 
 def one_by_one(

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import modes, reference, samples
+from . import modes, samples
 from .contract import Reserve
 from .gradients import (
     Run,
     differentiable,
-    keep,
-    layer_results,
+    keep_transformed,
     pulled_back,
     pushed_forward,
     samples_at_once,
@@ -55,8 +54,7 @@ class LayerTangents(torch.autograd.Function):
     @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         run, _, *tensors = inputs
-        keep(ctx, run, *tensors)
-        ctx.save_for_forward(*tensors)
+        keep_transformed(ctx, run, *tensors)
 
     @staticmethod
     @modes.uncompiled
@@ -69,6 +67,7 @@ class LayerTangents(torch.autograd.Function):
 
     @staticmethod
     @modes.uncompiled
+    @samples.of_each
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         batch_sizes, reset, *tensors = modes.unwrapped(ctx.saved_tensors)
         function = partial(_pushed, ctx.run, batch_sizes, reset)
@@ -78,13 +77,17 @@ class LayerTangents(torch.autograd.Function):
     @modes.uncompiled
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         size = (len(args) - 4) // 2
+        if info.batch_size == 0:
+            cells = args[1].c_all if args[0].need_cells else None
+            like = (args[1].y, cells, *args[1 - size : 3 - size])
+            return samples.none_of(like, (*in_dims[1][:2], *in_dims[1 - size : 3 - size]))
         if any(dim is not None for dim in in_dims[-size + 3 :]):
             return samples.one_by_one(LayerTangents.apply, info.batch_size, in_dims, args)
 
         def together(_: int, *batch: Any) -> Any:
             return LayerTangents.apply(args[0], *batch)
 
-        return _in_batches(together, info.batch_size, None, in_dims[1:], args[1:], size, rows=4)
+        return _in_batches(together, info.batch_size, None, in_dims[1:], args[1:], size, 4, 1)
 
 
 class HessianProduct(torch.autograd.Function):
@@ -114,8 +117,7 @@ class HessianProduct(torch.autograd.Function):
     @modes.uncompiled
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         run, ctx.asked, ctx.each, _, *tensors = inputs
-        keep(ctx, run, *tensors)
-        ctx.save_for_forward(*tensors)
+        keep_transformed(ctx, run, *tensors)
 
     @staticmethod
     @modes.uncompiled
@@ -128,6 +130,7 @@ class HessianProduct(torch.autograd.Function):
 
     @staticmethod
     @modes.uncompiled
+    @samples.of_each
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         batch_sizes, reset, *tensors = modes.unwrapped(ctx.saved_tensors)
         function = partial(_hessian_product, ctx, batch_sizes, reset)
@@ -138,10 +141,13 @@ class HessianProduct(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         run, asked, each = args[:3]
         size, count = len(asked), info.batch_size
+        if count == 0:
+            one = [t if a else None for t, a in zip(args[-size:], asked, strict=True)]
+            return samples.none_of(one, in_dims[-size:], [None] * 3 + [each] * (size - 3))
         if any(dim is not None for dim in in_dims[-size + 3 :]):
             return samples.one_by_one(HessianProduct.apply, count, in_dims, args)
         together = partial(HessianProduct.apply, run, asked)
-        return _in_batches(together, count, each, in_dims[3:], args[3:], size, rows=3)
+        return _in_batches(together, count, each, in_dims[3:], args[3:], size, 3, 4)
 
 
 def _split(tensors: Sequence[Any], size: int) -> tuple[Any, Any, Any]:
@@ -160,6 +166,7 @@ def _in_batches(
     args: Any,
     size: int,
     rows: int,
+    made: int,
 ) -> tuple[tuple[Any, ...], tuple[samples.Dim, ...]]:
     """The function's results for so many samples, in as few batches as there is room for.
 
@@ -169,12 +176,14 @@ def _in_batches(
         args: reserve, batch_sizes, reset, tangents of the inputs, gradients of results or none, and
             the inputs, of which there are ``size``; ``dims`` says where they have their samples.
         rows: so many of the first results have sequences; the others are of weights.
+        made: how many tensors as large as the gates it takes.
     """
     (reserve, batch_sizes, reset, *tensors), (kept, _, reset_dim, *along) = args, dims
     inputs = len(tensors) - size
     pairs = zip((*reserve, *tensors[inputs:]), (*kept, *along[inputs:]), strict=True)
     one = [t if t is None or d is None else t.select(d, 0) for t, d in pairs]
-    at_once = samples_at_once(count, Reserve(*one[:4]), *one[4:7])
+    kept_of_one, (x, h0, c0) = Reserve(*one[:4]), one[4:7]
+    at_once = samples_at_once(count, kept_of_one, x, h0, c0, made)
     results: list[list[Tensor | None]] = []
     for start in range(0, count, at_once):
         part = min(at_once, count - start)
@@ -197,7 +206,7 @@ def _in_batches(
         found = function(total, Reserve(*saved), batch_sizes * part, cuts, *given)
         first = [_samples_first(t, part, each, k < rows) for k, t in enumerate(found)]
         results.append(first)
-    together = tuple(None if t[0] is None else torch.cat(t) for t in zip(*results, strict=True))
+    together = tuple(map(samples.joined, zip(*results, strict=True)))
     return together, tuple(None if t is None else 0 for t in together)
 
 
@@ -231,11 +240,11 @@ def _samples_first(
 def _pushed(
     run: Run, batch_sizes: Tensor, reset: Tensor | None, tensors: list[Any]
 ) -> list[Tensor | None]:
-    """J v, from v and the inputs, by the reference, which torch differentiates forward."""
+    """J v, from v and the inputs, by what torch differentiates twice."""
     half = len(tensors) // 2
 
     def one(batch_sizes: Tensor, reset: Tensor | None, tensors: Sequence[Any]) -> Any:
-        results = partial(layer_results, run, batch_sizes, reset, reference.layer_forward)
+        results = differentiable(run, batch_sizes, reset, tensors[half:], transformed=True)
         return pushed_forward(results, tensors[half:], tensors[:half])
 
     return _of_samples(one, None, batch_sizes, reset, tensors, half, rows=4)
@@ -278,7 +287,7 @@ def _of_samples(
     counts = [len(v) for v, o in zip(tensors[3:size], own, strict=True) if o]
     if each is None and not counts:
         return list(function(batch_sizes, reset, tensors))
-    count = each or counts[0]
+    count = each or max(counts)  # (a transform's tangents may be those of several samples)
     given: list[Any] = []
     dims: list[samples.Dim] = []
     for k, tensor in enumerate(tensors):

@@ -91,10 +91,6 @@ def in_state(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
 
 def walked(layer: Layer, v: Direction) -> tuple[Tangents, Tensor]:
     """The layer's tangents, and those of the pre-activations (N, D, 4H)."""
-    h_in = [
-        layer.entered(d, y, layer.h0[d]) if own.w_hh is not None else None
-        for d, (y, own) in enumerate(zip(layer.parts(layer.saved.y), v.weights, strict=True))
-    ]
     added = _added_by_projection(layer, v)
     rows, directions, columns = layer.saved.gates.shape
     pre = layer.x.new_empty(rows, directions, columns)
@@ -104,8 +100,9 @@ def walked(layer: Layer, v: Direction) -> tuple[Tangents, Tensor]:
             terms.append((v.x, w.w_ih))
         if own.w_ih is not None:
             terms.append((layer.x, own.w_ih))
-        if own.w_hh is not None and h_in[d] is not None:
-            terms.append((h_in[d], own.w_hh))
+        if own.w_hh is not None:
+            h_in = layer.entered(d, layer.parts(layer.saved.y)[d], layer.h0[d])
+            terms.append((h_in, own.w_hh))
         if added is not None:  # the walk does not know of it
             terms.append((layer.entered(d, added[d], torch.zeros_like(layer.h0[d])), w.w_hh))
         biases = [b for b in (own.bias, own.b_hh) if b is not None]
@@ -144,7 +141,10 @@ def _sum_products(
         else:
             out.copy_(_times(one, other.mT))
     for bias in biases:
-        out.add_(bias if bias.dim() == 1 else bias.repeat(len(out) // len(bias), 1))
+        if bias.dim() == 1:
+            out.add_(bias)
+        else:
+            apart(out, len(bias)).add_(bias.unsqueeze(1))
 
 
 def _times(rows: Tensor, w: Tensor) -> Tensor:

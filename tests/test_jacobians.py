@@ -139,6 +139,24 @@ def test_hessians(vectorize: bool) -> None:
     assert_same(together, jacrev(jacrev(lambda x: lstm(x)[0].sin()))(x))
 
 
+def test_batches_in_forward_mode() -> None:
+    """What autograd.functional and gradcheck make of several tangents at once."""
+    lstm = fastlstm.LSTM(2, 3, bidirectional=True).double()
+    x = torch.randn(2, 1, 2, dtype=torch.float64)
+    options: dict[str, Any] = dict(strategy="forward-mode", vectorize=True)
+
+    def run(x: Tensor) -> Tensor:
+        return lstm(x)[0].sin()
+
+    assert_same(torch.autograd.functional.jacobian(run, x, **options), jacrev(run)(x))
+    options = dict(outer_jacobian_strategy="forward-mode", vectorize=True)
+    found = torch.autograd.functional.hessian(lambda x: run(x).sum(), x, **options)
+    assert_same(found, jacrev(jacrev(lambda x: run(x).sum()))(x))
+    assert torch.autograd.gradcheck(
+        run, x.requires_grad_(), check_forward_ad=True, check_batched_forward_grad=True
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_of_other_dtypes(dtype: torch.dtype) -> None:
     lstm = fastlstm.LSTM(5, 7, bidirectional=True, dtype=dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -147,6 +149,41 @@ def test_kernels_make_second_order(
     for got, exactly in zip(penalty(module, x, **call), want, strict=True):
         scale = max(1.0, float(exactly.abs().max()))
         torch.testing.assert_close(got.double() / scale, exactly / scale, **tolerance(dtype))
+
+
+def test_a_graph_of_it_imports_no_compiler() -> None:
+    """Which takes seconds.  (Third order needs torch.func, which imports it.)"""
+    program = (
+        "import sys, torch, fastlstm\n"
+        "x = torch.randn(4, 2, 3, requires_grad=True)\n"
+        "y = fastlstm.LSTM(3, 5, backend='cpu')(x)[0].sum()\n"
+        "for _ in range(2): (y,) = torch.autograd.grad(y, x, create_graph=True); y = y.sum()\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
+
+
+def test_gradients_that_nobody_gives() -> None:
+    """A Function between that returns none: nothing is computed, and none comes back."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, _: Tensor) -> None:
+            return None
+
+    module = fastlstm.LSTM(3, 4, backend="cpu")
+    x = torch.randn(5, 2, 3, requires_grad=True)
+    y = module(x)[0]
+    for seeds in (torch.ones_like(y), torch.ones(2, *y.shape)):
+        several = seeds.dim() > y.dim()
+        options: dict[str, Any] = dict(is_grads_batched=several, retain_graph=True)
+        (slope,) = torch.autograd.grad(y, x, seeds, create_graph=True, **options)
+        found = torch.autograd.grad(Stop.apply(slope).sum(), x, allow_unused=True)
+        assert found[0] is None or not found[0].any()
 
 
 def test_second_order_of_what_was_kept_is_noticed_when_changed() -> None:

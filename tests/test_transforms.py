@@ -135,6 +135,13 @@ def test_forward_mode_with_autograd(case, monkeypatch) -> None:
             made = forward_ad.unpack_dual(loss(weights, forward_ad.make_dual(leaf, x.cos())))
         return made.tangent.detach(), torch.autograd.grad(made.tangent, leaf)
 
+    def with_transforms() -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x.cos())
+            made = jacrev(jacrev(lambda x: loss(weights, x)))(dual)
+            return forward_ad.unpack_dual(made).tangent
+
+    same(with_transforms, monkeypatch)
     same(forward_over_reverse, monkeypatch)
     same(reverse_over_forward, monkeypatch)
 
@@ -161,6 +168,74 @@ def test_samples_pushed_forward(case, monkeypatch) -> None:
     same(lambda: jvp(samples, (weights, x), moved), monkeypatch)
     nested = vmap(vmap(push, (0, None, 0)), (None, 0, None))
     same(lambda: nested(several, x[:2], x), monkeypatch)
+
+
+def test_what_is_trained_inside_of_a_dual_level() -> None:
+    """Third order, where torch lets no other level be entered."""
+    lstm = fastlstm.LSTM(2, 3).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+
+    def train(module: nn.Module) -> list[Tensor]:
+        with forward_ad.dual_level():
+            made = forward_ad.unpack_dual(module(forward_ad.make_dual(x, x.cos()))[0]).tangent
+            return list(torch.autograd.grad(made.square().sum(), lstm.parameters()))
+
+    want = jvp(lambda x: lstm(x)[0], (x,), (x.cos(),))[1]
+    assert_same(train(lstm), torch.autograd.grad(want.square().sum(), lstm.parameters()))
+
+
+def test_several_tangents_of_some_weights_and_of_others(monkeypatch) -> None:
+    """What differentiates them, of samples of which some share what others have of their own."""
+    lstm = fastlstm.LSTM(2, 3).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+    inner, outer = torch.randn(2, 12, 2).double(), torch.randn(3, 12, 3).double()
+
+    def moved(w_ih: Tensor, w_hh: Tensor) -> Tensor:
+        def push(a: Tensor, b: Tensor) -> Tensor:
+            def run(w_ih: Tensor, w_hh: Tensor) -> Tensor:
+                own = {**weights, "weight_ih_l0": w_ih, "weight_hh_l0": w_hh}
+                return functional_call(lstm, own, (x,))[0]
+
+            return jvp(run, (w_ih, w_hh), (a, b))[1]
+
+        return vmap(vmap(push, (None, 0)), (0, None))(inner, outer).square().sum()
+
+    given = (weights["weight_ih_l0"], weights["weight_hh_l0"])
+    same(lambda: grad(moved, (0, 1))(*given), monkeypatch)
+    leaves = [w.clone().requires_grad_() for w in given]
+    same(lambda: torch.autograd.grad(moved(*leaves), leaves), monkeypatch)
+
+
+def test_no_samples_pushed_forward() -> None:
+    lstm = fastlstm.LSTM(2, 3, proj_size=2).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+
+    def run(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(lstm, weights, (x,))[0].sin()
+
+    none = x.new_zeros(0, *x.shape)
+    assert vmap(lambda v: jvp(lambda x: run(weights, x), (x,), (v,))[1])(none).shape == none.shape
+    slope = grad(lambda *given: run(*given).sum(), (0, 1))
+    of_weights, of_x = vmap(lambda v: jvp(slope, (weights, x), (weights, v))[1])(none)
+    assert of_x.shape == none.shape
+    assert of_weights["weight_hh_l0"].shape == (0, 12, 2)
+    empty = x[:, :0]
+    assert jacfwd(lambda x: run(weights, x))(empty).shape == (3, 0, 2, 3, 0, 2)
+    assert hessian(lambda x: run(weights, x).sum())(empty).shape == (3, 0, 2, 3, 0, 2)
+
+
+def test_in_inference_mode() -> None:
+    """Where weights require gradients, and what is moved can't be saved for them."""
+    lstm = fastlstm.LSTM(2, 3).double()
+    x = torch.randn(3, 2, 2, dtype=torch.float64)
+    want = jvp(lambda x: lstm(x)[0], (x,), (x.cos(),))[1]
+    with torch.inference_mode():
+        made = x * 1
+        found = jvp(lambda x: lstm(x)[0], (made,), (made.cos(),))[1]
+        assert hessian(lambda x: lstm(x)[0].sum())(made).any()
+    torch.testing.assert_close(found, want.detach(), **tolerance(torch.float64))
 
 
 def test_of_parameters_that_eager_code_differentiates(monkeypatch) -> None:

@@ -80,15 +80,12 @@ class Curvature {
       const V dm = at(a_.dm, unit, count), c = at(a_.c_all, unit, count);
       const Gates<V> s = gates_at(a_.gates, unit, count);
       const V c_prev = entering(a_.c0, a_.c_all, unit, count);
-      CellCurvature<V> made =
+      const CellCurvature<V> made =
           Math::cell_curvature(s, c_prev, c, gates_at(a_.a_tangents, unit, count),
                                entering(a_.c0_tangent, a_.c_tangents, unit, count),
-                               at(a_.c_tangents, unit, count), dm, dc);
-      const CellFactors<V> by = Math::cell_factors(s, c_prev, c);
-      const V m = at(a_.m, unit, count);
-      c_out += made.c + m * by.dc;
-      made.a.o += m * by.da.o;
-      store_some(dc_carried, (dc + dm * by.dc) * by.dc_prev, count);
+                               at(a_.c_tangents, unit, count), dm, dc, at(a_.m, unit, count));
+      c_out += made.c;
+      store_some(dc_carried, made.dc_prev, count);
       store_some(c_carried, made.c_prev, count);
       store_some(static_cast<T*>(a_.c_out) + row * H + unit, c_out, count);
       T* const out = static_cast<T*>(a_.a_out) + row * 4 * H + unit;

@@ -48,10 +48,10 @@ class TangentCells {
     const int d = item_.d, count = item_.count;
     const int64_t here = ((step_.start + r) * D + d) * H + unit;
     const int64_t gate_here = here + 3 * ((step_.start + r) * D + d) * H;
-    const T* gated = static_cast<const T*>(a_->gated) + gate_here;
+    const T* gates = static_cast<const T*>(a_->layer_gates) + gate_here;
     T* const pre = static_cast<T*>(a_->pre) + gate_here;
-    const Gates<V> s{load_some(gated, count), load_some(gated + H, count),
-                     load_some(gated + 2 * H, count), load_some(gated + 3 * H, count)};
+    const Gates<V> s{load_some(gates, count), load_some(gates + H, count),
+                     load_some(gates + 2 * H, count), load_some(gates + 3 * H, count)};
     const Gates<V> a{load(pre_) + load_some(pre, count), load(pre_ + L) + load_some(pre + H, count),
                      load(pre_ + 2 * L) + load_some(pre + 2 * H, count),
                      load(pre_ + 3 * L) + load_some(pre + 3 * H, count)};
@@ -62,7 +62,7 @@ class TangentCells {
     store_some(pre + 3 * H, a.o, count);
 
     T* const state = p_->cells_ + (item_.index * p_->rows_ + r) * L;
-    const V c = load_some(static_cast<const T*>(a_->cells) + here, count);
+    const V c = load_some(static_cast<const T*>(a_->layer_c_all) + here, count);
     const auto factors = Math::cell_factors(s, cell_before(r), c);
     const CellTangent<V> tangent = Math::cell_tangent(factors, a, load(state));
     const bool goes_on = r < step_.next_rows;
@@ -85,10 +85,10 @@ class TangentCells {
     const Walk& walk = p_->walk_;
     const int64_t before = Walk::previous(item_.d, step_.t), H = p_->n_.H;
     if (walk.cut_before(item_.d, step_.t, r)) return V{};
-    const T* place =
-        r < walk.rows(before)
-            ? static_cast<const T*>(a_->cells) + ((walk.start(before) + r) * p_->n_.D + item_.d) * H
-            : static_cast<const T*>(a_->cell0) + walk.state_at(item_.d, r, H);
+    const T* place = r < walk.rows(before)
+                         ? static_cast<const T*>(a_->layer_c_all) +
+                               ((walk.start(before) + r) * p_->n_.D + item_.d) * H
+                         : static_cast<const T*>(a_->layer_c0) + walk.state_at(item_.d, r, H);
     return load_some(place + item_.unit, item_.count);
   }
 
