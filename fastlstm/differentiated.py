@@ -91,7 +91,8 @@ def keep_backward(
     save(ctx, run, *saved)
 
 
-def kept_backward(ctx: Any) -> tuple[Run, tuple[Reserve, Tensor, Tensor | None], Sequence[Any]]:
+def kept_backward(ctx: Any) -> tuple[Run, Saved, Sequence[Any]]:
+    """The same again: what the layer kept, and gradients of results and inputs."""
     saved = modes.unwrapped(ctx.saved_tensors)
     count = len(Reserve._fields)
     return ctx.run, (Reserve(*saved[:count]), *saved[count : count + 2]), saved[count + 2 :]
@@ -186,13 +187,7 @@ def with_tangents(
     of those of the gradients that it was given, if there are any."""
     if all(t is None for t in of_grads):
         return tuple(found)
-    return added(found, backward(*of_grads))
-
-
-def added(
-    found: Sequence[Tensor | None], more: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    pairs = zip(found, more, strict=True)
+    pairs = zip(found, backward(*of_grads), strict=True)
     return tuple(b if a is None else a if b is None else a + b for a, b in pairs)
 
 

@@ -89,14 +89,12 @@ def is_forward_mode_nested() -> bool:
 
 # Dynamo is to ask these while it traces, and to keep the answers: it guards the transforms.
 for _question in (
-    *(
-        is_transformed,
-        is_differentiated,
-        have_functions,
-        is_mapped,
-        is_forward_mode,
-        is_forward_mode_nested,
-    ),
+    is_transformed,
+    is_differentiated,
+    have_functions,
+    is_mapped,
+    is_forward_mode,
+    is_forward_mode_nested,
 ):
     _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

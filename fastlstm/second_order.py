@@ -287,7 +287,7 @@ def _of_samples(
     counts = [len(v) for v, o in zip(tensors[3:size], own, strict=True) if o]
     if each is None and not counts:
         return list(function(batch_sizes, reset, tensors))
-    count = each or max(counts)  # (a transform's tangents may be those of several samples)
+    count = max((each or 1, *counts))  # (what is each one's may be that of several samples)
     given: list[Any] = []
     dims: list[samples.Dim] = []
     for k, tensor in enumerate(tensors):
@@ -305,4 +305,5 @@ def _of_samples(
     cuts, dim = samples.unfolded(reset, count, axis=0)
     results = samples.mapped(alone, (cuts, *given), (dim, *dims))
     together = [samples.folded(t, 0, count) for t in results[:rows]]
-    return together + [t if t is None or each else t.sum(0) for t in results[rows:]]
+    sums = [t if t is None else t.unflatten(0, (-1, each or 1)).sum(0) for t in results[rows:]]
+    return together + [t if t is None or each else t.squeeze(0) for t in sums]

@@ -223,6 +223,26 @@ def test_several_tangents_of_some_weights_and_of_others(monkeypatch) -> None:
     same(lambda: torch.autograd.grad(moved(*leaves), leaves), monkeypatch)
 
 
+def test_third_order_of_samples_of_samples(monkeypatch) -> None:
+    """Gradients of weights for each of the outer ones, from tangents of weights for each inner."""
+    lstm = fastlstm.LSTM(2, 3, bidirectional=True).double()
+    weights = {name: p.detach() for name, p in lstm.named_parameters()}
+    x = torch.randn(4, 3, 5, 2, 2, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(lstm, weights, (x,))[0].sin().sum()
+
+    def penalty(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        slopes = vmap(grad(loss), (None, 0))(weights, x)
+        return sum(slope.square().sum() for slope in tree_leaves(slopes))
+
+    def of_all(weights: dict[str, Tensor]) -> Tensor:
+        slopes = vmap(grad(penalty), (None, 0))(weights, x)
+        return sum(slope.cos().sum() for slope in tree_leaves(slopes))
+
+    same(lambda: grad(of_all)(weights), monkeypatch)
+
+
 def test_no_samples_pushed_forward() -> None:
     lstm = fastlstm.LSTM(2, 3, proj_size=2).double()
     x = torch.randn(3, 2, 2, dtype=torch.float64)
